@@ -1,0 +1,70 @@
+"""Machines and their devices as data: what an instance has and costs, and what state it is in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class DeviceRef(NamedTuple):
+    """One device: the ``index``-th of an instance."""
+
+    instance: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.instance}/{self.index}"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceType:
+    """What a kind of machine has and costs. Frozen facts, no state.
+
+    Attributes:
+      name: the provider's name for it, or one of our own for local devices.
+      devices: devices in one instance; ``tensor`` parallelism stays inside it.
+      memory_bytes: memory of one device.
+      flops: floating-point operations per second of one device.
+      memory_bandwidth: bytes per second between a device and its memory.
+      link_bandwidth: bytes per second between two devices of one instance.
+      network_bandwidth: bytes per second between two instances.
+      network_latency: seconds for a small message between two instances.
+      spot_price: USD per hour, preemptible.
+      on_demand_price: USD per hour, not preemptible.
+    """
+
+    name: str
+    devices: int
+    memory_bytes: int
+    flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+    network_latency: float = 1e-4
+    spot_price: float = 0.0
+    on_demand_price: float = 0.0
+
+
+class InstanceState(StrEnum):
+    """Life of an instance, in order; ``gone`` is final."""
+
+    JOINING = "joining"
+    READY = "ready"
+    NOTICED = "noticed"
+    DRAINING = "draining"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One machine of the fleet."""
+
+    name: str
+    type: InstanceType
+    state: InstanceState = InstanceState.READY
+
+    @property
+    def devices(self) -> tuple[DeviceRef, ...]:
+        """All devices of the instance, in index order."""
+        return tuple(DeviceRef(self.name, index) for index in range(self.type.devices))

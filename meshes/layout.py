@@ -1,0 +1,111 @@
+"""Which index ranges of which array belong at position (d, p, m): the one answer that loading, planning, moving and running share.
+
+Parameters and KV follow the same rules. Owns no devices and no bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from spotjax.meshes.shape import MeshShape, Position
+from spotjax.meshes.slices import Index, Range
+from spotjax.models.spec import ArraySpec, ModelSpec
+
+TENSOR_AXES = ("heads", "kv_heads", "mlp", "vocab")
+"""Logical axes that the ``tensor`` mesh axis splits; all others are whole at every position."""
+
+LayerRanges = tuple[Range, ...]
+"""For every stage, the half-open range of decoder layers it runs."""
+
+
+def split_layers(layers: int, stages: int) -> LayerRanges:
+    """Splits decoder layers over stages as evenly as whole layers allow, the longer stages first.
+
+    The last stage also computes the logits, so it is never among the longer ones.
+
+    Raises:
+      ValueError: more stages than layers.
+    """
+    if stages > layers:
+        raise ValueError(f"{layers} layers cannot fill {stages} stages")
+    short, longer = divmod(layers, stages)
+    ranges: list[Range] = []
+    start = 0
+    for stage in range(stages):
+        stop = start + short + (stage < longer)
+        ranges.append((start, stop))
+        start = stop
+    return tuple(ranges)
+
+
+def tensor_range(extent: int, axis: str, spec: ModelSpec, tensor: int, m: int) -> Range:
+    """The part of a split axis that tensor shard ``m`` of ``tensor`` holds.
+
+    ``heads`` split exactly. ``kv_heads`` follow the query heads that use them, so they are shared by neighbours where
+    ``tensor`` does not divide them; every shard gets the same number. ``mlp`` and ``vocab`` split into equal chunks of
+    which the last ones may be shorter, even empty (they are padded with zeros on the device).
+
+    Raises:
+      ValueError: ``tensor`` does not divide the query heads.
+    """
+    heads, kv_heads = spec.config.heads, spec.config.kv_heads
+    if heads % tensor:
+        raise ValueError(f"tensor degree {tensor} must divide the {heads} query heads")
+    if axis == "kv_heads":
+        held = kv_heads_per_shard(heads, kv_heads, tensor)
+        start = min(m * (heads // tensor) * kv_heads // heads, kv_heads - held)
+        return start, start + held
+    chunk = -(-extent // tensor)
+    return min(m * chunk, extent), min((m + 1) * chunk, extent)
+
+
+def kv_heads_per_shard(heads: int, kv_heads: int, tensor: int) -> int:
+    """How many key/value heads one tensor shard holds: the most that any shard's query heads need."""
+    mine = heads // tensor
+    firsts = [m * mine * kv_heads // heads for m in range(tensor)]
+    lasts = [((m + 1) * mine - 1) * kv_heads // heads for m in range(tensor)]
+    return max(last - first + 1 for first, last in zip(firsts, lasts, strict=True))
+
+
+def shard_index(array: ArraySpec, spec: ModelSpec, tensor: int, m: int) -> Index:
+    """The logical index ranges of ``array`` that tensor shard ``m`` holds, wherever its stage is."""
+    return tuple(
+        tensor_range(extent, axis, spec, tensor, m) if axis in TENSOR_AXES else (0, extent)
+        for extent, axis in zip(array.shape, array.axes, strict=True)
+    )
+
+
+def shard_shape(array: ArraySpec, spec: ModelSpec, tensor: int) -> tuple[int, ...]:
+    """Shape of one shard on the device, padding included; the same for every ``m``."""
+    index = shard_index(array, spec, tensor, 0)
+    return tuple(stop - start for start, stop in index)
+
+
+def stage_holds(array: ArraySpec, spec: ModelSpec, ranges: LayerRanges, stage: int) -> bool:
+    """Whether a stage needs the array: its layers' arrays; the embedding first; norm and head last.
+
+    A tied embedding is needed by the first and by the last stage.
+    """
+    last = len(ranges) - 1
+    if array.layer is not None:
+        start, stop = ranges[stage]
+        return start <= array.layer < stop
+    if array.name == "embedding":
+        return stage == 0 or (stage == last and spec.config.tied_embeddings)
+    return stage == last
+
+
+def slices_at(
+    arrays: Iterable[ArraySpec], spec: ModelSpec, shape: MeshShape, ranges: LayerRanges, position: Position
+) -> dict[str, Index]:
+    """Array name to the index ranges that belong at ``position``. All replicas ``d`` hold the same parameters."""
+    return {
+        array.name: shard_index(array, spec, shape.tensor, position.tensor)
+        for array in arrays
+        if stage_holds(array, spec, ranges, position.stage)
+    }
+
+
+def tensor_degrees(spec: ModelSpec, limit: int) -> list[int]:
+    """Tensor degrees that the model allows up to ``limit``: the divisors of its query heads."""
+    return [m for m in range(1, limit + 1) if spec.config.heads % m == 0]

@@ -1,0 +1,62 @@
+"""Named index ranges of arrays: the unit of planning, moving, reading and checkpointing."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+Range = tuple[int, int]
+"""Half-open index range ``[start, stop)`` along one axis."""
+
+Index = tuple[Range, ...]
+"""One range for every axis of an array."""
+
+
+class ArraySlice(NamedTuple):
+    """The part of array ``name`` that ``index`` covers, in the array's own (logical) indices."""
+
+    name: str
+    index: Index
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent along every axis."""
+        return tuple(stop - start for start, stop in self.index)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+def whole(shape: tuple[int, ...]) -> Index:
+    """The index that covers an array of that shape."""
+    return tuple((0, extent) for extent in shape)
+
+
+def intersect(a: Index, b: Index) -> Index | None:
+    """What two indices of the same array have in common, or None."""
+    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
+    return common if all(start < stop for start, stop in common) else None
+
+
+def subtract(a: Index, b: Index) -> list[Index]:
+    """``a`` without ``b`` as disjoint boxes; ``[a]`` when they do not meet, ``[]`` when ``b`` covers ``a``."""
+    common = intersect(a, b)
+    if common is None:
+        return [a]
+    rest: list[Index] = []
+    left = list(a)
+    for axis, (start, stop) in enumerate(common):
+        low, high = left[axis]
+        if low < start:
+            rest.append((*left[:axis], (low, start), *left[axis + 1 :]))
+        if stop < high:
+            rest.append((*left[:axis], (stop, high), *left[axis + 1 :]))
+        left[axis] = (start, stop)
+    return rest
+
+
+def relative(inner: Index, outer: Index) -> tuple[slice, ...]:
+    """Where ``inner`` lies inside ``outer``, as slices into an array that holds exactly ``outer``."""
+    return tuple(slice(i0 - o0, i1 - o0) for (i0, i1), (o0, _) in zip(inner, outer, strict=True))

@@ -1,0 +1,1 @@
+"""Generation state, scheduling, KV page accounting and the commit log. Plain Python: no jax, no clock, no sockets."""

@@ -1,0 +1,104 @@
+"""Every error that Spotjax raises on purpose.
+
+The tree:
+
+    SpotjaxError
+      ConfigError            a setting is unknown or out of range
+      CheckpointError        a checkpoint lacks a tensor, or has one of the wrong shape
+      InvalidRequest         a request field is unsupported or out of range; names the field
+      UnknownRequest         no request of that id is known (never was, or its retention ended)
+      Overloaded             the queue is full; says when to try again
+      Draining               the server takes no new requests
+      PlanError
+        NoFeasibleShape      no mesh shape fits the instances; says what would
+        NotEnoughPlaces      fewer places than stage groups to put on them
+        SliceUnavailable     a slice that is needed is held by nobody
+      FleetError
+        UnknownInstance      no instance of that name is part of the fleet
+        NoSpareDevices       more instances were asked for than there are devices left
+        InstanceLost         the machine that was to do the work is gone
+
+Messages say what was wrong, with which value, and what to do. The API maps each class to one gRPC status.
+"""
+
+from __future__ import annotations
+
+
+class SpotjaxError(Exception):
+    """Base of the tree; never raised itself."""
+
+
+class ConfigError(SpotjaxError):
+    """A setting is unknown or out of range."""
+
+
+class CheckpointError(SpotjaxError):
+    """A checkpoint cannot be read as the model that its configuration describes."""
+
+
+class InvalidRequest(SpotjaxError):
+    """A request field is unsupported or out of range.
+
+    Attributes:
+      field: the field as the API spells it, e.g. ``sampling.top_p``.
+    """
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+
+
+class UnknownRequest(SpotjaxError):
+    """No request of that id is known."""
+
+
+class Overloaded(SpotjaxError):
+    """The queue is full.
+
+    Attributes:
+      retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(SpotjaxError):
+    """The server is finishing its requests before it exits and takes no new ones."""
+
+
+class PlanError(SpotjaxError):
+    """No plan exists for what was asked."""
+
+
+class NoFeasibleShape(PlanError):
+    """No mesh shape fits the instances."""
+
+
+class NotEnoughPlaces(PlanError):
+    """Fewer places than stage groups."""
+
+    def __init__(self, wanted: int, offered: int) -> None:
+        super().__init__(f"{wanted} stage groups need a place each, the instances offer {offered}")
+        self.wanted, self.offered = wanted, offered
+
+
+class SliceUnavailable(PlanError):
+    """A slice that is needed is held by nobody who is alive."""
+
+
+class FleetError(SpotjaxError):
+    """Something about the instances stands in the way."""
+
+
+class UnknownInstance(FleetError):
+    """No instance of that name is part of the fleet."""
+
+
+class NoSpareDevices(FleetError):
+    """More instances were asked for than there are devices left."""
+
+
+class InstanceLost(FleetError):
+    """The machine that was to do the work is gone."""

@@ -1,0 +1,1 @@
+"""Instances, epochs and the controller that keeps requests running while instances come and go."""

@@ -1,0 +1,80 @@
+"""What the API needs of a controller. The real one is ``controller.Controller``; ``spotjax.testing`` has a scripted one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from spotjax.engine.generation import Delta, GenerationRequest
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+
+
+class GenerationService(Protocol):
+    """Takes requests and streams their tokens."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Accepts a request: from here on it is never lost.
+
+        Raises:
+          InvalidRequest: it can never fit, or its id is taken.
+          Overloaded: the queue is full.
+          Draining: the server is about to exit.
+        """
+        ...
+
+    def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
+        """Committed output of a request from ``offsets`` on (tokens already seen, per choice; default none).
+
+        Ends after the last choice finished. Several streams of one request are independent.
+
+        Raises:
+          UnknownRequest: no such request is retained (raised by the call, not by the iterator).
+          InvalidRequest: an offset is beyond what was generated.
+        """
+        ...
+
+    def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
+        """Ends a request at the next token boundary, with finish reason ``cancelled`` or ``deadline``.
+
+        Returns: False when it had already finished.
+
+        Raises:
+          UnknownRequest: no such request is retained.
+        """
+        ...
+
+
+class FleetService(Protocol):
+    """Shows and changes the fleet."""
+
+    def status(self) -> FleetStatus:
+        """A snapshot."""
+        ...
+
+    def watch(self) -> AsyncIterator[FleetEvent]:
+        """Recent events, then new ones as they happen; ends when the server stops."""
+        ...
+
+    async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:
+        """Takes an instance away after ``grace_seconds``; 0 takes it at once, unannounced. Returns when it is gone.
+
+        Raises:
+          UnknownInstance: no such instance is alive.
+        """
+        ...
+
+    async def add(self, count: int) -> Reconfiguration:
+        """Lets ``count`` instances join.
+
+        Raises:
+          NoSpareDevices: fewer than ``count`` instances' worth of devices are left.
+        """
+        ...
+
+
+class Service(GenerationService, FleetService, Protocol):
+    """Both halves, as one server offers them."""
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no new requests and waits for the accepted ones, at most ``seconds``. Returns whether all finished."""
+        ...

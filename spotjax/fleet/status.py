@@ -1,0 +1,119 @@
+"""What operators see of the fleet: a snapshot, events, and the report of a reconfiguration. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatus:
+    """One instance as operators see it.
+
+    Attributes:
+      name: of the instance.
+      type: name of its instance type.
+      state: where it is in its life.
+      devices: number of devices.
+      positions: mesh positions that its devices hold, by device index; devices without one are spare.
+    """
+
+    name: str
+    type: str
+    state: InstanceState
+    devices: int
+    positions: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """Load of one replica."""
+
+    data: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class FleetStatus:
+    """A snapshot of the whole service.
+
+    Attributes:
+      model: name of the served model.
+      ready: requests are being served.
+      draining: no new requests are taken.
+      placement: the current epoch's mesh, or None while no instance holds one.
+      instances: every instance known, gone ones included.
+      replicas: load of every replica.
+      queued: accepted requests that no replica has taken yet.
+      requests_running: accepted requests that are not finished.
+      requests_finished: requests that ended since start.
+      tokens_committed: output tokens committed since start.
+      reconfigurations: epoch switches since start.
+      uptime_seconds: since the service became ready.
+    """
+
+    model: str
+    ready: bool
+    draining: bool
+    placement: Placement | None
+    instances: tuple[InstanceStatus, ...]
+    replicas: tuple[ReplicaStatus, ...]
+    queued: int
+    requests_running: int
+    requests_finished: int
+    tokens_committed: int
+    reconfigurations: int
+    uptime_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """Something happened that operators want to know.
+
+    Attributes:
+      time: Unix time in seconds.
+      kind: ``ready notice lost plan precopy stop switch joined draining``.
+      epoch: epoch at the time.
+      message: one line for people.
+      fields: the same as data (instance, bytes, seconds ...).
+    """
+
+    time: float
+    kind: str
+    epoch: int
+    message: str
+    fields: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfiguration:
+    """What one change of the mesh did.
+
+    Attributes:
+      epoch: the new epoch.
+      before, after: placements, None where no mesh could be formed.
+      bytes_in_place: needed bytes that stayed where they were.
+      bytes_moved: bytes moved between devices, parameters and KV.
+      bytes_loaded: bytes read from the checkpoint.
+      precopy_seconds: parameters were brought into place while decoding went on.
+      pause_seconds: from the token boundary at which decoding stopped to the switch.
+      requests_kept: running sequences that went on with their KV.
+      requests_recomputed: running sequences whose KV is computed again.
+    """
+
+    epoch: int
+    before: Placement | None
+    after: Placement | None
+    bytes_in_place: int
+    bytes_moved: int
+    bytes_loaded: int
+    precopy_seconds: float
+    pause_seconds: float
+    requests_kept: int
+    requests_recomputed: int
