@@ -1,0 +1,77 @@
+"""Rotary position embedding and its scaling variants, in the half-split order of Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spotjax.models.config import LlamaConfig, RopeScaling
+
+
+def frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
+    """Angular frequency of every rotated pair, and the scale of the rotated vectors.
+
+    Returns: ((H / 2,) float32 radians per position, attention scale).
+
+    Source: Su et al. 2021; ``llama3`` as in Meta's Llama 3.1 release; ``yarn`` Peng et al. 2023, section 3.
+    """
+    exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    base = (1.0 / np.float32(config.rope_base) ** exponents).astype(np.float32)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return base, 1.0
+    if scaling.kind == "linear":
+        return base / np.float32(scaling.factor), 1.0
+    if scaling.kind == "llama3":
+        return _llama3(base, scaling), 1.0
+    return _yarn(base, scaling, config)
+
+
+def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Long wavelengths are stretched, short ones kept, those between interpolated."""
+    turns = scaling.original_positions * base / (2 * np.pi)
+    smooth = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
+    smooth = np.clip(smooth, 0.0, 1.0)
+    return ((1 - smooth) * base / scaling.factor + smooth * base).astype(np.float32)
+
+
+def _yarn(base: np.ndarray, scaling: RopeScaling, config: LlamaConfig) -> tuple[np.ndarray, float]:
+    """Interpolates the dimensions that turn seldom over the original context, keeps those that turn often."""
+    pairs = len(base)
+
+    def pair_of(turns: float) -> float:
+        original = scaling.original_positions
+        ratio = math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+        return config.head_size * ratio
+
+    low = max(math.floor(pair_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), config.head_size - 1)
+    ramp = np.clip((np.arange(pairs, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    scaled = base / scaling.factor * ramp + base * (1 - ramp)
+    attention = scaling.attention_factor
+    if attention is None:
+        attention = 0.1 * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+    return scaled.astype(np.float32), attention
+
+
+def rotations(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for ``positions``.
+
+    Args:
+      positions: (B, T) int32.
+
+    Returns: two (B, T, 1, H / 2) float32 arrays.
+    """
+    speed, scale = frequencies(config)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(speed)[None, None, None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of (B, T, heads, H) by the given angles; the same dtype comes back."""
+    cos, sin = rotation
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
