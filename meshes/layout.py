@@ -1,4 +1,4 @@
-"""Which index ranges of which array belong at position (d, p, m): the one answer that loading, planning, moving and running share.
+"""Which index ranges of which array belong at position (d, p, m): what loading, planning, moving and running share.
 
 Parameters and KV follow the same rules. Owns no devices and no bytes.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from spotjax.meshes.rules import DEFAULT_RULES
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import Index, Range
 from spotjax.models.spec import ArraySpec, ModelSpec
 
-TENSOR_AXES = ("heads", "kv_heads", "mlp", "vocab")
+TENSOR_AXES = DEFAULT_RULES.split_by("tensor")
 """Logical axes that the ``tensor`` mesh axis splits; all others are whole at every position."""
 
 LayerRanges = tuple[Range, ...]

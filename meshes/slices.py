@@ -16,7 +16,7 @@ class ArraySlice(NamedTuple):
     """The part of array ``name`` that ``index`` covers, in the array's own (logical) indices."""
 
     name: str
-    index: Index
+    index: Index  # type: ignore[assignment]  # shadows tuple.index, which nobody needs here
 
     @property
     def shape(self) -> tuple[int, ...]:

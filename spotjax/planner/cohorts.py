@@ -1,0 +1,71 @@
+"""Which new replica goes on with which sequences when the number of replicas changes. Moves nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spotjax.planner.holdings import KvCohort, LiveSequence
+
+
+@dataclass(frozen=True, slots=True)
+class Inheritance:
+    """Who goes on with what.
+
+    Attributes:
+      cohorts: sequences that keep their KV, by old and new replica.
+      recomputed: (old replica, sequence) of those for whose KV there is no room, most progress first.
+    """
+
+    cohorts: tuple[KvCohort, ...]
+    recomputed: tuple[tuple[int, LiveSequence], ...]
+
+
+def assign_cohorts(
+    live: Mapping[int, Sequence[LiveSequence]], replicas: int, page_capacity: int, page_size: int
+) -> Inheritance:
+    """Gives the live sequences of the old replicas to ``replicas`` new ones.
+
+    The old replicas with the most live pages each have one heir, of the same number where there is one. An heir takes
+    the sequences with the most progress first while they fit into its ``page_capacity`` pages; those left over, and
+    those of old replicas without an heir, go to the new replica with the most free pages, most progress first. This is
+    SpotServe's rule (keep what has decoded longest) with pages in place of whole batches.
+    """
+    heirs = _heirs(live, replicas)
+    free = [page_capacity] * replicas
+    taken: dict[tuple[int, int], list[LiveSequence]] = {}
+    left: list[tuple[int, LiveSequence]] = []
+
+    def take(old: int, new: int, sequence: LiveSequence) -> None:
+        free[new] -= sequence.pages
+        taken.setdefault((old, new), []).append(sequence)
+
+    for old in sorted(live):
+        for sequence in _most_progress_first((old, sequence) for sequence in live[old]):
+            new = heirs.get(old)
+            if new is not None and sequence[1].pages <= free[new]:
+                take(old, new, sequence[1])
+            else:
+                left.append(sequence)
+    recomputed: list[tuple[int, LiveSequence]] = []
+    for old, leftover in _most_progress_first(left):
+        new = max(range(replicas), key=lambda replica: (free[replica], -replica))
+        if leftover.pages <= free[new]:
+            take(old, new, leftover)
+        else:
+            recomputed.append((old, leftover))
+    cohorts = (KvCohort(old, new, tuple(sequences), page_size) for (old, new), sequences in sorted(taken.items()))
+    return Inheritance(tuple(cohorts), tuple(recomputed))
+
+
+def _heirs(live: Mapping[int, Sequence[LiveSequence]], replicas: int) -> dict[int, int]:
+    """Old replica to the new replica that inherits from it, for as many as there are new ones."""
+    pages = {old: sum(sequence.pages for sequence in sequences) for old, sequences in live.items()}
+    inheriting = sorted(pages, key=lambda old: (-pages[old], old))[:replicas]
+    heirs = {old: old for old in inheriting if old < replicas}
+    vacant = iter(sorted(set(range(replicas)) - set(heirs)))
+    return heirs | {old: next(vacant) for old in sorted(inheriting) if old not in heirs}
+
+
+def _most_progress_first(entries: Iterable[tuple[int, LiveSequence]]) -> list[tuple[int, LiveSequence]]:
+    return sorted(entries, key=lambda entry: (-entry[1].progress, entry[0], entry[1].key))

@@ -1,0 +1,56 @@
+import pytest
+
+from spotjax.meshes.layout import TENSOR_AXES
+from spotjax.meshes.rules import DEFAULT_RULES, AxisRules
+from spotjax.models.config import LlamaConfig
+from spotjax.models.spec import ModelSpec
+
+FULL = LlamaConfig(
+    vocab=10,
+    width=8,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=2,
+    mlp=12,
+    attention_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+)
+
+
+def test_every_array_of_a_model_and_its_kv_has_a_partition() -> None:
+    spec = ModelSpec(FULL)
+    for array in (*spec.parameters, spec.kv_array(0, 3, 4)):
+        partition = DEFAULT_RULES.partition(array.axes)
+        assert len(partition) == len(array.shape)
+        assert [axis in TENSOR_AXES for axis in array.axes] == [to == "tensor" for to in partition]
+
+
+def test_defaults_split_heads_kv_heads_mlp_and_vocab_over_tensor_and_nothing_else() -> None:
+    assert DEFAULT_RULES.split_by("tensor") == {"heads", "kv_heads", "mlp", "vocab"} == TENSOR_AXES
+    assert not DEFAULT_RULES.split_by("data") and not DEFAULT_RULES.split_by("stage")
+    assert DEFAULT_RULES.partition(("embed", "heads", "head_size")) == (None, "tensor", None)
+
+
+def test_two_axes_on_one_mesh_axis_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="'heads' and 'mlp' both map to mesh axis 'tensor'"):
+        DEFAULT_RULES.partition(("embed", "heads", "mlp"))
+    with pytest.raises(ValueError, match="'mlp' and 'mlp' both map"):
+        DEFAULT_RULES.partition(("mlp", "mlp"))
+
+
+def test_unknown_logical_axis_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no rule for logical axis 'experts'"):
+        DEFAULT_RULES.partition(("embed", "experts"))
+
+
+def test_unknown_mesh_axis_is_refused_at_construction() -> None:
+    with pytest.raises(ValueError, match="'heads' maps to 'model'"):
+        AxisRules({"heads": "model"})
+
+
+def test_own_rules_replace_the_defaults() -> None:
+    rules = AxisRules({"batch": "data", "embed": None})
+    assert rules.partition(("batch", "embed")) == ("data", None)
