@@ -1,4 +1,4 @@
-"""Makes the golden files that parity tests compare with: tiny random checkpoints and what Hugging Face transformers computes.
+"""Makes the golden files of the parity tests: tiny random checkpoints, and what Hugging Face transformers computes.
 
     pip install spotjax[parity]
     python -m spotjax.tools.make_golden tests/golden
