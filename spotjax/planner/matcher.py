@@ -101,6 +101,8 @@ def assign(weights: Weights) -> list[int]:
     Columns that are equal for all rows are taken from the left, and rows that are equal for all columns have theirs in
     order, so that ties keep order.
     """
+    if not len(weights):
+        return []
     chosen = linear_sum_assignment(weights, maximize=True)[1]
     same_column = np.unique(weights, axis=1, return_inverse=True)[1].reshape(-1)
     for kind in np.unique(same_column[chosen]):

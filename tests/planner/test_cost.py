@@ -1,0 +1,113 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from planner_cases import fleet, kind, llama, shapes, specs
+
+from spotjax.meshes.layout import shard_shape, slices_at, split_layers
+from spotjax.meshes.shape import MeshShape, Position
+from spotjax.meshes.slices import ArraySlice
+from spotjax.models.config import LlamaConfig
+from spotjax.models.spec import ModelSpec
+from spotjax.planner.cost import (
+    CALL_SECONDS,
+    decode_seconds,
+    memory_need,
+    parameter_bytes,
+    prefill_seconds,
+    step_seconds,
+    throughput,
+)
+from spotjax.planner.demand import Demand
+
+LARGE = ModelSpec(LlamaConfig(vocab=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, mlp=11_008), 2)
+
+
+@given(st.data())
+def test_parameter_bytes_are_those_of_the_padded_slices_at_the_position(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    shape = data.draw(shapes(spec, fleet(4, 4, 4)))
+    layers = split_layers(spec.config.layers, shape.stage)
+    arrays = {array.name: array for array in spec.parameters}
+    for stage in range(shape.stage):
+        held = slices_at(spec.parameters, spec, shape, layers, Position(0, stage, 0))
+        padded = sum(ArraySlice(name, index).size for name, index in held.items()) * spec.dtype_bytes
+        assert parameter_bytes(spec, shape, layers, stage) == padded
+        assert all(ArraySlice(n, i).shape == shard_shape(arrays[n], spec, shape.tensor) for n, i in held.items())
+
+
+@given(st.data())
+def test_kv_bytes_are_those_of_the_pages_that_the_longest_stage_holds(data: st.DataObject) -> None:
+    spec = data.draw(specs())
+    shape = data.draw(shapes(spec, fleet(4, 4, 4)))
+    layers = split_layers(spec.config.layers, shape.stage)
+    demand = Demand(page_size=4, kv_pages=data.draw(st.integers(1, 9)))
+    array = spec.kv_array(0, demand.pages, 4)
+    elements = ArraySlice("kv", tuple((0, n) for n in shard_shape(array, spec, shape.tensor))).size
+    most = max(memory_need(spec, shape, layers, demand).kv, 0)
+    assert most % (elements * spec.dtype_bytes) == 0
+    held = most // (elements * spec.dtype_bytes)
+    assert held in {stop - start for start, stop in layers}
+
+
+def test_memory_need_counts_parameters_kv_and_a_margin() -> None:
+    need = memory_need(LARGE, MeshShape(1, 1, 1), ((0, 32),), Demand(batch=4, prompt=1024, output=0 + 1024))
+    assert need.parameters == LARGE.parameter_bytes
+    assert need.kv == 4 * 2048 * LARGE.kv_bytes_per_position
+    assert need.activations > 0
+    assert need.total > need.parameters + need.kv + need.activations
+
+
+def test_decoding_one_sequence_takes_as_long_as_reading_the_parameters() -> None:
+    v100 = kind(4, flops=1.25e14)
+    read = (LARGE.parameter_bytes - 32_000 * 4096 * 2) / v100.memory_bandwidth
+    seconds = decode_seconds(LARGE, MeshShape(1, 1, 1), ((0, 32),), v100, 1, 1)
+    assert seconds == pytest.approx(read + CALL_SECONDS, rel=1e-3)
+
+
+def test_prefilling_many_tokens_takes_as_long_as_computing_them() -> None:
+    v100 = kind(4, flops=1.25e14)
+    tokens = 2048
+    flops = 2 * tokens * 32 * (4 * 4096 * 4096 + 3 * 4096 * 11_008) + 2 * 32 * tokens**2 * 4096
+    seconds = prefill_seconds(LARGE, MeshShape(1, 1, 1), ((0, 32),), v100, tokens)
+    assert seconds == pytest.approx(flops / v100.flops + CALL_SECONDS, rel=1e-2)
+
+
+def test_tensor_degree_divides_the_reading_and_adds_collectives() -> None:
+    one, four = MeshShape(1, 1, 1), MeshShape(1, 1, 4)
+    slow, fast = kind(4), replace(kind(4), link_bandwidth=1e30)
+    alone = decode_seconds(LARGE, one, ((0, 32),), slow, 8, 512)
+    split = decode_seconds(LARGE, four, ((0, 32),), slow, 8, 512)
+    assert alone / 4 < split < alone
+    assert decode_seconds(LARGE, four, ((0, 32),), fast, 8, 512) < split
+
+
+def test_stages_overlap_micro_batches() -> None:
+    spec, shape = LARGE, MeshShape(1, 4, 1)
+    layers = split_layers(32, 4)
+    alone = decode_seconds(spec, shape, layers, kind(1), 2, 512)
+    assert step_seconds(spec, shape, layers, kind(1), 8, 512) < 1.5 * alone
+    assert throughput(spec, shape, layers, kind(1), 8, 512) > 2.5 * throughput(spec, shape, layers, kind(1), 2, 512)
+
+
+@given(st.integers(1, 64), st.integers(1, 4096))
+def test_more_sequences_and_longer_contexts_never_take_less_time(batch: int, context: int) -> None:
+    shape, layers = MeshShape(1, 3, 2), split_layers(32, 3)
+    now = step_seconds(LARGE, shape, layers, kind(2), batch, context)
+    assert step_seconds(LARGE, shape, layers, kind(2), batch + 1, context) >= now
+    assert step_seconds(LARGE, shape, layers, kind(2), batch, context + 1) >= now
+
+
+def test_replicas_multiply_throughput() -> None:
+    layers = split_layers(5, 2)
+    spec = llama()
+    one = throughput(spec, MeshShape(1, 2, 1), layers, kind(1), 4, 32)
+    assert throughput(spec, MeshShape(3, 2, 1), layers, kind(1), 4, 32) == pytest.approx(3 * one)
+
+
+def test_demand_counts_pages_for_typical_requests_and_refuses_numbers_below_one() -> None:
+    assert Demand(batch=3, prompt=10, output=7, page_size=4).pages == 3 * 5
+    assert Demand(batch=3, kv_pages=2).pages == 2
+    with pytest.raises(ValueError, match="kv_pages must be at least 1, got 0"):
+        Demand(kv_pages=0)

@@ -1,0 +1,149 @@
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_cases import Change, changes, fleet, llama, placed
+
+from spotjax.errors import NotEnoughPlaces
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.layout import split_layers
+from spotjax.meshes.shape import MeshShape
+from spotjax.planner.holdings import Holdings, needs_of
+from spotjax.planner.matcher import assign, match
+
+
+def matched(change: Change):
+    needs = needs_of(change.spec, change.shape, change.after_layers, change.cohorts)
+    return needs, match(change.shape, needs, change.hosts, change.holdings)
+
+
+def bytes_in_place(change: Change, needs, matching) -> int:
+    return sum(change.holdings.reusable_bytes(device, needs[position]) for position, device in matching.items())
+
+
+@given(changes())
+def test_every_position_has_its_own_device_and_no_group_crosses_instances(change: Change) -> None:
+    _, matching = matched(change)
+    assert list(matching) == list(change.shape.positions())
+    assert len(set(matching.values())) == len(matching)
+    ready = {device for host in change.hosts for device in host.devices}
+    assert set(matching.values()) <= ready
+    for position, device in matching.items():
+        assert device.instance == matching[position._replace(tensor=0)].instance
+
+
+def most_bytes(change: Change, needs) -> int:
+    """Brute force over all ways to put positions on devices, groups inside instances."""
+    devices = [device for host in change.hosts for device in host.devices]
+    positions = list(change.shape.positions())
+    weight = {(p, d): change.holdings.reusable_bytes(d, needs[p]) for p in positions for d in devices}
+    best = 0
+    for chosen in permutations(devices, len(positions)):
+        groups: dict[tuple[int, int], set[str]] = {}
+        for position, device in zip(positions, chosen, strict=True):
+            groups.setdefault((position.data, position.stage), set()).add(device.instance)
+        if all(len(names) == 1 for names in groups.values()):
+            best = max(best, sum(weight[pair] for pair in zip(positions, chosen, strict=True)))
+    return best
+
+
+def small(change: Change) -> bool:
+    return change.shape.devices <= 5 and sum(host.type.devices for host in change.hosts) <= 6
+
+
+@settings(max_examples=150)
+@given(st.sampled_from((1, 2)).flatmap(lambda g: changes(sizes=(g,))).filter(small))
+def test_the_most_bytes_stay_in_place_with_one_size_of_place(change: Change) -> None:
+    if change.hosts[0].type.devices not in (1, change.shape.tensor) and change.shape.tensor != 1:
+        return
+    needs, matching = matched(change)
+    assert bytes_in_place(change, needs, matching) == most_bytes(change, needs)
+
+
+@settings(max_examples=150)
+@given(changes(sizes=(1, 2, 3, 4), most_instances=3, most=2).filter(small))
+def test_the_most_bytes_stay_in_place_on_instances_with_several_places(change: Change) -> None:
+    needs, matching = matched(change)
+    assert bytes_in_place(change, needs, matching) == most_bytes(change, needs)
+
+
+def test_nothing_held_keeps_the_order_of_positions_and_devices() -> None:
+    spec, shape = llama(layers=4), MeshShape(2, 2, 2)
+    instances = fleet(4, 1, 2, 3, 4)
+    devices = list(placed(spec, shape, instances).devices.values())
+    assert devices == [
+        DeviceRef(f"i{name}", index) for name in (0, 2, 3) for index in range(4) if (name, index) in USED
+    ]
+
+
+USED = {(0, 0), (0, 1), (0, 2), (0, 3), (2, 0), (2, 1), (3, 0), (3, 1)}
+
+
+@given(changes(with_gone=False))
+def test_an_unchanged_mesh_stays_where_it_is(change: Change) -> None:
+    before = change.before
+    needs = needs_of(change.spec, before.shape, before.layers, ())
+    holdings = Holdings.of(change.spec, before, (), ())
+    alive = Holdings(holdings.devices, holdings.element_bytes)
+    matching = match(before.shape, needs, change.instances, alive)
+    everything = sum(alive.reusable_bytes(device, needs[position]) for position, device in before.devices.items())
+    assert sum(alive.reusable_bytes(device, needs[position]) for position, device in matching.items()) == everything
+
+
+def test_a_newcomer_takes_the_place_of_the_lost_instance_and_the_others_stay() -> None:
+    spec, shape = llama(layers=3), MeshShape(1, 3, 1)
+    instances = fleet(1, 1, 1, 1)
+    before = placed(spec, shape, instances[:3])
+    hosts = [instances[0], instances[2], instances[3]]
+    needs = needs_of(spec, shape, before.layers, ())
+    matching = match(shape, needs, hosts, Holdings.of(spec, before, (), hosts))
+    assert [device.instance for device in matching.values()] == ["i0", "i3", "i2"]
+
+
+def test_kv_decides_between_devices_with_equal_parameters() -> None:
+    from spotjax.planner.cohorts import assign_cohorts
+    from spotjax.planner.holdings import LiveSequence
+
+    spec, instances = llama(layers=2), fleet(1, 1, 1)
+    before = placed(spec, MeshShape(3, 1, 1), instances)
+    live = {0: [LiveSequence(0, 1, 2)], 1: [LiveSequence(0, 2, 4)], 2: [LiveSequence(0, 3, 6)]}
+    shape = MeshShape(2, 1, 1)
+    cohorts = assign_cohorts(live, 2, 4, 2).cohorts
+    needs = needs_of(spec, shape, split_layers(2, 1), cohorts)
+    matching = match(shape, needs, instances, Holdings.of(spec, before, cohorts, instances))
+    assert [device.instance for device in matching.values()] == ["i2", "i1"]
+
+
+def test_too_few_places_are_counted_in_the_error() -> None:
+    spec, shape = llama(layers=2), MeshShape(2, 2, 2)
+    with pytest.raises(NotEnoughPlaces, match="4 stage groups need a place each, the instances offer 3"):
+        placed(spec, shape, fleet(3, 4, 1))
+
+
+weights = st.integers(1, 4).flatmap(
+    lambda rows: st.integers(rows, 5).flatmap(
+        lambda columns: st.lists(
+            st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=rows, max_size=rows
+        )
+    )
+)
+
+
+@given(weights)
+def test_assignment_is_a_maximum_and_different_for_every_row(rows: list[list[int]]) -> None:
+    table = np.array(rows, dtype=np.int64)
+    chosen = assign(table)
+    assert len(set(chosen)) == len(rows)
+    best = max(
+        sum(row[c] for row, c in zip(rows, columns, strict=True))
+        for columns in permutations(range(len(rows[0])), len(rows))
+    )
+    assert sum(row[c] for row, c in zip(rows, chosen, strict=True)) == best
+
+
+def test_assignment_ties_keep_order() -> None:
+    assert assign(np.zeros((3, 5), dtype=np.int64)) == [0, 1, 2]
+    assert assign(np.array([[0, 0, 7, 0], [0, 0, 0, 0], [0, 0, 0, 0]])) == [2, 0, 1]
+    assert assign(np.array([[5, 5, 0], [5, 5, 0]])) == [0, 1]
