@@ -1,0 +1,39 @@
+"""What the blocking and the asyncio client share: channel options, and telling whether a request was accepted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from spotjax.api.generation import REQUEST_ID_KEY
+from spotjax.api.validation import MAX_MESSAGE_BYTES
+
+DEFAULT_SERVER = "127.0.0.1:8470"
+CANCEL_TIMEOUT = 1.0
+"""Seconds that a client gives a courtesy: ending a request that it does not wait for any more."""
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),  # notice within seconds that the server's machine died
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+def names_request(initial_metadata: Iterable[Any] | None) -> bool:
+    """Whether initial metadata says that the request was accepted."""
+    return any(key == REQUEST_ID_KEY for key, _ in initial_metadata or ())
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The monotonic time ``timeout`` seconds from now; None stays None."""
+    return None if timeout is None else time.monotonic() + timeout
+
+
+def seconds_until(deadline: float | None) -> float | None:
+    """Seconds left, at least 0; None where there is no deadline."""
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

@@ -1,0 +1,58 @@
+"""The gRPC service ``spotjax.v1.Fleet``: shows and changes the machines that serve."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+from spotjax.api.backend import Backend
+from spotjax.api.errors import Context, rpc
+from spotjax.api.fleet_messages import event_to, reconfiguration_to, status_to
+from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
+from spotjax.api.proto.spotjax.v1 import fleet_pb2_grpc as pb_grpc
+from spotjax.errors import InvalidRequest
+
+MAX_GRACE_SECONDS = 3600
+MAX_ADDED = 1024
+
+
+class FleetServicer(pb_grpc.FleetServicer):
+    """Serves the backend's fleet half."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @rpc
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.FleetStatus:
+        """A snapshot."""
+        service, _ = self._backend.get()
+        return status_to(service.status())
+
+    @rpc
+    async def Watch(self, request: pb.WatchRequest, context: Context) -> None:
+        """Streams events until the client leaves or the server stops."""
+        service, _ = self._backend.get()
+        events = service.watch()
+        try:
+            async for event in events:
+                await context.write(event_to(event))
+        finally:
+            if isinstance(events, AsyncGenerator):
+                await events.aclose()
+
+    @rpc
+    async def Preempt(self, request: pb.PreemptRequest, context: Context) -> pb.Reconfiguration:
+        """Takes an instance away."""
+        service, _ = self._backend.get()
+        if not request.instance:
+            raise InvalidRequest("instance", "must name an instance")
+        if not 0 <= request.grace_seconds <= MAX_GRACE_SECONDS:
+            raise InvalidRequest("grace_seconds", f"must be in [0, {MAX_GRACE_SECONDS}], got {request.grace_seconds:g}")
+        return reconfiguration_to(await service.preempt(request.instance, request.grace_seconds))
+
+    @rpc
+    async def Add(self, request: pb.AddRequest, context: Context) -> pb.Reconfiguration:
+        """Lets instances join."""
+        service, _ = self._backend.get()
+        if not 1 <= request.count <= MAX_ADDED:
+            raise InvalidRequest("count", f"must be in [1, {MAX_ADDED}], got {request.count}")
+        return reconfiguration_to(await service.add(request.count))

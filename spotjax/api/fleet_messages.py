@@ -1,0 +1,187 @@
+"""Fleet messages to and from the dataclasses of ``spotjax.fleet.status``. Every ``_to`` is undone by its ``_from``."""
+
+from __future__ import annotations
+
+from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
+from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
+from spotjax.meshes.instance import DeviceRef, InstanceState
+from spotjax.meshes.placement import Placement
+from spotjax.meshes.shape import MeshShape, Position
+
+STATES = {
+    InstanceState.JOINING: pb.INSTANCE_STATE_JOINING,
+    InstanceState.READY: pb.INSTANCE_STATE_READY,
+    InstanceState.NOTICED: pb.INSTANCE_STATE_NOTICED,
+    InstanceState.DRAINING: pb.INSTANCE_STATE_DRAINING,
+    InstanceState.GONE: pb.INSTANCE_STATE_GONE,
+}
+STATES_BACK = {number: state for state, number in STATES.items()}
+
+STATUS_FIELDS = (
+    "model",
+    "ready",
+    "draining",
+    "queued",
+    "requests_running",
+    "requests_finished",
+    "tokens_committed",
+    "reconfigurations",
+    "uptime_seconds",
+)
+REPLICA_FIELDS = ("data", "running", "waiting", "pages_used", "pages_total")
+RECONFIGURATION_FIELDS = (
+    "epoch",
+    "bytes_in_place",
+    "bytes_moved",
+    "bytes_loaded",
+    "precopy_seconds",
+    "pause_seconds",
+    "requests_kept",
+    "requests_recomputed",
+)
+
+
+def placement_to(placement: Placement | None) -> pb.Placement | None:
+    """The message for a placement; None stays None."""
+    if placement is None:
+        return None
+    shape = placement.shape
+    return pb.Placement(
+        epoch=placement.epoch,
+        shape=pb.MeshShape(data=shape.data, stage=shape.stage, tensor=shape.tensor),
+        layers=[pb.LayerRange(start=start, stop=stop) for start, stop in placement.layers],
+        devices=[
+            pb.PlacedDevice(
+                position=pb.Position(data=at.data, stage=at.stage, tensor=at.tensor),
+                instance=placement.devices[at].instance,
+                index=placement.devices[at].index,
+            )
+            for at in shape.positions()
+        ],
+    )
+
+
+def position_from(message: pb.Position) -> Position:
+    """A place in the mesh."""
+    return Position(message.data, message.stage, message.tensor)
+
+
+def placement_from(message: pb.Placement) -> Placement:
+    """The placement that a message carries."""
+    return Placement(
+        epoch=message.epoch,
+        shape=MeshShape(message.shape.data, message.shape.stage, message.shape.tensor),
+        layers=tuple((layer.start, layer.stop) for layer in message.layers),
+        devices={
+            position_from(device.position): DeviceRef(device.instance, device.index) for device in message.devices
+        },
+    )
+
+
+def instance_to(instance: InstanceStatus) -> pb.InstanceStatus:
+    """The message for one instance."""
+    return pb.InstanceStatus(
+        name=instance.name,
+        type=instance.type,
+        state=STATES[instance.state],
+        devices=instance.devices,
+        positions={
+            index: pb.Position(data=data, stage=stage, tensor=tensor)
+            for index, (data, stage, tensor) in instance.positions.items()
+        },
+    )
+
+
+def instance_from(message: pb.InstanceStatus) -> InstanceStatus:
+    """The instance that a message describes."""
+    return InstanceStatus(
+        name=message.name,
+        type=message.type,
+        state=STATES_BACK[message.state],
+        devices=message.devices,
+        positions={index: position_from(position) for index, position in sorted(message.positions.items())},
+    )
+
+
+def status_to(status: FleetStatus) -> pb.FleetStatus:
+    """The message for a snapshot."""
+    return pb.FleetStatus(
+        **{name: getattr(status, name) for name in STATUS_FIELDS},
+        placement=placement_to(status.placement),
+        instances=map(instance_to, status.instances),
+        replicas=[
+            pb.ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in status.replicas
+        ],
+    )
+
+
+def status_from(message: pb.FleetStatus) -> FleetStatus:
+    """The snapshot that a message carries."""
+    return FleetStatus(
+        **{name: getattr(message, name) for name in STATUS_FIELDS},
+        placement=placement_from(message.placement) if message.HasField("placement") else None,
+        instances=tuple(map(instance_from, message.instances)),
+        replicas=tuple(
+            ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in message.replicas
+        ),
+    )
+
+
+def value_to(value: str | int | float) -> pb.Value:
+    """The message for one datum of an event."""
+    match value:
+        case str():
+            return pb.Value(text=value)
+        case int():
+            return pb.Value(integer=value)
+    return pb.Value(number=value)
+
+
+def value_from(message: pb.Value) -> str | int | float:
+    """The datum that a message carries."""
+    match message.WhichOneof("value"):
+        case "text":
+            return message.text
+        case "integer":
+            return message.integer
+    return message.number
+
+
+def event_to(event: FleetEvent) -> pb.FleetEvent:
+    """The message for an event."""
+    return pb.FleetEvent(
+        time=event.time,
+        kind=event.kind,
+        epoch=event.epoch,
+        message=event.message,
+        fields={name: value_to(value) for name, value in event.fields.items()},
+    )
+
+
+def event_from(message: pb.FleetEvent) -> FleetEvent:
+    """The event that a message carries."""
+    return FleetEvent(
+        time=message.time,
+        kind=message.kind,
+        epoch=message.epoch,
+        message=message.message,
+        fields={name: value_from(value) for name, value in sorted(message.fields.items())},
+    )
+
+
+def reconfiguration_to(report: Reconfiguration) -> pb.Reconfiguration:
+    """The message for a report."""
+    return pb.Reconfiguration(
+        **{name: getattr(report, name) for name in RECONFIGURATION_FIELDS},
+        before=placement_to(report.before),
+        after=placement_to(report.after),
+    )
+
+
+def reconfiguration_from(message: pb.Reconfiguration) -> Reconfiguration:
+    """The report that a message carries."""
+    return Reconfiguration(
+        **{name: getattr(message, name) for name in RECONFIGURATION_FIELDS},
+        before=placement_from(message.before) if message.HasField("before") else None,
+        after=placement_from(message.after) if message.HasField("after") else None,
+    )

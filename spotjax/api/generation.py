@@ -1,0 +1,99 @@
+"""The gRPC service ``spotjax.v1.Generation``: requests in, committed tokens out.
+
+Owns when a client that goes away ends its request. Checking requests is ``validation.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from spotjax.api.backend import Backend
+from spotjax.api.errors import Context, Unavailable, rpc
+from spotjax.api.generation_messages import delta_to
+from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
+from spotjax.api.proto.spotjax.v1 import generation_pb2_grpc as pb_grpc
+from spotjax.api.validation import accepted_request, checked_request_id
+from spotjax.engine.generation import Delta
+from spotjax.errors import UnknownRequest
+from spotjax.fleet.service import Service
+
+REQUEST_ID_KEY = "spotjax-request-id"
+
+CLOCK_SLACK = 0.25
+"""A disconnect so many seconds before the deadline is the deadline: the client's own timer runs ahead of ours."""
+
+
+class GenerationServicer(pb_grpc.GenerationServicer):
+    """Serves the backend's generation half."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @rpc
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
+        """Takes a request and streams its output."""
+        service, model = self._backend.get()
+        accepted = await accepted_request(request, model)
+        service.submit(accepted)
+        try:
+            await context.send_initial_metadata(((REQUEST_ID_KEY, accepted.request_id),))
+            await forward(service.stream(accepted.request_id), context, set(range(accepted.n)))
+        except BaseException:
+            if not accepted.resumable:
+                abandon(service, accepted.request_id, context)
+            raise
+
+    @rpc
+    async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
+        """Streams the output of an accepted request from where the client says."""
+        service, _ = self._backend.get()
+        request_id = checked_request_id(request.request_id)
+        stream = service.stream(request_id, tuple(request.offsets))
+        await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+        await forward(stream, context, set(range(len(request.offsets))))
+
+    @rpc
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        """Ends a request."""
+        service, _ = self._backend.get()
+        return pb.CancelResponse(cancelled=service.cancel(checked_request_id(request.request_id)))
+
+    @rpc
+    async def Models(self, request: pb.ModelsRequest, context: Context) -> pb.ModelsResponse:
+        """Lists the one model."""
+        _, model = self._backend.get()
+        vocab_size = model.tokenizer.vocab_size
+        served = pb.Model(name=model.name, max_model_len=model.max_model_len, vocab_size=vocab_size)
+        return pb.ModelsResponse(models=[served])
+
+
+async def forward(stream: AsyncIterator[Delta], context: Context, unfinished: set[int]) -> None:
+    """Writes a stream to the client.
+
+    Args:
+      unfinished: choices that the client waits for; those that turn up in the stream are added.
+
+    Raises:
+      Unavailable: the stream ended before each choice had a finish reason, because the service stopped.
+    """
+    try:
+        async for delta in stream:
+            await context.write(delta_to(delta))
+            if delta.finish is None:
+                unfinished.add(delta.choice)
+            else:
+                unfinished.discard(delta.choice)
+    finally:
+        if isinstance(stream, AsyncGenerator):
+            await stream.aclose()
+    if unfinished:
+        raise Unavailable("the server stopped before the request finished; take it up again with Resume")
+
+
+def abandon(service: Service, request_id: str, context: Context) -> None:
+    """Ends a request that its client does not wait for any more."""
+    remaining = context.time_remaining()
+    expired = remaining is not None and remaining <= CLOCK_SLACK
+    with contextlib.suppress(UnknownRequest):  # it finished and its retention is over
+        service.cancel(request_id, "deadline" if expired else "cancelled")

@@ -1,0 +1,213 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class InstanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    INSTANCE_STATE_UNSPECIFIED: _ClassVar[InstanceState]
+    INSTANCE_STATE_JOINING: _ClassVar[InstanceState]
+    INSTANCE_STATE_READY: _ClassVar[InstanceState]
+    INSTANCE_STATE_NOTICED: _ClassVar[InstanceState]
+    INSTANCE_STATE_DRAINING: _ClassVar[InstanceState]
+    INSTANCE_STATE_GONE: _ClassVar[InstanceState]
+INSTANCE_STATE_UNSPECIFIED: InstanceState
+INSTANCE_STATE_JOINING: InstanceState
+INSTANCE_STATE_READY: InstanceState
+INSTANCE_STATE_NOTICED: InstanceState
+INSTANCE_STATE_DRAINING: InstanceState
+INSTANCE_STATE_GONE: InstanceState
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class PreemptRequest(_message.Message):
+    __slots__ = ("instance", "grace_seconds")
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    GRACE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    grace_seconds: float
+    def __init__(self, instance: _Optional[str] = ..., grace_seconds: _Optional[float] = ...) -> None: ...
+
+class AddRequest(_message.Message):
+    __slots__ = ("count",)
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    count: int
+    def __init__(self, count: _Optional[int] = ...) -> None: ...
+
+class FleetStatus(_message.Message):
+    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    PLACEMENT_FIELD_NUMBER: _ClassVar[int]
+    INSTANCES_FIELD_NUMBER: _ClassVar[int]
+    REPLICAS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FINISHED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    RECONFIGURATIONS_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    ready: bool
+    draining: bool
+    placement: Placement
+    instances: _containers.RepeatedCompositeFieldContainer[InstanceStatus]
+    replicas: _containers.RepeatedCompositeFieldContainer[ReplicaStatus]
+    queued: int
+    requests_running: int
+    requests_finished: int
+    tokens_committed: int
+    reconfigurations: int
+    uptime_seconds: float
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+
+class Placement(_message.Message):
+    __slots__ = ("epoch", "shape", "layers", "devices")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    shape: MeshShape
+    layers: _containers.RepeatedCompositeFieldContainer[LayerRange]
+    devices: _containers.RepeatedCompositeFieldContainer[PlacedDevice]
+    def __init__(self, epoch: _Optional[int] = ..., shape: _Optional[_Union[MeshShape, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[LayerRange, _Mapping]]] = ..., devices: _Optional[_Iterable[_Union[PlacedDevice, _Mapping]]] = ...) -> None: ...
+
+class MeshShape(_message.Message):
+    __slots__ = ("data", "stage", "tensor")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    data: int
+    stage: int
+    tensor: int
+    def __init__(self, data: _Optional[int] = ..., stage: _Optional[int] = ..., tensor: _Optional[int] = ...) -> None: ...
+
+class LayerRange(_message.Message):
+    __slots__ = ("start", "stop")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    start: int
+    stop: int
+    def __init__(self, start: _Optional[int] = ..., stop: _Optional[int] = ...) -> None: ...
+
+class PlacedDevice(_message.Message):
+    __slots__ = ("position", "instance", "index")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    position: Position
+    instance: str
+    index: int
+    def __init__(self, position: _Optional[_Union[Position, _Mapping]] = ..., instance: _Optional[str] = ..., index: _Optional[int] = ...) -> None: ...
+
+class Position(_message.Message):
+    __slots__ = ("data", "stage", "tensor")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    data: int
+    stage: int
+    tensor: int
+    def __init__(self, data: _Optional[int] = ..., stage: _Optional[int] = ..., tensor: _Optional[int] = ...) -> None: ...
+
+class InstanceStatus(_message.Message):
+    __slots__ = ("name", "type", "state", "devices", "positions")
+    class PositionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: Position
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[Position, _Mapping]] = ...) -> None: ...
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    type: str
+    state: InstanceState
+    devices: int
+    positions: _containers.MessageMap[int, Position]
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ...) -> None: ...
+
+class ReplicaStatus(_message.Message):
+    __slots__ = ("data", "running", "waiting", "pages_used", "pages_total")
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    PAGES_USED_FIELD_NUMBER: _ClassVar[int]
+    PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    data: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    def __init__(self, data: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ...) -> None: ...
+
+class FleetEvent(_message.Message):
+    __slots__ = ("time", "kind", "epoch", "message", "fields")
+    class FieldsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: Value
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Value, _Mapping]] = ...) -> None: ...
+    TIME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    FIELDS_FIELD_NUMBER: _ClassVar[int]
+    time: float
+    kind: str
+    epoch: int
+    message: str
+    fields: _containers.MessageMap[str, Value]
+    def __init__(self, time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+
+class Value(_message.Message):
+    __slots__ = ("text", "integer", "number")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    INTEGER_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    integer: int
+    number: float
+    def __init__(self, text: _Optional[str] = ..., integer: _Optional[int] = ..., number: _Optional[float] = ...) -> None: ...
+
+class Reconfiguration(_message.Message):
+    __slots__ = ("epoch", "before", "after", "bytes_in_place", "bytes_moved", "bytes_loaded", "precopy_seconds", "pause_seconds", "requests_kept", "requests_recomputed")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    BEFORE_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    BYTES_IN_PLACE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_MOVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_LOADED_FIELD_NUMBER: _ClassVar[int]
+    PRECOPY_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PAUSE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_KEPT_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    before: Placement
+    after: Placement
+    bytes_in_place: int
+    bytes_moved: int
+    bytes_loaded: int
+    precopy_seconds: float
+    pause_seconds: float
+    requests_kept: int
+    requests_recomputed: int
+    def __init__(self, epoch: _Optional[int] = ..., before: _Optional[_Union[Placement, _Mapping]] = ..., after: _Optional[_Union[Placement, _Mapping]] = ..., bytes_in_place: _Optional[int] = ..., bytes_moved: _Optional[int] = ..., bytes_loaded: _Optional[int] = ..., precopy_seconds: _Optional[float] = ..., pause_seconds: _Optional[float] = ..., requests_kept: _Optional[int] = ..., requests_recomputed: _Optional[int] = ...) -> None: ...

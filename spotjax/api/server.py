@@ -1,0 +1,103 @@
+"""The gRPC server: both services, health and reflection on one port. Listens before there is a model to serve."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from spotjax.api.backend import Backend
+from spotjax.api.fleet import FleetServicer
+from spotjax.api.generation import GenerationServicer
+from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
+from spotjax.api.validation import MAX_MESSAGE_BYTES, ServedModel
+from spotjax.errors import ConfigError
+from spotjax.fleet.service import Service
+
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in ((generation_pb2, "Generation"), (fleet_pb2, "Fleet"))
+)
+LIVENESS = ("", "liveness")
+READINESS = ("readiness", SERVICES[0])
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died must not keep its request running
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ask as often whether we live
+)
+
+
+class ApiServer:
+    """Serves ``spotjax.v1`` and grpc.health.v1.
+
+    Health: ``""`` and ``liveness`` are SERVING as long as the server answers; ``readiness`` and
+    ``spotjax.v1.Generation`` are SERVING while requests are served and new ones taken.
+    """
+
+    def __init__(self, readiness_interval: float = 0.2) -> None:
+        """A server without a model.
+
+        Args:
+          readiness_interval: seconds between two looks at whether the service is ready.
+        """
+        self._backend = Backend()
+        self._interval = readiness_interval
+        self._health = health.aio.HealthServicer()
+        self._following: asyncio.Task[None] | None = None
+        self._draining = False
+        self._server = grpc.aio.server(options=OPTIONS)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self._backend), self._server)
+        fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self._backend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, listen: str) -> int:
+        """Listens on ``HOST:PORT``; port 0 takes a free one. Returns the port.
+
+        Raises:
+          ConfigError: the address cannot be bound.
+        """
+        try:
+            port = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise ConfigError(f"cannot listen on {listen}: it is in use or not an address of this machine") from error
+        await self._show_readiness()
+        for name in LIVENESS:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        self._following = asyncio.create_task(self._follow_readiness())
+        return port
+
+    async def attach(self, service: Service, model: ServedModel) -> None:
+        """From now on there is something to serve."""
+        self._backend.service, self._backend.model = service, model
+        await self._show_readiness()
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no new requests and waits for the accepted ones, at most ``seconds``. Returns whether all finished."""
+        self._draining = True
+        await self._show_readiness()
+        return self._backend.service is None or await self._backend.service.drain(seconds)
+
+    async def stop(self, grace: float | None = None) -> None:
+        """Ends the server; streams may go on for ``grace`` seconds, by default not at all."""
+        if self._following is not None:
+            self._following.cancel()
+        await self._server.stop(grace)
+
+    async def _show_readiness(self) -> None:
+        ready = self._backend.ready and not self._draining
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in READINESS:
+            await self._health.set(name, status)
+
+    async def _follow_readiness(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            await self._show_readiness()

@@ -1,0 +1,155 @@
+"""The asyncio client of a Spotjax server: ``spotjax.client`` with ``await``. Promises and errors are the same.
+
+async with AsyncSpotjaxClient("127.0.0.1:8470") as client:
+    async for delta in client.generate("Once upon a time", max_tokens=64):
+        print(delta.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Any, Self, Unpack
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from spotjax.api.calls import CANCEL_TIMEOUT, DEFAULT_SERVER, OPTIONS, deadline_after, names_request, seconds_until
+from spotjax.api.errors import Unavailable, error_from
+from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
+from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
+from spotjax.api.requests import Prompt, Sampling, generate_request
+from spotjax.api.resumption import Progress, backoff
+from spotjax.engine.generation import Delta
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+
+
+class AsyncSpotjaxClient:
+    """An asyncio client, for one event loop."""
+
+    def __init__(self, server: str = DEFAULT_SERVER, retries: int = 8) -> None:
+        """Connects at the first call; arguments are those of ``SpotjaxClient``."""
+        self.server = server
+        self._retries = retries
+        self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
+        self._generation = generation_pb2_grpc.GenerationStub(self._channel)
+        self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        await self._channel.close()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: int = 1,
+        request_id: str | None = None,
+        model: str | None = None,
+        resumable: bool = True,
+        timeout: float | None = None,
+        **sampling: Unpack[Sampling],
+    ) -> AsyncGenerator[Delta, None]:
+        """Streams the output for a prompt as it is committed."""
+        request_id = request_id or secrets.token_hex(16)
+        request = generate_request(prompt, sampling, request_id, model, n, resumable)
+        progress = Progress(request_id, [0] * n)
+        try:
+            stream = self._stream(self._generation.Generate, request, progress, resumable, timeout)
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    yield delta
+        finally:
+            if progress.accepted and not progress.complete:  # nobody waits for the rest
+                with contextlib.suppress(Exception):
+                    await self.cancel(request_id, timeout=CANCEL_TIMEOUT)
+
+    async def resume(
+        self, request_id: str, offsets: Sequence[int] = (0,), timeout: float | None = None
+    ) -> AsyncGenerator[Delta, None]:
+        """Streams what is left of an accepted request; ``offsets`` has the number of tokens seen of every choice."""
+        progress = Progress(request_id, list(offsets))
+        stream = self._stream(self._generation.Resume, progress.resume_request(), progress, True, timeout)
+        async with contextlib.aclosing(stream):
+            async for delta in stream:
+                yield delta
+
+    async def cancel(self, request_id: str, timeout: float | None = None) -> bool:
+        """Ends a request at its next token; False when it had already finished."""
+        request = generation_pb2.CancelRequest(request_id=request_id)
+        return bool((await self._call(self._generation.Cancel, request, timeout)).cancelled)
+
+    async def models(self) -> list[generation_pb2.Model]:
+        """What is served."""
+        return list((await self._call(self._generation.Models, generation_pb2.ModelsRequest())).models)
+
+    async def ready(self) -> bool:
+        """Whether requests are served; False while the server starts or drains."""
+        answer = await self._call(self._health.Check, health_pb2.HealthCheckRequest(service="readiness"))
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def status(self) -> FleetStatus:
+        """A snapshot of instances, mesh and load."""
+        return status_from(await self._call(self._fleet.Status, fleet_pb2.StatusRequest()))
+
+    async def watch(self) -> AsyncGenerator[FleetEvent, None]:
+        """Recent events, then new ones; ends when the server stops."""
+        call = self._fleet.Watch(fleet_pb2.WatchRequest())
+        try:
+            async for message in call:
+                yield event_from(message)
+        except grpc.RpcError as failure:
+            raise error_from(failure, self.server) from None
+        finally:
+            call.cancel()
+
+    async def preempt(self, instance: str, grace_seconds: float = 0.0) -> Reconfiguration:
+        """Takes an instance away; returns when it is gone."""
+        request = fleet_pb2.PreemptRequest(instance=instance, grace_seconds=grace_seconds)
+        return reconfiguration_from(await self._call(self._fleet.Preempt, request))
+
+    async def add(self, count: int = 1) -> Reconfiguration:
+        """Lets instances join; returns when they serve."""
+        return reconfiguration_from(await self._call(self._fleet.Add, fleet_pb2.AddRequest(count=count)))
+
+    async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
+        try:
+            return await method(request, timeout=timeout)
+        except grpc.RpcError as failure:
+            raise error_from(failure, self.server) from None
+
+    async def _stream(
+        self, method: Any, request: Any, progress: Progress, resumable: bool, timeout: float | None
+    ) -> AsyncGenerator[Delta, None]:
+        """The responses to one call, and to as many ``Resume`` calls as it takes to see the end."""
+        deadline = deadline_after(timeout)
+        failures = 0
+        while True:
+            call = method(request, timeout=seconds_until(deadline))
+            try:
+                progress.accepted |= names_request(await call.initial_metadata())
+                async for response in call:
+                    failures = 0
+                    yield progress.take(response)
+                return
+            except grpc.RpcError as failure:
+                error = error_from(failure, self.server)
+            finally:
+                call.cancel()
+            failures += 1
+            if not progress.accepted or not resumable or not isinstance(error, Unavailable) or failures > self._retries:
+                raise error
+            await asyncio.sleep(backoff(failures))
+            method, request = self._generation.Resume, progress.resume_request()
