@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spotjax.meshes.layout import kv_heads_per_shard
-from spotjax.models.attention import attend, causal
+from spotjax.models.attention import as_one_page, attend, causal
 from spotjax.models.config import LlamaConfig
 from spotjax.models.rope import rotate, rotations
 from spotjax.models.spec import Axes, ModelSpec
@@ -26,7 +26,7 @@ class KeyValueStore(Protocol):
     """Where one layer keeps keys and values."""
 
     def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Takes (B, T, K, H) of the current positions; returns (B, S, K, H) keys and values to attend to, (B, T, S) visible."""
+        """Takes (B, T, K, H) of the current positions; returns the pages to attend to and what is visible, see ``attend``."""
         ...
 
 
@@ -196,7 +196,7 @@ class _NoStore:
     """Whole sequences without a cache."""
 
     def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return keys, values, causal(keys.shape[0], keys.shape[1])
+        return *as_one_page(keys, values), causal(keys.shape[0], keys.shape[1])
 
 
 class Llama(nnx.Module):

@@ -128,6 +128,7 @@ class RequestState:
       text: output text that is final: no later token can change it, no stop text can begin in it.
       pending: decoded text held back because a stop text may begin in it (the stop-string tail).
       decoded: number of output tokens whose text is in ``text`` + ``pending``; the rest end inside a character.
+      text_ends: length of ``text`` after each output token, so that a stream can be taken up at any token.
       finish: why the sequence ended, None while it runs.
     """
 
@@ -141,6 +142,7 @@ class RequestState:
     text: str = ""
     pending: str = ""
     decoded: int = 0
+    text_ends: tuple[int, ...] = ()
     finish: FinishReason | None = None
 
     @property

@@ -1,0 +1,1 @@
+"""Everything that runs on devices: compiled stage functions, KV pages, sampling, and the pipelines that drive them."""

@@ -1,0 +1,84 @@
+"""The loop of one replica: schedule, run, commit, deliver, with as many steps in flight as the pipeline has stages."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from spotjax.engine.batch import Batch, Pipeline
+from spotjax.engine.commit_log import CommitLog
+from spotjax.engine.request import RequestState
+from spotjax.engine.scheduler import Scheduler
+from spotjax.engine.text import Detokenizer, advance
+from spotjax.errors import InstanceLost
+
+Deliver = Callable[[Sequence[RequestState]], None]
+
+
+class Replica:
+    """Drives one scheduler over one pipeline until it is stopped or an instance is lost.
+
+    Args:
+      scheduler: what to run next.
+      pipeline: runs it.
+      log: where tokens are committed.
+      detokenizer: for text and stop texts.
+      deliver: called with new states after they are committed.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, pipeline: Pipeline, log: CommitLog, detokenizer: Detokenizer, deliver: Deliver
+    ) -> None:
+        self.scheduler, self.pipeline = scheduler, pipeline
+        self.lost = False
+        """Whether an instance of the replica is gone; its KV is of no use then."""
+        self._log, self._detokenizer, self._deliver = log, detokenizer, deliver
+        self._wake = asyncio.Event()
+        self._stopping = False
+
+    def wake(self) -> None:
+        """Tells the loop that there may be something new to schedule."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """Schedules nothing more; ``run`` returns at the token boundary, when all steps in flight are committed."""
+        self._stopping = True
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Steps until stopped. Returns early, with ``lost`` set, when an instance is lost; any other error is raised."""
+        in_flight: set[asyncio.Task[None]] = set()
+        while True:
+            self._wake.clear()
+            while len(in_flight) < self.pipeline.depth and not self._stopping:
+                batch = self.scheduler.schedule()
+                if batch is None:
+                    break
+                in_flight.add(asyncio.create_task(self._step(batch)))
+            if in_flight:
+                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
+                for step in done:
+                    step.result()
+            elif self._stopping:
+                return
+            else:
+                await self._wake.wait()
+
+    async def _step(self, batch: Batch) -> None:
+        """One decoding step: run, commit, deliver. What a lost instance computed is dropped, never committed."""
+        try:
+            result = await self.pipeline.run(batch)
+        except InstanceLost:
+            self.lost = True
+            self.stop()
+            return
+        states = {
+            span.sequence: advance(span.state, result.sampled[span.sequence], self._detokenizer)
+            for span in batch.spans
+            if span.samples and self.scheduler.running[span.sequence].cancelled is None
+        }
+        self._log.append(tuple(states.values()))  # a client sees a token only after this line
+        ended = self.scheduler.commit(batch, states)
+        cancelled = [sequence.state for sequence in ended if sequence.key not in states]
+        self._log.append(cancelled)
+        self._deliver([*states.values(), *cancelled])

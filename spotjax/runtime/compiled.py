@@ -1,0 +1,188 @@
+"""The stage functions of one model as executables: what is compiled, under which key, with which shapes and shardings.
+
+Knows neither parameters nor requests. Layers are called one by one until a whole stage's block is compiled in the
+background for exactly the step's shape; then the block takes over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from spotjax.meshes.layout import kv_heads_per_shard
+from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, replicated, stacked_shape, stage_mesh
+from spotjax.models.llama import TensorShard
+from spotjax.models.spec import ArraySpec, ModelSpec
+from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.executables import Devices, Executables
+from spotjax.runtime.functions import StageFunctions
+from spotjax.runtime.kv import LayerPages, StepInput, read_pages, write_pages
+from spotjax.runtime.sampling import Variant, controls_width, sample
+
+Call = Callable[..., Any]
+PAGES_PER_MOVE = 16
+"""Pages that one ``read_pages`` or ``write_pages`` call moves."""
+
+
+class CompiledModel:
+    """Compiled functions of one model at one dtype and KV size, for any devices.
+
+    Args:
+      spec: the model.
+      pages: KV pages of a replica, page 0 included.
+      page_size: positions per page.
+      max_positions: longest sequence.
+      dtype: of activations, parameters and KV.
+    """
+
+    def __init__(self, spec: ModelSpec, pages: int, page_size: int, max_positions: int, dtype: DTypeLike) -> None:
+        self.spec, self.pages, self.page_size = spec, pages, page_size
+        self.dtype = jnp.dtype(dtype)
+        self.executables = Executables()
+        self._max_positions = max_positions
+        self._arrays = {array.name: array for array in spec.parameters}
+
+    def embed(self, devices: Devices, rows: int, span: int) -> Call:
+        """``(embedding, rows) -> hidden``."""
+        return self.executables.get(
+            ("embed", len(devices), rows, span), devices, partial(self._lower_embed, rows, span)
+        )
+
+    def block(self, devices: Devices, shape: StepShape, layers: int) -> Call | None:
+        """``(layers, pages, hidden, step) -> (hidden, pages)`` for that many layers, if compiled."""
+        return self.executables.get_if_ready(("layers", len(devices), shape, layers), devices)
+
+    def request_block(self, devices: Devices, shape: StepShape, layers: int) -> None:
+        """Has ``block`` compiled in the background."""
+        key = ("layers", len(devices), shape, layers)
+        self.executables.request(key, devices, partial(self._lower_layers, shape, layers))
+
+    def layer(self, devices: Devices, shape: StepShape) -> Call:
+        """The same for a single layer, compiled now if it never was."""
+        return self.executables.get(("layers", len(devices), shape, 1), devices, partial(self._lower_layers, shape, 1))
+
+    def logits(self, devices: Devices, rows: int, span: int) -> Call:
+        """``(scale, head, hidden, rows) -> logits``."""
+        return self.executables.get(
+            ("logits", len(devices), rows, span), devices, partial(self._lower_logits, rows, span)
+        )
+
+    def sample(self, device: jax.Device, variant: Variant, rows: int) -> Call:
+        """``(logits, controls) -> packed result`` on one device."""
+        lower = partial(self._lower_sample, variant, rows)
+        return self.executables.get(("sample", variant, rows), (device,), lower)
+
+    def read_pages(self, devices: Devices) -> Call:
+        """``(pages, chosen) -> content`` for PAGES_PER_MOVE pages."""
+        return self.executables.get(("read pages", len(devices)), devices, self._lower_read)
+
+    def write_pages(self, devices: Devices) -> Call:
+        """``(pages, chosen, content) -> pages`` for PAGES_PER_MOVE pages; donates ``pages``."""
+        return self.executables.get(("write pages", len(devices)), devices, self._lower_write)
+
+    def page_shardings(self, mesh: Mesh) -> LayerPages:
+        """How KV pages lie on a stage's devices: kv heads are split."""
+        split = NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
+        return LayerPages(split, split)  # type: ignore[arg-type]
+
+    def page_shapes(self, tensor: int, pages: int) -> LayerPages:
+        """Shapes of ``pages`` KV pages over all shards."""
+        c = self.spec.config
+        heads = tensor * kv_heads_per_shard(c.heads, c.kv_heads, tensor)
+        keys = (pages, heads, c.head_size, self.page_size)
+        values = (pages, heads, self.page_size, c.head_size)
+        return LayerPages(keys, values)  # type: ignore[arg-type]
+
+    def _abstract_pages(self, mesh: Mesh, pages: int) -> LayerPages:
+        shapes, shardings = self.page_shapes(mesh.size, pages), self.page_shardings(mesh)
+        return LayerPages(*(self._abstract(s, at, self.dtype) for s, at in zip(shapes, shardings, strict=True)))
+
+    def _abstract(self, shape: Sequence[int], sharding: NamedSharding, dtype: DTypeLike) -> Any:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
+    def _abstract_array(self, array: ArraySpec, mesh: Mesh) -> Any:
+        return self._abstract(stacked_shape(array, self.spec, mesh.size), array_sharding(array, mesh), self.dtype)
+
+    def _abstract_layer(self, mesh: Mesh) -> Mapping[str, Any]:
+        return {name: self._abstract_array(self._arrays[f"layers.0.{name}"], mesh) for name in self.spec.layer_arrays}
+
+    def _abstract_rows(self, rows: int, span: int, mesh: Mesh) -> Any:
+        return self._abstract((rows, 2 + span), replicated(mesh), jnp.int32)
+
+    def _abstract_hidden(self, rows: int, span: int, mesh: Mesh) -> Any:
+        return self._abstract((rows, span, self.spec.config.width), replicated(mesh), self.dtype)
+
+    def _functions(self, mesh: Mesh) -> StageFunctions:
+        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS))
+
+    def _lower(
+        self, function: Call, arguments: Sequence[Any], results: Any, mesh: Mesh, donate: tuple[int, ...] = ()
+    ) -> Any:
+        """Lowers ``function``, written for one shard, over the stage's devices."""
+        if mesh.size > 1:
+            specs = jax.tree.map(lambda argument: argument.sharding.spec, tuple(arguments))
+            function = jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=specs,
+                out_specs=jax.tree.map(lambda at: at.spec, results),
+                check_vma=False,
+            )
+        return jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)
+
+    def _lower_embed(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        arguments = [self._abstract_array(self._arrays["embedding"], mesh), self._abstract_rows(rows, span, mesh)]
+        return self._lower(self._functions(mesh).embed, arguments, replicated(mesh), mesh)
+
+    def _lower_layers(self, shape: StepShape, layers: int, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        pages = self._abstract((shape.rows, shape.pages), replicated(mesh), jnp.int32)
+        arguments = [
+            (self._abstract_layer(mesh),) * layers,
+            (self._abstract_pages(mesh, self.pages),) * layers,
+            self._abstract_hidden(shape.rows, shape.span, mesh),
+            StepInput(self._abstract_rows(shape.rows, shape.span, mesh), pages),
+        ]
+        results = (replicated(mesh), (self.page_shardings(mesh),) * layers)
+        return self._lower(self._functions(mesh).layers, arguments, results, mesh, donate=(1,))
+
+    def _lower_logits(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        head = self._arrays["embedding" if self.spec.config.tied_embeddings else "head"]
+        arguments = [
+            self._abstract_array(self._arrays["norm.scale"], mesh),
+            self._abstract_array(head, mesh),
+            self._abstract_hidden(rows, span, mesh),
+            self._abstract_rows(rows, span, mesh),
+        ]
+        return self._lower(self._functions(mesh).logits, arguments, replicated(mesh), mesh)
+
+    def _lower_sample(self, variant: Variant, rows: int, devices: Devices) -> jax.stages.Lowered:
+        at = jax.sharding.SingleDeviceSharding(devices[0])
+        width = controls_width(variant, self._max_positions)
+        arguments = [
+            jax.ShapeDtypeStruct((rows, self.spec.config.vocab), jnp.float32, sharding=at),
+            jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=at),
+        ]
+        # greedy ignores its controls; keeping them makes all variants callable alike
+        return jax.jit(partial(sample, variant), keep_unused=True).lower(*arguments)
+
+    def _lower_read(self, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
+        arguments = [self._abstract_pages(mesh, self.pages), chosen]
+        return self._lower(read_pages, arguments, self.page_shardings(mesh), mesh)
+
+    def _lower_write(self, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
+        content = self._abstract_pages(mesh, PAGES_PER_MOVE)
+        arguments = [self._abstract_pages(mesh, self.pages), chosen, content]
+        return self._lower(write_pages, arguments, self.page_shardings(mesh), mesh, donate=(0,))

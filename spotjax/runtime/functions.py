@@ -1,0 +1,71 @@
+"""The functions that a stage compiles: embedding, a block of decoder layers, logits. Pure, one tensor shard's view.
+
+A block function serves any layers of the model, because layers differ in their arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from spotjax.models.config import LlamaConfig
+from spotjax.models.llama import DecoderLayer, TensorShard, embed, logits
+from spotjax.models.rope import rotations
+from spotjax.models.spec import ModelSpec
+from spotjax.runtime.kv import LayerPages, PagedStore, StepInput
+
+LayerArrays = Mapping[str, jax.Array]
+"""Parameters of one decoder layer by their name within the layer, e.g. ``attention.query``."""
+
+
+def layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
+    """The structure of a decoder layer without its arrays; all layers of a model share it."""
+    abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
+    graph, _ = nnx.split(abstract)
+    return graph
+
+
+def bind(graph: nnx.GraphDef[DecoderLayer], arrays: LayerArrays) -> DecoderLayer:
+    """The layer that has these arrays."""
+    nested: dict[str, dict[str, jax.Array]] = {}
+    for name, array in arrays.items():
+        module, parameter = name.split(".")
+        nested.setdefault(module, {})[parameter] = array
+    layer: DecoderLayer = nnx.merge(graph, nested)
+    return layer
+
+
+class StageFunctions:
+    """Functions of one model, for shards of one tensor degree."""
+
+    def __init__(self, spec: ModelSpec, shard: TensorShard) -> None:
+        self._config, self._shard = spec.config, shard
+        self._graph = layer_graph(spec.config)
+
+    def embed(self, embedding: jax.Array, rows: jax.Array) -> jax.Array:
+        """The step's rows (B, 2 + T) to hidden vectors (B, T, D)."""
+        return embed(embedding, rows[:, 2:], self._shard)
+
+    def layers(
+        self, layers: Sequence[LayerArrays], pages: Sequence[LayerPages], hidden: jax.Array, step: StepInput
+    ) -> tuple[jax.Array, tuple[LayerPages, ...]]:
+        """Runs consecutive layers. DONATES ``pages``.
+
+        Returns: hidden vectors (B, T, D) and the layers' extended pages.
+        """
+        rotation = rotations(self._config, step.positions)
+        extended = []
+        for arrays, kv in zip(layers, pages, strict=True):
+            store = PagedStore(kv, step)
+            hidden = bind(self._graph, arrays)(hidden, rotation, store, self._shard)
+            extended.append(store.pages)
+        return hidden, tuple(extended)
+
+    def logits(self, scale: jax.Array, head: jax.Array, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+        """Logits (B, V) float32 at the last valid position of every row."""
+        last = jnp.maximum(rows[:, 1] - 1, 0)
+        vectors = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+        return logits(self._config, vectors, scale, head, self._shard)

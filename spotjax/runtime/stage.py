@@ -1,0 +1,98 @@
+"""One pipeline stage of one replica: its parameters and KV pages on its devices, and how a step runs through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from spotjax.meshes.sharding import replicated, stage_mesh
+from spotjax.meshes.slices import Range
+from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.executables import Devices
+from spotjax.runtime.kv import LayerPages, StepInput
+
+TIED_HEAD = "embedding"
+
+
+class Stage:
+    """Runs decoder layers ``layers`` on M devices; the first stage also embeds, the last computes logits.
+
+    Args:
+      model: compiled functions.
+      devices: M devices in tensor order.
+      layers: half-open range of decoder layers.
+      first, last: place in the pipeline.
+      parameters: every array that the stage needs, on its devices.
+      pages: KV pages of every layer in the range.
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        devices: Devices,
+        layers: Range,
+        *,
+        first: bool,
+        last: bool,
+        parameters: Mapping[str, jax.Array],
+        pages: Mapping[int, LayerPages],
+    ) -> None:
+        self.devices, self.layers, self.first, self.last = devices, layers, first, last
+        self.mesh = stage_mesh(devices)
+        self.pages = dict(pages)
+        self._model = model
+        self._replicated = replicated(self.mesh)
+        self._layers = tuple(
+            {name: parameters[f"layers.{layer}.{name}"] for name in model.spec.layer_arrays} for layer in range(*layers)
+        )
+        self._embedding = parameters["embedding"] if first else None
+        self._scale = parameters["norm.scale"] if last else None
+        tied = model.spec.config.tied_embeddings
+        self._head = parameters[TIED_HEAD if tied else "head"] if last else None
+
+    def has_block(self, shape: StepShape) -> bool:
+        """Whether all layers are compiled as one executable for this shape; asks for it if not."""
+        start, stop = self.layers
+        if self._model.block(self.devices, shape, stop - start) is not None:
+            return True
+        self._model.request_block(self.devices, shape, stop - start)
+        return False
+
+    def run(self, shape: StepShape, rows: np.ndarray, pages: np.ndarray, hidden: jax.Array | None) -> jax.Array:
+        """Dispatches one step; returns at once with arrays that are still being computed.
+
+        Args:
+          shape: padded extents of the step.
+          rows, pages: as in ``kv.StepInput``.
+          hidden: (B, T, D) from the stage before; None at the first.
+
+        Returns: hidden vectors (B, T, D), or logits (B, V) from the last stage.
+        """
+        step = StepInput(*jax.device_put((rows, pages), self._replicated))
+        if self.first:
+            hidden = self._model.embed(self.devices, shape.rows, shape.span)(self._embedding, step.rows)
+        else:
+            hidden = jax.device_put(hidden, self._replicated)
+        hidden = self._run_layers(shape, hidden, step)
+        if not self.last:
+            return hidden
+        compute_logits = self._model.logits(self.devices, shape.rows, shape.span)
+        logits: jax.Array = compute_logits(self._scale, self._head, hidden, step.rows)
+        return logits
+
+    def _run_layers(self, shape: StepShape, hidden: Any, step: StepInput) -> Any:
+        """All layers in one executable where that is compiled for this shape, else one after another."""
+        order = range(*self.layers)
+        block = self._model.block(self.devices, shape, len(order))
+        if block is not None:
+            hidden, extended = block(self._layers, tuple(self.pages[layer] for layer in order), hidden, step)
+            self.pages.update(zip(order, extended, strict=True))
+            return hidden
+        run_layer = self._model.layer(self.devices, shape)
+        for layer, arrays in zip(order, self._layers, strict=True):
+            hidden, (self.pages[layer],) = run_layer((arrays,), (self.pages[layer],), hidden, step)
+        return hidden
