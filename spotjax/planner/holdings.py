@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.meshes.layout import LayerRanges, shard_index, slices_at
@@ -166,12 +167,13 @@ class Holdings:
     def reusable_bytes(self, device: DeviceRef, needs: Needs) -> int:
         """Bytes of ``needs`` that a device already has."""
         held = self.at(device)
-        elements = 0
-        for name in needs.keys() & held.keys():
-            for box in held[name]:
-                common = intersect(needs[name], box)
-                elements += ArraySlice(name, common).size if common else 0
-        return elements * self.element_bytes
+        return self.element_bytes * sum(covered(needs[name], held[name]) for name in needs.keys() & held.keys())
+
+
+def covered(index: Index, held: Iterable[Index]) -> int:
+    """Elements of ``index`` that the ``held`` boxes, disjoint, have."""
+    common = (intersect(index, box) for box in held)
+    return sum(prod(stop - start for start, stop in box) for box in common if box is not None)
 
 
 def lost_cohorts(needs: Iterable[Needs], holdings: Holdings) -> frozenset[str]:

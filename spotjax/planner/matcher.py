@@ -6,17 +6,16 @@ a stage group on the M devices of a place, then groups on places. A place is M d
 collectives stay inside it.
 
 Weights are whole bytes, exact in doubles up to 2**53. With one place to an instance, or M = 1, the result is optimal.
-An instance of more than M devices is cut into runs of devices that hold the same arrays today, which keeps today's
-tensor groups together; then all positions that came to the instance are matched again on all of its devices, and the
-devices are regrouped by the result, until that gains nothing.
+An instance of more than M devices is cut into places of devices that hold the same arrays today, which keeps today's
+tensor groups together; groups are then exchanged between instances while that gains, valued by their best matching on
+all devices of the instance, so that a poor cut does not matter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import cache
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, permutations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +24,17 @@ from scipy.optimize import linear_sum_assignment
 from spotjax.errors import NotEnoughPlaces
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.planner.holdings import Holdings, Needs
+from spotjax.meshes.slices import Index
+from spotjax.planner.holdings import Holdings, Needs, covered
 
 Weights = NDArray[np.int64]
 """Reusable bytes; rows are positions or groups, columns are devices or places."""
 
-Place = tuple[DeviceRef, ...]
-"""Devices of one instance that a stage group can take, as many as the tensor degree."""
+Group = tuple[Position, ...]
+"""Positions: the M tensor shards of one stage of one replica, or several such."""
+
+Devices = tuple[DeviceRef, ...]
+"""Devices of one instance: a place of as many as the tensor degree, or all."""
 
 
 def match(
@@ -44,42 +47,99 @@ def match(
     Raises:
       NotEnoughPlaces: the hosts offer fewer than D * P places of M devices.
     """
-    groups = [[Position(d, p, m) for m in range(shape.tensor)] for d in range(shape.data) for p in range(shape.stage)]
+    groups = [
+        tuple(Position(d, p, m) for m in range(shape.tensor)) for d in range(shape.data) for p in range(shape.stage)
+    ]
     places = [place for host in hosts for place in _places(host.devices, shape.tensor, holdings)]
     if len(places) < len(groups):
         raise NotEnoughPlaces(len(groups), len(places))
-
-    @cache
-    def bytes_at(position: Position, device: DeviceRef) -> int:
-        return holdings.reusable_bytes(device, needs[position])
-
-    def weights(positions: Sequence[Position], devices: Sequence[DeviceRef]) -> Weights:
-        return np.array([[bytes_at(p, d) for d in devices] for p in positions], dtype=np.int64)
-
-    best: dict[Position, DeviceRef] = {}
-    best_bytes = -1
-    while True:
-        group_weights = np.array([[_most(weights(group, place)) for place in places] for group in groups])
-        host_of = [places[place][0].instance for place in assign(group_weights)]
-        matching: dict[Position, DeviceRef] = {}
-        regrouped: list[Place] = []
-        for host in hosts:
-            here = [group for group, name in zip(groups, host_of, strict=True) if name == host.name]
-            positions = list(chain.from_iterable(here))
-            on = {p: host.devices[i] for p, i in zip(positions, assign(weights(positions, host.devices)), strict=True)}
-            spare = [device for device in host.devices if device not in on.values()]
-            regrouped += sorted(tuple(sorted(on[p] for p in group)) for group in here)
-            regrouped += _places(spare, shape.tensor, holdings)
-            matching |= on
-        in_place = sum(bytes_at(position, device) for position, device in matching.items())
-        if in_place > best_bytes:
-            best, best_bytes = matching, in_place
-        if in_place < best_bytes or set(regrouped) == set(places):
-            return {position: best[position] for position in shape.positions()}
-        places = regrouped
+    positions = list(shape.positions())
+    devices = [device for host in hosts for device in host.devices]
+    reuse = _Reuse(positions, devices, reusable(needs, positions, devices, holdings))
+    chosen = assign(np.array([[reuse.most(group, place) for place in places] for group in groups]))
+    devices_of = {host.name: host.devices for host in hosts}
+    on: dict[Devices, list[Group]] = {host.devices: [] for host in hosts}
+    for group, place in zip(groups, chosen, strict=True):
+        on[devices_of[places[place][0].instance]].append(group)
+    while _exchange(on, shape.tensor, reuse):
+        pass
+    matching: dict[Position, DeviceRef] = {}
+    for offered, here in on.items():
+        members = tuple(chain.from_iterable(sorted(here)))
+        taken = assign(reuse.weights(members, offered))
+        matching |= {position: offered[index] for position, index in zip(members, taken, strict=True)}
+    return {position: matching[position] for position in positions}
 
 
-def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> list[Place]:
+def reusable(
+    needs: Mapping[Position, Needs], positions: Sequence[Position], devices: Sequence[DeviceRef], holdings: Holdings
+) -> Weights:
+    """Bytes of the needs of every position (row) that every device (column) already has."""
+    wanted: dict[str, dict[Index, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row, position in enumerate(positions):
+        for name, index in needs[position].items():
+            wanted[name][index].append(row)
+    held: dict[str, dict[tuple[Index, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for column, device in enumerate(devices):
+        for name, boxes in holdings.at(device).items():
+            held[name][boxes].append(column)
+    table = np.zeros((len(positions), len(devices)), dtype=np.int64)
+    # Replicas need the same and hold the same, so there are few distinct pairs of a need and a holding.
+    for name in wanted.keys() & held.keys():
+        for (index, rows), (boxes, columns) in product(wanted[name].items(), held[name].items()):
+            table[np.ix_(rows, columns)] += covered(index, boxes) * holdings.element_bytes
+    return table
+
+
+class _Reuse:
+    """The table of reusable bytes by position and device, and the best matchings of parts of it."""
+
+    def __init__(self, positions: Sequence[Position], devices: Sequence[DeviceRef], table: Weights) -> None:
+        self._row = {position: row for row, position in enumerate(positions)}
+        self._column = {device: column for column, device in enumerate(devices)}
+        self._table = table
+        self._most: dict[tuple[Group, Devices], int] = {}
+
+    def weights(self, positions: Group, devices: Devices) -> Weights:
+        """For every position (row) on every device (column)."""
+        return self._table[np.ix_([self._row[p] for p in positions], [self._column[d] for d in devices])]
+
+    def most(self, positions: Group, devices: Devices) -> int:
+        """By the best assignment of all positions."""
+        if (positions, devices) not in self._most:
+            table = self.weights(positions, devices)
+            self._most[positions, devices] = int(table[linear_sum_assignment(table, maximize=True)].sum())
+        return self._most[positions, devices]
+
+
+def _exchange(on: dict[Devices, list[Group]], tensor: int, reuse: _Reuse) -> bool:
+    """Moves one group to another instance, or swaps it with one there, if that gains. Returns whether it did.
+
+    Only needed, and only tried, where groups share an instance: else groups on places are an optimum already.
+    """
+    if all(len(devices) < 2 * tensor for devices in on):
+        return False
+
+    def most(groups: Iterable[Group], devices: Devices) -> int:
+        return reuse.most(tuple(chain.from_iterable(sorted(groups))), devices)
+
+    for here, there in permutations(on, 2):
+        free = (len(on[there]) + 1) * tensor <= len(there)
+        for group in on[here]:
+            left = [other for other in on[here] if other != group]
+            if most([group], there) <= most(on[here], here) - most(left, here):
+                continue  # alone on the other instance it has no more than it adds to this one
+            for partner in [*([None] if free else []), *on[there]]:
+                come = [] if partner is None else [partner]
+                stay = [other for other in on[there] if other != partner]
+                after = most([*left, *come], here) + most([*stay, group], there)
+                if after > most(on[here], here) + most(on[there], there):
+                    on[here], on[there] = [*left, *come], [*stay, group]
+                    return True
+    return False
+
+
+def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> list[Devices]:
     """Devices of one instance cut into as many runs of M as they make, devices that hold the same arrays together."""
     families: dict[frozenset[str], list[DeviceRef]] = defaultdict(list)
     for device in devices:
@@ -88,11 +148,6 @@ def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> li
     rest = sorted(device for run in runs if len(run) < tensor for device in run)
     mixed = [tuple(rest[i : i + tensor]) for i in range(0, len(rest) - tensor + 1, tensor)]
     return sorted([run for run in runs if len(run) == tensor] + mixed)
-
-
-def _most(weights: Weights) -> int:
-    """Weight of the best assignment of rows to columns."""
-    return int(weights[linear_sum_assignment(weights, maximize=True)].sum())
 
 
 def assign(weights: Weights) -> list[int]:

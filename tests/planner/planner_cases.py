@@ -106,6 +106,13 @@ def changes(
     before_shape = draw(shapes(spec, instances[:old], most))
     ordered = draw(st.permutations(instances[:old]))
     before = placed(spec, before_shape, ordered)
+    # Any device may hold anything, whatever the matcher would have made of it.
+    shuffled = {
+        device: to
+        for instance in instances
+        for device, to in zip(instance.devices, draw(st.permutations(instance.devices)), strict=True)
+    }
+    before = replace(before, devices={position: shuffled[device] for position, device in before.devices.items()})
     states = [InstanceState.READY, InstanceState.NOTICED, *([InstanceState.GONE] if with_gone else [])]
     after = tuple(
         replace(instance, state=draw(st.sampled_from(states)) if n < old else InstanceState.READY)
