@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -72,7 +72,7 @@ class SpotjaxClient:
         resumable: bool = True,
         timeout: float | None = None,
         **sampling: Unpack[Sampling],
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """Streams the output for a prompt as it is committed."""
         request_id = request_id or secrets.token_hex(16)
         request = generate_request(prompt, sampling, request_id, model, n, resumable)
@@ -84,7 +84,9 @@ class SpotjaxClient:
                 with contextlib.suppress(Exception):
                     self.cancel(request_id, timeout=CANCEL_TIMEOUT)
 
-    def resume(self, request_id: str, offsets: Sequence[int] = (0,), timeout: float | None = None) -> Iterator[Delta]:
+    def resume(
+        self, request_id: str, offsets: Sequence[int] = (0,), timeout: float | None = None
+    ) -> Generator[Delta, None, None]:
         """Streams what is left of an accepted request; ``offsets`` has the number of tokens seen of every choice."""
         progress = Progress(request_id, list(offsets))
         yield from self._stream(self._generation.Resume, progress.resume_request(), progress, True, timeout)
@@ -107,7 +109,7 @@ class SpotjaxClient:
         """A snapshot of instances, mesh and load."""
         return status_from(self._call(self._fleet.Status, fleet_pb2.StatusRequest()))
 
-    def watch(self) -> Iterator[FleetEvent]:
+    def watch(self) -> Generator[FleetEvent, None, None]:
         """Recent events, then new ones; ends when the server stops."""
         call = self._fleet.Watch(fleet_pb2.WatchRequest())
         try:
@@ -134,7 +136,7 @@ class SpotjaxClient:
 
     def _stream(
         self, method: Any, request: Any, progress: Progress, resumable: bool, timeout: float | None
-    ) -> Iterator[Delta]:
+    ) -> Generator[Delta, None, None]:
         """The responses to one call, and to as many ``Resume`` calls as it takes to see the end."""
         deadline = deadline_after(timeout)
         failures = 0

@@ -32,7 +32,7 @@ class ByteTokenizer:
     end_tokens = frozenset({257})
     vocab_size = 258
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Bytes of the text."""
         return [self.start_token] * add_special_tokens + list(text.encode())
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -104,9 +104,9 @@ def error_from(failure: grpc.RpcError, server: str) -> Exception:
 
     A deadline that passed is the built-in ``TimeoutError``.
     """
-    assert isinstance(failure, grpc.Call)
-    code, details = failure.code(), failure.details() or ""
-    trailing = {key: value for key, value in failure.trailing_metadata() or () if isinstance(value, str)}
+    call = cast(grpc.Call, failure)  # what both APIs raise has the methods of a Call
+    code, details = call.code(), call.details() or ""
+    trailing = {key: value for key, value in call.trailing_metadata() or () if isinstance(value, str)}
     name = trailing.get(ERROR_KEY)
     if name == InvalidRequest.__name__:
         field = trailing.get(FIELD_KEY, "")

@@ -29,7 +29,7 @@ class Tokenizer(Protocol):
         """Token ids are below this."""
         ...
 
-    def encode(self, text: str, add_special_tokens: bool = ...) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with the model's start token in front if ``add_special_tokens``."""
         ...
 
@@ -59,15 +59,21 @@ async def prompt_tokens(request: pb.GenerateRequest, tokenizer: Tokenizer) -> tu
             tokens = await asyncio.to_thread(tokenizer.encode, request.text, add_special_tokens=True)
             return at_least_one("text", tokens)
         case "chat":
-            messages = conversation(request.chat)
-            tokens = await asyncio.to_thread(
-                lambda: tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
-            )
+            text = render(conversation(request.chat), tokenizer)
+            tokens = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
             return at_least_one("chat.messages", tokens)
         case "token_ids":
             check_tokens("token_ids.ids", request.token_ids.ids, tokenizer.vocab_size)
             return at_least_one("token_ids.ids", request.token_ids.ids)
     raise InvalidRequest("input", "one of text, chat and token_ids must be set")
+
+
+def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
+    """Text of a conversation; what the template refuses is refused under the API's name for it."""
+    try:
+        return tokenizer.render_chat(messages)
+    except InvalidRequest as error:
+        raise InvalidRequest("chat.messages", str(error).removeprefix(f"{error.field}: ")) from error
 
 
 def conversation(chat: pb.ChatMessages) -> list[dict[str, str]]:

@@ -19,10 +19,11 @@ async def running() -> AsyncIterator[Running]:
     port = await server.start("127.0.0.1:0")
     await server.attach(service, MODEL)
     channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
-    yield Running(service, server, steps, port, channel)
+    running = Running(service, server, steps, port, channel)
+    yield running
     await channel.close()
     await service.stop()
-    await server.stop()
+    await running.server.stop()
 
 
 @pytest.fixture

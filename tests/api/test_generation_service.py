@@ -37,8 +37,6 @@ async def test_streams_tokens_text_finish_reason_and_usage(open_server: Running)
     assert "".join(response.text for response in responses) == bytes(expected(8)).decode()
     assert {response.request_id for response in responses} == {"mine"}
     assert not any(response.finish_reason for response in responses[:-1])
-        len(responses) - 1
-    )
     assert responses[-1].finish_reason == pb.FINISH_REASON_LENGTH
     assert responses[-1].usage == pb.Usage(prompt_tokens=6, completion_tokens=8)
 

@@ -1,0 +1,7 @@
+"""``python -m spotjax`` is ``spotjax``."""
+
+import sys
+
+from spotjax.cli import main
+
+sys.exit(main())

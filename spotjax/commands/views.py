@@ -1,0 +1,93 @@
+"""What the state of the fleet looks like to people."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from spotjax.commands.output import shown_bytes
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.placement import Placement
+
+COLOURS = {
+    InstanceState.JOINING: "cyan",
+    InstanceState.READY: "green",
+    InstanceState.NOTICED: "yellow",
+    InstanceState.DRAINING: "yellow",
+    InstanceState.GONE: "red",
+}
+
+
+def status_view(status: FleetStatus) -> RenderableType:
+    """Headline, instances, mesh and load."""
+    state = "draining" if status.draining else "ready" if status.ready else "not ready"
+    headline = f"[bold]{escape(status.model)}[/bold]  {state}  up {status.uptime_seconds:.0f} s"
+    requests = (
+        f"requests: {status.requests_running} running, {status.queued} queued, {status.requests_finished} finished   "
+        f"tokens: {status.tokens_committed}   reconfigurations: {status.reconfigurations}"
+    )
+    return Group(headline, instances_table(status), *mesh_tables(status), requests)
+
+
+def instances_table(status: FleetStatus) -> Table:
+    """One row for each instance."""
+    table = Table(title="instances", title_justify="left")
+    for heading in ("name", "type", "state", "devices", "positions (data, stage, tensor)"):
+        table.add_column(heading)
+    for instance in status.instances:
+        held = ", ".join(f"{index}: {tuple(at)}" for index, at in sorted(instance.positions.items()))
+        colour = COLOURS[instance.state]
+        state = f"[{colour}]{instance.state}[/{colour}]"
+        table.add_row(instance.name, instance.type, state, str(instance.devices), held)
+    return table
+
+
+def mesh_tables(status: FleetStatus) -> list[RenderableType]:
+    """The mesh as a grid, replicas down and stages across, with the load of every replica."""
+    if status.placement is None:
+        return ["no mesh: too few instances are alive for one replica"]
+    placement = status.placement
+    title = f"mesh {placement.shape} (data x stage x tensor), epoch {placement.epoch}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("replica")
+    for stage, (start, stop) in enumerate(placement.layers):
+        table.add_column(f"stage {stage}: layers {start}-{stop - 1}")
+    for heading in ("running", "waiting", "KV pages"):
+        table.add_column(heading, justify="right")
+    loads = {replica.data: replica for replica in status.replicas}
+    for data in range(placement.shape.data):
+        load = loads.get(data)
+        shown = (
+            (str(load.running), str(load.waiting), f"{load.pages_used}/{load.pages_total}") if load else ("", "", "")
+        )
+        table.add_row(
+            str(data), *(devices_of(placement, data, stage) for stage in range(placement.shape.stage)), *shown
+        )
+    return [table]
+
+
+def devices_of(placement: Placement, data: int, stage: int) -> str:
+    """``i-0/0 i-0/1``."""
+    return " ".join(map(str, placement.group(data, stage)))
+
+
+def event_line(event: FleetEvent) -> str:
+    """``12:00:00 epoch 2 switch: ...`` in local time."""
+    when = time.strftime("%H:%M:%S", time.localtime(event.time))
+    return f"{when} epoch {event.epoch} {event.kind}: {event.message}"
+
+
+def reconfiguration_text(report: Reconfiguration) -> str:
+    """What a change of the mesh did, in three lines."""
+    before, after = (placement.shape if placement else "no mesh" for placement in (report.before, report.after))
+    return (
+        f"mesh {before} -> {after}, epoch {report.epoch}\n"
+        f"{shown_bytes(report.bytes_in_place)} stayed in place, {shown_bytes(report.bytes_moved)} moved, "
+        f"{shown_bytes(report.bytes_loaded)} loaded; {report.requests_kept} sequences went on with their KV, "
+        f"{report.requests_recomputed} recompute it\n"
+        f"paused for {report.pause_seconds:.3f} s after {report.precopy_seconds:.3f} s of copying during decoding"
+    )
