@@ -22,16 +22,21 @@ class Inheritance:
 
 
 def assign_cohorts(
-    live: Mapping[int, Sequence[LiveSequence]], replicas: int, page_capacity: int, page_size: int
+    live: Mapping[int, Sequence[LiveSequence]],
+    replicas: int,
+    page_capacity: int,
+    page_size: int,
+    heirs: Mapping[int, int] | None = None,
 ) -> Inheritance:
     """Gives the live sequences of the old replicas to ``replicas`` new ones.
 
     The old replicas with the most live pages each have one heir, of the same number where there is one. An heir takes
     the sequences with the most progress first while they fit into its ``page_capacity`` pages; those left over, and
     those of old replicas without an heir, go to the new replica with the most free pages, most progress first. This is
-    SpotServe's rule (keep what has decoded longest) with pages in place of whole batches.
+    SpotServe's rule (keep what has decoded longest) with pages in place of whole batches. Heirs are chosen anew unless
+    given, as they are when room was made for them while decoding still went on.
     """
-    heirs = _heirs(live, replicas)
+    heirs = choose_heirs(live, replicas) if heirs is None else heirs
     free = [page_capacity] * replicas
     taken: dict[tuple[int, int], list[LiveSequence]] = {}
     left: list[tuple[int, LiveSequence]] = []
@@ -58,7 +63,7 @@ def assign_cohorts(
     return Inheritance(tuple(cohorts), tuple(recomputed))
 
 
-def _heirs(live: Mapping[int, Sequence[LiveSequence]], replicas: int) -> dict[int, int]:
+def choose_heirs(live: Mapping[int, Sequence[LiveSequence]], replicas: int) -> dict[int, int]:
     """Old replica to the new replica that inherits from it, for as many as there are new ones."""
     pages = {old: sum(sequence.pages for sequence in sequences) for old, sequences in live.items()}
     inheriting = sorted(pages, key=lambda old: (-pages[old], old))[:replicas]
