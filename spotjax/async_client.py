@@ -21,7 +21,7 @@ from spotjax.api.calls import CANCEL_TIMEOUT, DEFAULT_SERVER, OPTIONS, deadline_
 from spotjax.api.errors import Unavailable, error_from
 from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
-from spotjax.api.requests import Prompt, Sampling, generate_request
+from spotjax.api.requests import Prompt, Sampling, built, generate_request
 from spotjax.api.resumption import Progress, backoff
 from spotjax.engine.generation import Delta
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
@@ -88,7 +88,7 @@ class AsyncSpotjaxClient:
 
     async def cancel(self, request_id: str, timeout: float | None = None) -> bool:
         """Ends a request at its next token; False when it had already finished."""
-        request = generation_pb2.CancelRequest(request_id=request_id)
+        request = built(generation_pb2.CancelRequest, request_id=request_id)
         return bool((await self._call(self._generation.Cancel, request, timeout)).cancelled)
 
     async def models(self) -> list[generation_pb2.Model]:
@@ -117,12 +117,12 @@ class AsyncSpotjaxClient:
 
     async def preempt(self, instance: str, grace_seconds: float = 0.0) -> Reconfiguration:
         """Takes an instance away; returns when it is gone."""
-        request = fleet_pb2.PreemptRequest(instance=instance, grace_seconds=grace_seconds)
+        request = built(fleet_pb2.PreemptRequest, instance=instance, grace_seconds=grace_seconds)
         return reconfiguration_from(await self._call(self._fleet.Preempt, request))
 
     async def add(self, count: int = 1) -> Reconfiguration:
         """Lets instances join; returns when they serve."""
-        return reconfiguration_from(await self._call(self._fleet.Add, fleet_pb2.AddRequest(count=count)))
+        return reconfiguration_from(await self._call(self._fleet.Add, built(fleet_pb2.AddRequest, count=count)))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         try:

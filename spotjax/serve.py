@@ -62,9 +62,10 @@ async def serve(config: ServeConfig) -> int:
             draining = asyncio.create_task(server.drain(config.drain_seconds))
             if not await finishes_before(draining, signals.second):
                 return 128 + signals.number
-            if not draining.result():
+            if draining.result():
+                await server.stop(FLUSH_SECONDS)
+            else:
                 log.warning("requests were left unfinished", extra={"seconds": config.drain_seconds})
-            await server.stop(FLUSH_SECONDS)
             return 0
         finally:
             await embedded.close()

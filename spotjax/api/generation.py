@@ -6,6 +6,7 @@ Owns when a client that goes away ends its request. Checking requests is ``valid
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from spotjax.api.backend import Backend
@@ -17,6 +18,8 @@ from spotjax.api.validation import accepted_request, checked_request_id
 from spotjax.engine.generation import Delta
 from spotjax.errors import UnknownRequest
 from spotjax.fleet.service import Service
+
+log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "spotjax-request-id"
 
@@ -36,10 +39,12 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         service, model = self._backend.get()
         accepted = await accepted_request(request, model)
         service.submit(accepted)
+        log.info("accepted", extra={"request": accepted.request_id, "prompt_tokens": len(accepted.prompt)})
         try:
             await context.send_initial_metadata(((REQUEST_ID_KEY, accepted.request_id),))
             await forward(service.stream(accepted.request_id), context, set(range(accepted.n)))
-        except BaseException:
+        except BaseException as error:
+            log.info("stream broke", extra={"request": accepted.request_id, "reason": type(error).__name__})
             if not accepted.resumable:
                 abandon(service, accepted.request_id, context)
             raise

@@ -1,9 +1,11 @@
-"""Builds a ``GenerateRequest`` from Python values, for clients. Whether a server takes it is for the server to say."""
+"""Builds request messages from Python values, for clients. Whether a server takes them is for the server to say."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, cast
+from typing import TypedDict, TypeVar, cast
+
+from google.protobuf.message import Message as ProtoMessage
 
 from spotjax.api.prompt import ROLES
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
@@ -14,6 +16,9 @@ Message = Mapping[str, str]
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation."""
+
+
+Built = TypeVar("Built", bound=ProtoMessage)
 
 
 class Sampling(TypedDict, total=False):
@@ -48,30 +53,33 @@ def generate_request(
     Raises:
       InvalidRequest: a value cannot even be put into the message, such as a negative ``top_k``.
     """
-    for name, value in sampling.items():
-        if name not in pb.Sampling.DESCRIPTOR.fields_by_name:
-            raise InvalidRequest(f"sampling.{name}", "no such field")
-        try:
-            pb.Sampling(**{name: value})  # type: ignore[arg-type]
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"sampling.{name}", str(error)) from error
-    try:
-        request = pb.GenerateRequest(
-            request_id=request_id, model=model, sampling=pb.Sampling(**sampling), n=n, resumable=resumable
-        )
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest("n", str(error)) from error
+    fields: dict[str, object] = {"request_id": request_id, "model": model, "n": n, "resumable": resumable}
+    fields["sampling"] = built(pb.Sampling, "sampling.", **sampling)
     if isinstance(prompt, str):
-        request.text = prompt
+        fields["text"] = prompt
     elif prompt and isinstance(prompt[0], Mapping):
-        request.chat.messages.extend(map(chat_message, cast(Sequence[Message], prompt)))
+        turns = [chat_message(turn) for turn in cast(Sequence[Message], prompt)]
+        fields["chat"] = pb.ChatMessages(messages=turns)
     else:
+        fields["token_ids"] = built(pb.TokenIds, "token_ids.", ids=prompt)
+    return built(pb.GenerateRequest, **fields)
+
+
+def built(kind: type[Built], path: str = "", /, **fields: object) -> Built:
+    """A message with these fields; one that is None stays unset.
+
+    Raises:
+      InvalidRequest: a field does not exist, or cannot hold its value; names it, below ``path``.
+    """
+    message = kind()
+    for name, value in fields.items():
+        if name not in message.DESCRIPTOR.fields_by_name:
+            raise InvalidRequest(f"{path}{name}", "no such field")
         try:
-            request.token_ids.ids.extend(cast(Sequence[int], prompt))
+            message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise InvalidRequest("token_ids.ids", str(error)) from error
-        request.token_ids.SetInParent()
-    return request
+            raise InvalidRequest(f"{path}{name}", str(error)) from error
+    return message
 
 
 def chat_message(message: Message) -> pb.ChatMessage:
@@ -85,4 +93,4 @@ def chat_message(message: Message) -> pb.ChatMessage:
         raise InvalidRequest("chat.messages", f"a message has role and content, got {', '.join(message) or 'nothing'}")
     if message["role"] not in roles:
         raise InvalidRequest("chat.messages.role", f"must be one of {', '.join(roles)}, got {message['role']!r}")
-    return pb.ChatMessage(role=roles[message["role"]], content=message["content"])
+    return built(pb.ChatMessage, "chat.messages.", role=roles[message["role"]], content=message["content"])

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from spotjax.api.generation_messages import delta_from
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
+from spotjax.api.requests import built
 from spotjax.engine.generation import Delta
 from spotjax.errors import SpotjaxError
 
@@ -57,7 +58,7 @@ class Progress:
 
     def resume_request(self) -> pb.ResumeRequest:
         """Asks for everything not yet seen."""
-        return pb.ResumeRequest(request_id=self.request_id, offsets=self.offsets)
+        return built(pb.ResumeRequest, request_id=self.request_id, offsets=self.offsets)
 
 
 def backoff(failures: int) -> float:

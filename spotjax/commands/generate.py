@@ -35,6 +35,7 @@ def add_commands(commands: Commands) -> None:
     generate = add_command(commands, "generate", run_generate, "go on from a text", GENERATE_EXAMPLES)
     generate.add_argument("text", metavar="TEXT", help="text to go on from; - reads standard input")
     generate.add_argument("-n", type=int, default=1, metavar="COUNT", help="choices, 1 to 16 (default: 1)")
+    generate.add_argument("--request-id", metavar="ID", help="name of the request, for resuming (default: random)")
     chat = add_command(commands, "chat", run_chat, "have a conversation", CHAT_EXAMPLES)
     chat.add_argument("message", metavar="MESSAGE", nargs="?", help="ask just this; without it, messages are read")
     chat.add_argument("--system", metavar="TEXT", help="instructions that the conversation begins with")
@@ -47,7 +48,6 @@ def add_commands(commands: Commands) -> None:
 def add_request_flags(parser: argparse.ArgumentParser) -> None:
     """Adds flags for what a request has besides prompt and sampling."""
     parser.add_argument("--model", metavar="NAME", help="model that must be the one that is served")
-    parser.add_argument("--request-id", metavar="ID", help="name of the request, for resuming (default: random)")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="give up and cancel after this time")
     parser.add_argument(
         "--resumable",
@@ -150,7 +150,7 @@ def stream(
         client.generate(
             prompt,
             n=n,
-            request_id=arguments.request_id,
+            request_id=getattr(arguments, "request_id", None),
             model=arguments.model,
             resumable=arguments.resumable,
             timeout=arguments.timeout,

@@ -55,7 +55,7 @@ def mesh_tables(status: FleetStatus) -> list[RenderableType]:
     table = Table(title=title, title_justify="left")
     table.add_column("replica")
     for stage, (start, stop) in enumerate(placement.layers):
-        table.add_column(f"stage {stage}: layers {start}-{stop - 1}")
+        table.add_column(f"stage {stage}\nlayers {start}-{stop - 1}")
     for heading in ("running", "waiting", "KV pages"):
         table.add_column(heading, justify="right")
     loads = {replica.data: replica for replica in status.replicas}

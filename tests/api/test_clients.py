@@ -25,7 +25,8 @@ from spotjax.errors import (
     UnknownInstance,
     UnknownRequest,
 )
-from spotjax.testing import ByteTokenizer, scripted_token
+from spotjax.scripted_generation import scripted_token
+from spotjax.testing import ByteTokenizer
 
 PROMPT = ByteTokenizer().encode("hello", add_special_tokens=True)
 

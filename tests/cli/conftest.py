@@ -1,0 +1,21 @@
+"""A live server with a scripted service behind it, for the commands to talk to."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from command_line import CommandLine
+
+from spotjax.api.server import ApiServer
+from spotjax.api.validation import ServedModel
+from spotjax.testing import ByteTokenizer, ScriptedService
+
+
+@pytest.fixture
+async def command_line(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[CommandLine]:
+    service = ScriptedService()
+    server = ApiServer()
+    port = await server.start("127.0.0.1:0")
+    await server.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
+    yield CommandLine(service, server, f"127.0.0.1:{port}", capsys)
+    await service.stop()
+    await server.stop()

@@ -1,0 +1,149 @@
+"""``spotjax serve`` as a process: what it prints, its health while it starts, and how signals end it."""
+
+import asyncio
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from spotjax.api.errors import Unavailable
+from spotjax.async_client import AsyncSpotjaxClient
+from spotjax.serve import is_loopback
+
+PROGRAM = """
+import asyncio, sys, types
+from types import SimpleNamespace
+
+async def start(config):
+    from spotjax.testing import ByteTokenizer, ScriptedService
+    {before}
+    service = ScriptedService(delay=lambda: asyncio.sleep(config.retain_seconds))
+    async def close():
+        await service.stop()
+        print("closed", flush=True)
+    return SimpleNamespace(
+        service=service, tokenizer=ByteTokenizer(), model_name=config.model, max_model_len=64, close=close
+    )
+
+sys.modules["spotjax.embedded"] = embedded = types.ModuleType("spotjax.embedded")
+embedded.start = start
+import spotjax
+spotjax.embedded = embedded
+from spotjax.serve import main
+sys.exit(main())
+"""
+
+
+@contextlib.asynccontextmanager
+async def server(*flags: str, before: str = "pass") -> AsyncIterator[asyncio.subprocess.Process]:
+    """The server process, with the scripted service in place of a model."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PROGRAM.format(before=before), "--listen", "127.0.0.1:0", *flags,
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def line_with(stream: asyncio.StreamReader | None, pattern: str) -> re.Match[str]:
+    """The first line that matches; the process must not end before."""
+    assert stream is not None
+    lines = []
+    while line := (await stream.readline()).decode():
+        lines.append(line)
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError(f"no line matches {pattern!r} in {lines}")
+
+
+async def address_of(process: asyncio.subprocess.Process) -> str:
+    return (await line_with(process.stderr, r"listening address=(\S+)"))[1]
+
+
+async def first_token(client: AsyncSpotjaxClient, **fields: Any) -> tuple[Any, list[int]]:
+    stream = client.generate("x", seed=1, **fields)
+    return stream, list((await anext(stream)).tokens)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_it_says_where_it_serves_and_drains_on_a_signal(number: signal.Signals) -> None:
+    async with server("--model", "m", "--retain-seconds", "0.02") as process:
+        found = await line_with(process.stdout, r"^spotjax is serving m on (\S+) \(mesh 2x2x1 on 2 instances\)$")
+        async with AsyncSpotjaxClient(found[1]) as client:
+            stream, tokens = await first_token(client, max_tokens=16)
+            process.send_signal(number)
+            await line_with(process.stderr, "draining")
+            assert not await client.ready()
+            tokens += [token async for delta in stream for token in delta.tokens]
+            assert len(tokens) == 16
+        await line_with(process.stdout, "^closed$")
+        assert await process.wait() == 0
+
+
+async def test_draining_ends_after_its_time_with_0() -> None:
+    async with server("--retain-seconds", "1000", "--drain-seconds", "0.1") as process:
+        found = await line_with(process.stdout, r"serving tiny on (\S+)")
+        async with AsyncSpotjaxClient(found[1], retries=0) as client:
+            stream = asyncio.create_task(first_token(client))
+            await line_with(process.stderr, "accepted")
+            process.send_signal(signal.SIGTERM)
+            await line_with(process.stderr, "requests were left unfinished")
+            with pytest.raises(Unavailable):
+                await stream
+        assert await process.wait() == 0
+
+
+async def test_a_second_signal_stops_at_once() -> None:
+    async with server("--retain-seconds", "1000") as process:
+        found = await line_with(process.stdout, r"serving tiny on (\S+)")
+        async with AsyncSpotjaxClient(found[1], retries=0) as client:
+            stream = asyncio.create_task(first_token(client))
+            await line_with(process.stderr, "accepted")
+            process.send_signal(signal.SIGTERM)
+            await line_with(process.stderr, "draining")
+            process.send_signal(signal.SIGTERM)
+            assert await process.wait() == 128 + signal.SIGTERM
+            with pytest.raises(Unavailable):
+                await stream
+
+
+async def test_while_the_model_loads_it_is_alive_not_ready_and_can_be_stopped() -> None:
+    async with server(before="await asyncio.sleep(1000)") as process:
+        async with AsyncSpotjaxClient(await address_of(process)) as client:
+            assert not await client.ready()
+            with pytest.raises(Exception, match="starting"):
+                await first_token(client)
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+
+
+async def test_a_model_that_cannot_be_loaded_is_one_clear_line() -> None:
+    before = "from spotjax.errors import CheckpointError; raise CheckpointError('no model m')"
+    async with server(before=before) as process:
+        await line_with(process.stderr, "^spotjax: no model m$")
+        assert await process.wait() == 1
+
+
+async def test_wrong_settings_exit_with_2() -> None:
+    async with server("--instances", "0") as process:
+        await line_with(process.stderr, "^spotjax: --instances: ")
+        assert await process.wait() == 2
+
+
+async def test_an_address_beyond_this_machine_is_warned_about() -> None:
+    async with server("--listen", "0.0.0.0:0", "--log-format", "json") as process:
+        found = await line_with(process.stderr, r"there is no authentication yet")
+        assert '"level":"warning"' in found.string
+
+
+def test_loopback_is_recognised() -> None:
+    assert all(map(is_loopback, ("127.0.0.1:1", "127.3.3.3:1", "[::1]:1", "localhost:1")))
+    assert not any(map(is_loopback, ("0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1")))
