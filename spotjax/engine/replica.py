@@ -36,6 +36,11 @@ class Replica:
         self._wake = asyncio.Event()
         self._stopping = False
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the loop ends, or has ended, at a token boundary."""
+        return self._stopping
+
     def wake(self) -> None:
         """Tells the loop that there may be something new to schedule."""
         self._wake.set()

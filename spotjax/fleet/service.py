@@ -1,4 +1,4 @@
-"""What the API needs of a controller. The real one is ``controller.Controller``; ``spotjax.testing`` has a scripted one."""
+"""What the API needs of a controller. The real one is ``fleet.controller``; ``spotjax.testing`` has a scripted one."""
 
 from __future__ import annotations
 

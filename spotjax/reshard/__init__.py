@@ -1,0 +1,1 @@
+"""Carries out migration plans: brings every slice to the device that needs it and leaves in place what is in place."""

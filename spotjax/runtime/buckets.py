@@ -33,7 +33,7 @@ class Buckets:
     @property
     def decode_rows(self) -> tuple[int, ...]:
         """Row counts of decode steps; 2 is left out since XLA's CPU backend takes as long for it as for 4."""
-        return tuple(rows for rows in (1, 4, 8, 16, 32, 64, 128) if rows < self.max_batch) + (self.max_batch,)
+        return (*(rows for rows in (1, 4, 8, 16, 32, 64, 128) if rows < self.max_batch), self.max_batch)
 
     @property
     def prefill_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -86,6 +86,10 @@ class CompiledModel:
         """``(pages, chosen, content) -> pages`` for PAGES_PER_MOVE pages; donates ``pages``."""
         return self.executables.get(("write pages", len(devices)), devices, self._lower_write)
 
+    def empty_pages(self, devices: Devices) -> Call:
+        """``() -> pages`` of one layer, all zero."""
+        return self.executables.get(("empty pages", len(devices)), devices, self._lower_empty)
+
     def page_shardings(self, mesh: Mesh) -> LayerPages:
         """How KV pages lie on a stage's devices: kv heads are split."""
         split = NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
@@ -186,3 +190,12 @@ class CompiledModel:
         content = self._abstract_pages(mesh, PAGES_PER_MOVE)
         arguments = [self._abstract_pages(mesh, self.pages), chosen, content]
         return self._lower(write_pages, arguments, self.page_shardings(mesh), mesh, donate=(0,))
+
+    def _lower_empty(self, devices: Devices) -> jax.stages.Lowered:
+        mesh = stage_mesh(devices)
+        shapes = self.page_shapes(mesh.size, self.pages)
+
+        def empty() -> LayerPages:
+            return LayerPages(*(jnp.zeros(shape, self.dtype) for shape in shapes))
+
+        return jax.jit(empty, out_shardings=self.page_shardings(mesh)).lower()

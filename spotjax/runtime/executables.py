@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +93,7 @@ class Executables:
         self._locks: dict[Key, threading.Lock] = {}
         self._guard = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="compile")
-        self._requested: dict[Key, Future[None]] = {}
+        self._requested: dict[tuple[Key, Devices], Future[None]] = {}
 
     def get(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
         """The function on these devices, compiled now if it never was."""
@@ -108,11 +108,11 @@ class Executables:
         return found
 
     def request(self, key: Key, devices: Devices, lower: Lower) -> None:
-        """Compiles the function in the background, one at a time; ``get_if_ready`` finds it afterwards."""
+        """Makes the function ready in the background, one at a time; ``get_if_ready`` finds it afterwards."""
         with self._guard:
-            if key in self._requested or key in self._portable:
-                return
-            self._requested[key] = self._background.submit(self._compile_quietly, key, devices, lower)
+            if (key, devices) not in self._requested:
+                work = self._background.submit(self._compile_quietly, key, devices, lower)
+                self._requested[key, devices] = work
 
     def wait_for_background(self) -> None:
         """Returns when every requested function is compiled."""
@@ -123,12 +123,6 @@ class Executables:
     def close(self) -> None:
         """Gives up background work that has not begun."""
         self._background.shutdown(wait=True, cancel_futures=True)
-
-    def forget(self, devices: Sequence[jax.Device]) -> None:
-        """Drops the functions loaded on devices that are gone."""
-        gone = set(devices)
-        with self._guard:
-            self._loaded = {at: function for at, function in self._loaded.items() if gone.isdisjoint(at[1])}
 
     def _make(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
         with self._guard:

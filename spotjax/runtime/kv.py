@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 
 class StepInput(NamedTuple):
@@ -56,14 +55,6 @@ class LayerPages(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
-
-    @classmethod
-    def zeros(cls, pages: int, page_size: int, kv_heads: int, head_size: int, dtype: DTypeLike) -> LayerPages:
-        """Empty pages."""
-        return cls(
-            jnp.zeros((pages, kv_heads, head_size, page_size), dtype),
-            jnp.zeros((pages, kv_heads, page_size, head_size), dtype),
-        )
 
 
 class PagedStore:

@@ -106,7 +106,8 @@ class LocalPipeline:
         extents = (len(spans), max(len(span.tokens) for span in spans), max(len(span.pages) for span in spans))
         if self._fuse and extents[1] == 1:
             close = self._buckets.shape(*extents, fine=True)
-            if all([stage.has_block(close) for stage in self.stages]):
+            ready = [stage.has_block(close) for stage in self.stages]  # a list: every stage is asked
+            if all(ready):
                 return close
         return self._buckets.shape(*extents)
 

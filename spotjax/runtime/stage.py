@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,9 @@ class Stage:
       layers: half-open range of decoder layers.
       first, last: place in the pipeline.
       parameters: every array that the stage needs, on its devices.
-      pages: KV pages of every layer in the range.
+
+    Attributes:
+      pages: KV pages of every layer in the range; whoever builds the stage puts them in before the first step.
     """
 
     def __init__(
@@ -39,12 +41,12 @@ class Stage:
         first: bool,
         last: bool,
         parameters: Mapping[str, jax.Array],
-        pages: Mapping[int, LayerPages],
     ) -> None:
         self.devices, self.layers, self.first, self.last = devices, layers, first, last
         self.mesh = stage_mesh(devices)
-        self.pages = dict(pages)
+        self.pages: dict[int, LayerPages] = {}
         self._model = model
+        self._parameters = parameters
         self._replicated = replicated(self.mesh)
         self._layers = tuple(
             {name: parameters[f"layers.{layer}.{name}"] for name in model.spec.layer_arrays} for layer in range(*layers)
@@ -53,6 +55,16 @@ class Stage:
         self._scale = parameters["norm.scale"] if last else None
         tied = model.spec.config.tied_embeddings
         self._head = parameters[TIED_HEAD if tied else "head"] if last else None
+
+    def empty_pages(self) -> LayerPages:
+        """Fresh KV pages for one layer."""
+        return LayerPages(*self._model.empty_pages(self.devices)())
+
+    def arrays(self) -> Iterator[jax.Array]:
+        """Everything that the stage holds on its devices."""
+        yield from self._parameters.values()
+        for pages in list(self.pages.values()):
+            yield from pages
 
     def has_block(self, shape: StepShape) -> bool:
         """Whether all layers are compiled as one executable for this shape; asks for it if not."""

@@ -1,0 +1,113 @@
+"""Plans one change of the mesh: from the instances and what runs on them to a placement and where its bytes come from.
+
+Pure: the same inputs give the same plan. Calls the planner's parts in their order and owns no algorithm of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from spotjax.meshes.instance import Instance
+from spotjax.meshes.placement import Placement
+from spotjax.meshes.shape import MeshShape
+from spotjax.models.spec import ModelSpec
+from spotjax.planner.cohorts import Inheritance, assign_cohorts, choose_heirs
+from spotjax.planner.demand import Demand
+from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, cohort_of, lost_cohorts, needs_of
+from spotjax.planner.matcher import match
+from spotjax.planner.migration import Links, MigrationPlan, plan_migration
+from spotjax.planner.optimizer import choose_shape
+from spotjax.reshard.transfer import Preparation
+
+Live = Mapping[int, Sequence[LiveSequence]]
+"""The sequences with KV of every current replica, replicas without any included."""
+
+
+@dataclass(frozen=True)
+class Planning:
+    """What every change of one service's mesh is planned with.
+
+    Attributes:
+      spec: the model.
+      demand: load that a shape is chosen for; its ``kv_pages`` are those of one replica.
+      wanted: a shape that the operator pinned, taken while it fits.
+    """
+
+    spec: ModelSpec
+    demand: Demand
+    wanted: MeshShape | None = None
+
+
+def plan_change(
+    planning: Planning, current: Placement | None, instances: Sequence[Instance], live: Live, epoch: int
+) -> Preparation:
+    """The next placement on the ready instances, and how to get there.
+
+    KV of the sequences that run now weighs in the matching; which of it really moves is decided by ``plan_kv`` when
+    decoding has stopped.
+
+    Raises:
+      NoFeasibleShape: the model fits on no mesh of the ready instances.
+    """
+    spec, demand = planning.spec, planning.demand
+    decision = choose_shape(spec, instances, demand, planning.wanted)
+    heirs = choose_heirs(live, decision.shape.data)
+    cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
+    holdings = Holdings.of(spec, current, cohorts, instances)
+    needs = needs_of(spec, decision.shape, decision.layers, cohorts)
+    lost = lost_cohorts(needs.values(), holdings)
+    if lost:
+        kept = [cohort for cohort in cohorts if cohort.name not in lost]
+        needs = needs_of(spec, decision.shape, decision.layers, kept)
+    devices = match(decision.shape, needs, decision.hosts, holdings)
+    placement = Placement(epoch, decision.shape, decision.layers, devices)
+    parameters = {
+        devices[position]: {name: index for name, index in arrays.items() if cohort_of(name) is None}
+        for position, arrays in needs.items()
+    }
+    plan = plan_migration(parameters, holdings, Links.of(instances))
+    return Preparation(placement, parameters, plan, heirs)
+
+
+def is_in_place(preparation: Preparation, current: Placement | None) -> bool:
+    """Whether the planned placement is the current one but for its epoch."""
+    new = preparation.placement
+    return current is not None and (new.shape, new.layers, new.devices) == (
+        current.shape,
+        current.layers,
+        current.devices,
+    )
+
+
+@dataclass(frozen=True)
+class KvChange:
+    """What becomes of the KV of running sequences.
+
+    Attributes:
+      cohorts: those that keep their KV.
+      plan: the moves that takes.
+    """
+
+    cohorts: tuple[KvCohort, ...]
+    plan: MigrationPlan
+
+
+def plan_kv(
+    planning: Planning, preparation: Preparation, current: Placement | None, instances: Sequence[Instance], live: Live
+) -> KvChange:
+    """Decides for the sequences of a stopped service whose KV goes on, and where it comes from.
+
+    Sequences that are in no cohort have lost their KV or find no room for it: it is computed again.
+    """
+    spec, demand, placement = planning.spec, planning.demand, preparation.placement
+    inheritance: Inheritance = assign_cohorts(
+        live, placement.shape.data, demand.pages, demand.page_size, preparation.heirs
+    )
+    holdings = Holdings.of(spec, current, inheritance.cohorts, instances)
+    needs = {
+        placement.devices[position]: {name: index for name, index in arrays.items() if cohort_of(name) is not None}
+        for position, arrays in needs_of(spec, placement.shape, placement.layers, inheritance.cohorts).items()
+    }
+    plan = plan_migration(needs, holdings, Links.of(instances))
+    return KvChange(tuple(cohort for cohort in inheritance.cohorts if cohort.name not in plan.lost), plan)

@@ -1,0 +1,95 @@
+"""Works out where the sequences of stopped replicas go at a switch, and which KV pages they have there. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from spotjax.engine.pages import PageAllocator
+from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.planner.holdings import KvCohort
+from spotjax.reshard.transfer import PageTransfer
+
+
+@dataclass(frozen=True)
+class Handover:
+    """Where everything goes.
+
+    Attributes:
+      allocators: the pages of every new replica, those of adopted sequences taken.
+      adopted: new replica to the sequences that go on with their KV there.
+      pages: key of an adopted sequence to its pages there.
+      recomputed: sequences whose KV is computed again, and those that wait, oldest first.
+      transfers: which pages move where.
+    """
+
+    allocators: tuple[PageAllocator, ...]
+    adopted: Mapping[int, tuple[ScheduledSequence, ...]]
+    pages: Mapping[int, list[int]]
+    recomputed: tuple[ScheduledSequence, ...]
+    transfers: tuple[PageTransfer, ...]
+
+
+def hand_over(
+    sequences: Iterable[ScheduledSequence],
+    cohorts: Sequence[KvCohort],
+    heirs: Mapping[int, int],
+    allocators: tuple[PageAllocator, ...],
+) -> Handover:
+    """Gives every sequence its place.
+
+    Args:
+      sequences: all that are not finished.
+      cohorts: those that keep their KV.
+      heirs: old replica to the new one that goes on with its page numbers.
+      allocators: one for every new replica, nothing taken yet.
+    """
+    by_key = {sequence.key: sequence for sequence in sequences}
+    inherited_first = sorted(cohorts, key=lambda cohort: heirs.get(cohort.old) != cohort.new)
+    pages: dict[int, list[int]] = {}
+    for cohort in inherited_first:  # page numbers that must stay are claimed before any are chosen freely
+        pages |= _keep_pages(cohort, by_key, heirs, allocators[cohort.new])
+    transfers = tuple(_transfer(cohort, by_key, pages) for cohort in cohorts)
+    adopted: dict[int, tuple[ScheduledSequence, ...]] = {}
+    for cohort in inherited_first:
+        for live in cohort.sequences:
+            if _complete(by_key[live.key], pages[live.key], allocators[cohort.new]):
+                adopted[cohort.new] = (*adopted.get(cohort.new, ()), by_key[live.key])
+            else:
+                allocators[cohort.new].release(pages.pop(live.key))
+    recomputed = tuple(by_key[key] for key in sorted(by_key.keys() - pages.keys()))
+    return Handover(allocators, adopted, pages, recomputed, transfers)
+
+
+def _keep_pages(
+    cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], heirs: Mapping[int, int], allocator: PageAllocator
+) -> dict[int, list[int]]:
+    """Pages for the KV that exists: the same numbers where the new replica inherits them, others elsewhere."""
+    pages = {}
+    for live in cohort.sequences:
+        if heirs.get(cohort.old) == cohort.new:
+            pages[live.key] = by_key[live.key].pages[: live.pages]
+            allocator.claim(pages[live.key])
+        else:
+            pages[live.key] = allocator.allocate(live.pages)
+    return pages
+
+
+def _transfer(
+    cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], pages: Mapping[int, list[int]]
+) -> PageTransfer:
+    pairs = [
+        pair
+        for live in cohort.sequences
+        for pair in zip(by_key[live.key].pages[: live.pages], pages[live.key], strict=True)
+    ]
+    return PageTransfer(cohort.old, cohort.new, tuple(pairs))
+
+
+def _complete(sequence: ScheduledSequence, pages: list[int], allocator: PageAllocator) -> bool:
+    """Adds the pages that the sequence needs beyond those that hold KV; False if there is no room for them."""
+    more = max(0, allocator.needed(sequence.state.length) - len(pages))
+    if more > allocator.free:
+        return False
+    pages += allocator.allocate(more)
+    return True

@@ -1,0 +1,57 @@
+"""Which instances there are and what state each is in. Plain bookkeeping; reacts to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from spotjax.errors import NoSpareDevices, UnknownInstance
+from spotjax.meshes.instance import Instance, InstanceState
+
+ALIVE = (InstanceState.JOINING, InstanceState.READY, InstanceState.NOTICED, InstanceState.DRAINING)
+
+
+class Membership:
+    """The instances of one fleet, gone ones included.
+
+    Args:
+      instances: those that may ever exist; ``gone`` ones can join (again).
+    """
+
+    def __init__(self, instances: Iterable[Instance]) -> None:
+        self._instances = {instance.name: instance for instance in instances}
+
+    def all(self) -> tuple[Instance, ...]:
+        """Every instance, in order of name registration."""
+        return tuple(self._instances.values())
+
+    def alive(self) -> tuple[Instance, ...]:
+        """Those that are not gone."""
+        return tuple(instance for instance in self._instances.values() if instance.state in ALIVE)
+
+    def require_alive(self, name: str) -> Instance:
+        """An instance that is not gone.
+
+        Raises:
+          UnknownInstance: there is none of that name.
+        """
+        instance = self._instances.get(name)
+        if instance is None or instance.state not in ALIVE:
+            known = ", ".join(instance.name for instance in self.alive()) or "none"
+            raise UnknownInstance(f"instance {name!r} is not part of the fleet; alive are: {known}")
+        return instance
+
+    def set_state(self, name: str, state: InstanceState) -> None:
+        """Moves an instance to another state."""
+        self._instances[name] = replace(self._instances[name], state=state)
+
+    def take_spare(self, count: int) -> tuple[str, ...]:
+        """Names of ``count`` instances that are gone and can join.
+
+        Raises:
+          NoSpareDevices: there are fewer.
+        """
+        spare = [instance.name for instance in self._instances.values() if instance.state is InstanceState.GONE]
+        if count > len(spare):
+            raise NoSpareDevices(f"{count} instances were asked for, devices are left for {len(spare)}")
+        return tuple(spare[:count])

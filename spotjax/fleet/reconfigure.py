@@ -1,0 +1,171 @@
+"""Carries out changes of the mesh, one at a time, and starts over when an instance vanishes in the middle of one.
+
+The way of a preemption: plan, bring parameters into place while decoding goes on, stop at a token boundary, move KV,
+switch the epoch, go on from the watermarks. Without notice it is the same way, with fewer sources.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from spotjax.engine.request import RequestState
+from spotjax.errors import InstanceLost, NoFeasibleShape
+from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
+from spotjax.fleet.cluster import Cluster
+from spotjax.fleet.dispatch import Dispatcher
+from spotjax.fleet.events import EventLog
+from spotjax.fleet.membership import Membership
+from spotjax.fleet.status import Reconfiguration
+from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.placement import Placement
+from spotjax.reshard.transfer import Preparation, Traffic
+
+Clock = Callable[[], float]
+"""Monotonic seconds."""
+
+
+class Reconfigurer:
+    """Keeps the mesh fitting to the instances.
+
+    Args:
+      planning: what every change is planned with.
+      members: the instances.
+      cluster: the devices.
+      dispatcher: the replicas and their sequences.
+      events: told about everything.
+      clock: monotonic seconds.
+      committed: told about sequences that ended in the course of a change.
+
+    Attributes:
+      placement: the current mesh, None while there is none.
+      epoch: counts placements upwards.
+    """
+
+    def __init__(
+        self,
+        planning: Planning,
+        members: Membership,
+        cluster: Cluster,
+        dispatcher: Dispatcher,
+        events: EventLog,
+        clock: Clock,
+        committed: Callable[[Sequence[RequestState]], None],
+    ) -> None:
+        self.placement: Placement | None = None
+        self.epoch = 0
+        self._planning, self._members, self._cluster = planning, members, cluster
+        self._dispatcher, self._events, self._clock, self._committed = dispatcher, events, clock, committed
+        self._one_at_a_time = asyncio.Lock()
+
+    def lose(self, instance: str) -> None:
+        """An instance is gone, whatever it was doing. Steps that need it fail from now on."""
+        self._members.set_state(instance, InstanceState.GONE)
+        self._cluster.lose(instance)
+
+    async def reconfigure(self) -> Reconfiguration:
+        """Makes the mesh fit to the instances that are ready now, however often that takes."""
+        async with self._one_at_a_time:
+            while True:
+                try:
+                    return await self._change()
+                except InstanceLost as loss:
+                    self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
+
+    async def _change(self) -> Reconfiguration:
+        before, started = self.placement, self._clock()
+        try:
+            preparation = self._plan()
+        except NoFeasibleShape as problem:
+            return await self._suspend(str(problem))
+        if is_in_place(preparation, before) and not any(replica.lost for replica in self._dispatcher.replicas):
+            return self._report(before, preparation, Traffic(), 0.0, 0.0, kept=self._running(), recomputed=0)
+        loaded = await self._cluster.prepare(preparation)
+        prepared = self._clock()
+        self._events.record(
+            "precopy",
+            self.epoch,
+            f"parameters in place after {prepared - started:.3f} s, {loaded.moved} bytes moved, {loaded.loaded} loaded",
+            bytes_moved=loaded.moved,
+            bytes_loaded=loaded.loaded,
+            seconds=prepared - started,
+        )
+        return await self._switch(preparation, loaded, started)
+
+    def _plan(self) -> Preparation:
+        preparation = plan_change(
+            self._planning, self.placement, self._members.all(), self._dispatcher.live(), self.epoch + 1
+        )
+        shape, plan = preparation.placement.shape, preparation.plan
+        self._events.record(
+            "plan",
+            self.epoch,
+            f"mesh {self.placement.shape if self.placement else 'none'} -> {shape}: {plan.bytes_in_place} bytes stay, "
+            f"{plan.bytes_moved} move, {plan.bytes_loaded} are loaded",
+            shape=str(shape),
+            bytes_in_place=plan.bytes_in_place,
+            bytes_moved=plan.bytes_moved,
+            bytes_loaded=plan.bytes_loaded,
+        )
+        return preparation
+
+    async def _switch(self, preparation: Preparation, loaded: Traffic, started: float) -> Reconfiguration:
+        """Stops, moves KV, starts on the new mesh."""
+        before, prepared = self.placement, self._clock()
+        running = self._running()
+        await self._dispatcher.stop()
+        self._committed(self._dispatcher.take_cancelled())
+        kv = plan_kv(self._planning, preparation, before, self._members.all(), self._dispatcher.live())
+        shape = preparation.placement.shape
+        handover = self._dispatcher.hand_over(shape.data, kv.cohorts, preparation.heirs)
+        pipelines, moved = await self._cluster.switch(handover.transfers)
+        self._dispatcher.install(pipelines, handover)
+        self.placement, self.epoch = preparation.placement, preparation.placement.epoch
+        pause = self._clock() - prepared
+        kept = sum(len(sequences) for sequences in handover.adopted.values())
+        self._events.record(
+            "switch",
+            self.epoch,
+            f"epoch {self.epoch}: mesh {shape}, paused {pause:.3f} s, {moved.moved} bytes of KV moved, "
+            f"{kept} sequences go on, {max(0, running - kept)} recompute",
+            shape=str(shape),
+            pause_seconds=pause,
+            kv_bytes_moved=moved.moved,
+            kept=kept,
+        )
+        traffic = Traffic(loaded.moved + moved.moved, loaded.loaded)
+        report = self._report(before, preparation, traffic, prepared - started, pause, kept, max(0, running - kept), kv)
+        return report
+
+    async def _suspend(self, why: str) -> Reconfiguration:
+        """No mesh fits: every request waits, none fails."""
+        before = self.placement
+        await self._dispatcher.stop()
+        self._committed(self._dispatcher.take_cancelled())
+        running = self._running()
+        self._dispatcher.park()
+        await self._cluster.clear()
+        self.placement = None
+        self._events.record("stop", self.epoch, f"requests wait for instances: {why}")
+        return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)
+
+    def _running(self) -> int:
+        return sum(len(replica.scheduler.running) for replica in self._dispatcher.replicas)
+
+    def _report(
+        self,
+        before: Placement | None,
+        preparation: Preparation,
+        traffic: Traffic,
+        precopy: float,
+        pause: float,
+        kept: int,
+        recomputed: int,
+        kv: KvChange | None = None,
+    ) -> Reconfiguration:
+        in_place = preparation.plan.bytes_in_place + (kv.plan.bytes_in_place if kv else 0)
+        after = replace(preparation.placement, epoch=self.epoch)
+        return Reconfiguration(
+            self.epoch, before, after, in_place, traffic.moved, traffic.loaded, precopy, pause, kept, recomputed
+        )

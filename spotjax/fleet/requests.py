@@ -1,0 +1,140 @@
+"""The accepted requests: who waits for what, and how committed output reaches the streams that follow it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from spotjax.engine.commit_log import CommitLog
+from spotjax.engine.generation import Delta, GenerationRequest, Usage
+from spotjax.engine.request import FinishReason, RequestState
+from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.errors import InvalidRequest, UnknownRequest
+
+
+@dataclass(eq=False)
+class AcceptedRequest:
+    """One request on its way.
+
+    Attributes:
+      request: as accepted.
+      sequences: its choices, in order.
+      changed: set and replaced whenever something was committed.
+      finished_at: monotonic seconds when the last choice ended, None while one runs.
+    """
+
+    request: GenerationRequest
+    sequences: tuple[ScheduledSequence, ...]
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    finished_at: float | None = None
+
+
+class RequestTable:
+    """All retained requests. Output is read from the commit log, so a slow reader holds no memory of its own.
+
+    Args:
+      log: what is committed.
+      retain_seconds: how long a finished request can still be read.
+    """
+
+    def __init__(self, log: CommitLog, retain_seconds: float) -> None:
+        self.log = log
+        self.finished = 0
+        """Requests that ended."""
+        self.tokens = 0
+        """Output tokens that were committed."""
+        self._retain = retain_seconds
+        self._requests: dict[str, AcceptedRequest] = {}
+        self._unfinished: dict[str, AcceptedRequest] = {}
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def get(self, request_id: str) -> AcceptedRequest:
+        """A retained request.
+
+        Raises:
+          UnknownRequest: there is none of that id.
+        """
+        try:
+            return self._requests[request_id]
+        except KeyError:
+            raise UnknownRequest(
+                f"request {request_id!r} is not known; finished requests are kept for {self._retain:g} s"
+            ) from None
+
+    def add(self, accepted: AcceptedRequest) -> None:
+        """Takes up a request after the log accepted it."""
+        self._requests[accepted.request.request_id] = accepted
+        self._unfinished[accepted.request.request_id] = accepted
+
+    @property
+    def running(self) -> int:
+        """Requests that are not finished."""
+        return len(self._unfinished)
+
+    def committed(self, states: Iterable[RequestState], now: float) -> None:
+        """Wakes the streams of the requests whose sequences gained a token or ended."""
+        for state in states:
+            accepted = self._requests[state.request_id]
+            if state.finish not in (FinishReason.CANCELLED, FinishReason.DEADLINE):
+                self.tokens += 1
+            if state.finish is not None and all(s.finish for s in self.log.states(state.request_id)):
+                accepted.finished_at = now
+                self.finished += 1
+                del self._unfinished[state.request_id]
+            accepted.changed.set()
+            accepted.changed = asyncio.Event()
+
+    def purge(self, now: float) -> None:
+        """Forgets requests that finished long enough ago."""
+        for request_id, accepted in list(self._requests.items()):
+            if accepted.finished_at is not None and now - accepted.finished_at >= self._retain:
+                del self._requests[request_id]
+                self.log.forget(request_id)
+
+    def stream(self, request_id: str, offsets: Sequence[int]) -> AsyncIterator[Delta]:
+        """See ``fleet.service.GenerationService.stream``."""
+        accepted = self.get(request_id)
+        states = self.log.states(request_id)
+        if offsets and len(offsets) != len(states):
+            raise InvalidRequest("offsets", f"one for each of the {len(states)} choices, got {len(offsets)}")
+        seen = list(offsets) or [0] * len(states)
+        for offset, state in zip(seen, states, strict=True):
+            if not 0 <= offset <= len(state.tokens):
+                raise InvalidRequest("offsets", f"must be in [0, {len(state.tokens)}] for this choice, got {offset}")
+        return self._follow(accepted, seen)
+
+    async def _follow(self, accepted: AcceptedRequest, seen: list[int]) -> AsyncIterator[Delta]:
+        """Deltas from the given token offsets on, until every choice has ended."""
+        request_id = accepted.request.request_id
+        open_choices = set(range(len(seen)))
+        while open_choices:
+            changed = accepted.changed
+            states = self.log.states(request_id)
+            for choice in sorted(open_choices):
+                state = states[choice]
+                if len(state.tokens) > seen[choice] or state.finish is not None:
+                    yield _delta(state, seen[choice])
+                    seen[choice] = len(state.tokens)
+                if state.finish is not None:
+                    open_choices.discard(choice)
+            if open_choices and changed is accepted.changed:
+                await changed.wait()
+
+
+def _delta(state: RequestState, offset: int) -> Delta:
+    """What of a sequence lies beyond ``offset`` tokens."""
+    text_start = state.text_ends[offset - 1] if offset else 0
+    usage = Usage(len(state.prompt), len(state.tokens)) if state.finish is not None else None
+    return Delta(
+        state.request_id,
+        state.choice,
+        offset,
+        state.tokens[offset:],
+        state.text[text_start:],
+        state.logprobs[offset:],
+        state.finish,
+        usage,
+    )

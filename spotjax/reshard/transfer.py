@@ -1,0 +1,55 @@
+"""What is asked of a switch to a new mesh, and what it cost. Plain data, no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.placement import Placement
+from spotjax.planner.holdings import Needs
+from spotjax.planner.migration import MigrationPlan
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A placement about to be brought into being.
+
+    Attributes:
+      placement: the new mesh.
+      needs: what each of its devices must have.
+      plan: where that comes from.
+      heirs: old replica to the new one that goes on with its page numbers, so that its pages can stay where they are.
+    """
+
+    placement: Placement
+    needs: Mapping[DeviceRef, Needs]
+    plan: MigrationPlan
+    heirs: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PageTransfer:
+    """Pages of the sequences that one new replica takes over from one old replica.
+
+    Attributes:
+      old, new: replica numbers in the old and in the new mesh.
+      pages: (page in the old replica, page in the new one), each holding at least one computed position.
+    """
+
+    old: int
+    new: int
+    pages: tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Traffic:
+    """Bytes counted where they move.
+
+    Attributes:
+      moved: from device to device.
+      loaded: from the checkpoint.
+    """
+
+    moved: int = 0
+    loaded: int = 0

@@ -1,0 +1,47 @@
+"""Makes ready all that stages on given devices can be asked to run, so that nothing compiles on a request's path.
+
+Only whole stages are fused later, in the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from spotjax.runtime.buckets import Buckets
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.executables import Devices
+from spotjax.runtime.sampling import Variant
+
+Progress = Callable[[int, int], None]
+"""Told (done, total)."""
+
+
+def warm(
+    model: CompiledModel,
+    buckets: Buckets,
+    groups: Sequence[Devices],
+    threads: int = 2,
+    progress: Progress | None = None,
+) -> None:
+    """Makes every function ready on every device group; compiles each once per group size, the rest is loaded."""
+    work = [call for devices in groups for call in _calls(model, buckets, devices)]
+    with ThreadPoolExecutor(threads, thread_name_prefix="warm") as pool:
+        for done, _ in enumerate(pool.map(lambda call: call(), work), start=1):
+            if progress is not None:
+                progress(done, len(work))
+
+
+def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator[Callable[[], object]]:
+    steps = [(rows, 1) for rows in buckets.decode_rows] + list(buckets.prefill_shapes)
+    for rows, span in steps:
+        yield lambda rows=rows, span=span: model.embed(devices, rows, span)  # type: ignore[misc]
+        yield lambda rows=rows, span=span: model.logits(devices, rows, span)  # type: ignore[misc]
+    for shape in buckets.all_shapes():
+        yield lambda shape=shape: model.layer(devices, shape)  # type: ignore[misc]
+    for rows in sorted({rows for rows, _ in steps}):
+        for variant in Variant:
+            yield lambda rows=rows, variant=variant: model.sample(devices[0], variant, rows)  # type: ignore[misc]
+    yield lambda: model.read_pages(devices)
+    yield lambda: model.write_pages(devices)
+    yield lambda: model.empty_pages(devices)
