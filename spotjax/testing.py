@@ -117,13 +117,13 @@ class ScriptedService:
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """Output from ``offsets`` on."""
         state = self._find(request_id)
-        if len(offsets) > state.request.n:
-            raise InvalidRequest("offsets", f"the request has {state.request.n} choices, got {len(offsets)} offsets")
+        if offsets and len(offsets) != state.request.n:
+            raise InvalidRequest("offsets", f"one for each of the {state.request.n} choices, got {len(offsets)}")
         for choice, offset in enumerate(offsets):
             known = min(state.committed, len(state.script[choice][0]))
             if offset > known:
                 raise InvalidRequest(f"offsets[{choice}]", f"must be in [0, {known}], got {offset}")
-        return self._stream(state, list(offsets) + [0] * (state.request.n - len(offsets)))
+        return self._stream(state, list(offsets) or [0] * state.request.n)
 
     def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
         """Ends a request."""

@@ -43,6 +43,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         try:
             await context.send_initial_metadata(((REQUEST_ID_KEY, accepted.request_id),))
             await forward(service.stream(accepted.request_id), context, set(range(accepted.n)))
+            log.info("finished", extra={"request": accepted.request_id})
         except BaseException as error:
             log.info("stream broke", extra={"request": accepted.request_id, "reason": type(error).__name__})
             if not accepted.resumable:

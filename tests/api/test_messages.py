@@ -113,7 +113,9 @@ def test_next_id_comments_are_right_and_every_message_has_one() -> None:
 
     from spotjax.tools.generate_protos import PROTOS, ROOT
 
-    for path in (ROOT / PROTOS).glob("*.proto"):
+    paths = sorted((ROOT / PROTOS).glob("*.proto"))
+    assert [path.stem for path in paths] == ["fleet", "generation"]
+    for path in paths:
         wanted: int | None = None
         open_blocks: list[tuple[str, int | None, int]] = []
         for line in path.read_text().splitlines():
