@@ -11,7 +11,7 @@ class DeviceRef(NamedTuple):
     """One device: the ``index``-th of an instance."""
 
     instance: str
-    index: int
+    index: int  # type: ignore[assignment]  # tuple.index is of no use here
 
     def __str__(self) -> str:
         return f"{self.instance}/{self.index}"

@@ -80,7 +80,6 @@ async def start(config: ServeConfig) -> EmbeddedServer:
       CheckpointError: the model cannot be loaded.
       NoFeasibleShape: the model does not fit the instances.
     """
-    use_compilation_cache(config.compilation_cache)
     devices = local_instances(config.instances, config.devices_per_instance)
     model = await asyncio.to_thread(open_model, config.model)
     return await serve_model(config, model, devices)
@@ -103,7 +102,8 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     planning = Planning(spec, demand, wanted)
     kind = instance_type(config, spec, limits, devices)
     members = Membership(Instance(name, kind) for name in devices)
-    compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype)
+    programs = cache_directory(config.compilation_cache)
+    compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs)
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
     service = Controller(
         model.name, planning, members, cluster, MemoryCommitLog(), model.tokenizer, model.tokenizer.end_tokens,
@@ -117,17 +117,14 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.max_positions)
 
 
-def use_compilation_cache(setting: str) -> None:
-    """Keeps compiled programs between runs: in the directory given, or in the user's cache directory, or not at all."""
+def cache_directory(setting: str) -> Path | None:
+    """Where compiled programs are kept between runs: as told, else in the user's cache directory; None for nowhere."""
     if setting == "off":
-        return
-    cache_home = os.environ.get("SPOTJAX_CACHE") or Path(
+        return None
+    home = os.environ.get("SPOTJAX_CACHE") or Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spotjax"
     )
-    directory = Path(setting) if setting else Path(cache_home, "compiled")
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return Path(setting) if setting else Path(home, "programs")
 
 
 def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devices]:

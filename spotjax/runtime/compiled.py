@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.executables import Devices, Executables
 from spotjax.runtime.functions import StageFunctions
 from spotjax.runtime.kv import LayerPages, StepInput, read_pages, write_pages
+from spotjax.runtime.program_cache import ProgramCache
 from spotjax.runtime.sampling import Variant, controls_width, sample
 
 Call = Callable[..., Any]
@@ -39,12 +41,23 @@ class CompiledModel:
       page_size: positions per page.
       max_positions: longest sequence.
       dtype: of activations, parameters and KV.
+      cache_directory: where compiled programs are kept between runs; None keeps nothing.
     """
 
-    def __init__(self, spec: ModelSpec, pages: int, page_size: int, max_positions: int, dtype: DTypeLike) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pages: int,
+        page_size: int,
+        max_positions: int,
+        dtype: DTypeLike,
+        cache_directory: Path | None = None,
+    ) -> None:
         self.spec, self.pages, self.page_size = spec, pages, page_size
         self.dtype = jnp.dtype(dtype)
-        self.executables = Executables()
+        subject = repr((spec, pages, page_size, max_positions, self.dtype.name))
+        cache = ProgramCache(cache_directory, subject) if cache_directory is not None else None
+        self.executables = Executables(cache)
         self._max_positions = max_positions
         self._arrays = {array.name: array for array in spec.parameters}
 

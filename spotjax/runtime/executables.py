@@ -3,7 +3,7 @@
 A mesh change moves stages to other devices, and XLA ties an executable to the devices it was compiled for. Compiling
 again would cost seconds in the middle of a preemption. So the first compilation of a function is kept in serialized
 form, and other device groups of the same size load it (about 3 ms on CPU instead of 100 ms and more). Where the
-backend cannot do that, the function is compiled for the new devices, through jax's persistent cache.
+backend cannot do that, the function is compiled for the new devices.
 
 Safe to use from several threads.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import logging
+import pickle
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src import compiler
+from jax._src.config import enable_compilation_cache as jax_cache_setting
 from jax.experimental import serialize_executable
+
+from spotjax.runtime.program_cache import ProgramCache
 
 log = logging.getLogger(__name__)
 
@@ -34,20 +38,20 @@ Key = tuple[Hashable, ...]
 
 @dataclass(frozen=True)
 class _Portable:
-    """A compiled function in a form that other devices can load."""
+    """A compiled function in a form that other devices, and other processes, can load."""
 
     content: bytes
     in_tree: Any
     out_tree: Any
-    devices: Devices
+    device_ids: tuple[int, ...]
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled, devices: Devices) -> _Portable:
-        return cls(*serialize_executable.serialize(compiled), devices)
+        return cls(*serialize_executable.serialize(compiled), tuple(device.id for device in devices))
 
     def load(self, devices: Devices) -> jax.stages.Compiled:
         """The function on ``devices``, which take the places of the original ones in order."""
-        unpickler = _Retarget(self.content, self.devices, devices)
+        unpickler = _Retarget(self.content, self.device_ids, devices)
         executable, arguments, no_kwargs = unpickler.load()
         return jax.stages.Compiled(
             executable.load(), [], self.in_tree.unflatten(arguments), self.out_tree, no_kwargs=no_kwargs
@@ -61,9 +65,9 @@ class _Retarget(serialize_executable._JaxPjrtUnpickler):  # type: ignore[misc]
     result refuses to run there (jax 0.10 to 0.12); the compile options given here carry the new one.
     """
 
-    def __init__(self, content: bytes, old: Devices, new: Devices) -> None:
+    def __init__(self, content: bytes, old_ids: tuple[int, ...], new: Devices) -> None:
         super().__init__(io.BytesIO(content), new[0].client, new)
-        self.devices_by_id = {before.id: after for before, after in zip(old, new, strict=True)}
+        self.devices_by_id = dict(zip(old_ids, new, strict=True))
         self._options = compiler.get_compile_options(
             num_replicas=1,
             num_partitions=len(new),
@@ -82,12 +86,16 @@ class _Retarget(serialize_executable._JaxPjrtUnpickler):  # type: ignore[misc]
 class Executables:
     """All compiled functions of one process.
 
+    Args:
+      cache: keeps them between processes; None keeps nothing.
+
     Attributes:
       compiled: how many functions were compiled so far; tests watch that it stands still during a preemption.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, cache: ProgramCache | None = None) -> None:
         self.compiled = 0
+        self._cache = cache
         self._loaded: dict[tuple[Key, Devices], jax.stages.Compiled] = {}
         self._portable: dict[Key, _Portable] = {}
         self._locks: dict[Key, threading.Lock] = {}
@@ -131,19 +139,41 @@ class Executables:
             found = self._loaded.get((key, devices))
             if found is not None:
                 return found
-            portable = self._portable.get(key)
-            made = portable.load(devices) if portable is not None else self._compile(key, devices, lower)
+            made = self._from_portable(key, devices) or self._compile(key, devices, lower)
             with self._guard:
                 self._loaded[key, devices] = made
             return made
 
+    def _from_portable(self, key: Key, devices: Devices) -> jax.stages.Compiled | None:
+        """The function from memory or disk, if it is there."""
+        portable = self._portable.get(key)
+        if portable is not None:
+            return portable.load(devices)
+        content = self._cache.get(repr(key)) if self._cache is not None else None
+        if self._cache is None or content is None:
+            return None
+        try:
+            portable = pickle.loads(content)
+            loaded: jax.stages.Compiled = portable.load(devices)
+        except Exception as problem:  # whatever a damaged entry makes the reader raise
+            log.warning("the cached program %s is unusable and will be compiled again: %s", key[0], problem)
+            self._cache.drop(repr(key))
+            return None
+        self._portable[key] = portable
+        return loaded
+
     def _compile(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
         self.compiled += 1
-        compiled = lower(devices).compile()
+        with jax_cache_setting(False):  # what jax's cache returns cannot be serialized again
+            compiled = lower(devices).compile()
         try:
-            self._portable[key] = _Portable.of(compiled, devices)
+            portable = _Portable.of(compiled, devices)
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as problem:
             log.warning("%s cannot be moved between devices without compiling again: %s", key[0], problem)
+            return compiled
+        self._portable[key] = portable
+        if self._cache is not None:
+            self._cache.put(repr(key), pickle.dumps(portable))
         return compiled
 
     def _compile_quietly(self, key: Key, devices: Devices, lower: Lower) -> None:

@@ -1,0 +1,84 @@
+"""Compiled programs on disk, so that a second start compiles nothing.
+
+jax's own persistent cache cannot serve here: what comes out of it on the CPU backend cannot be put on other devices any
+more (jax 0.10 to 0.12: symbols are missing after the second serialization). Entries hold native code, as jax's do: the
+directory must be as trusted as the program itself, and is created for its owner alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+
+import jax
+import jaxlib
+
+log = logging.getLogger(__name__)
+
+COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes", "spotjax.runtime", "spotjax.engine")
+"""Whose source decides what is compiled."""
+
+
+class ProgramCache:
+    """Programs by key in one directory.
+
+    Args:
+      directory: made if missing.
+      subject: what all programs depend on besides their key, such as the model's shapes.
+    """
+
+    def __init__(self, directory: Path, subject: str) -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._directory = directory
+        self._common = "\n".join((subject, _machine(), _source()))
+
+    def get(self, key: str) -> bytes | None:
+        """A program, or None when it is not there."""
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as problem:
+            log.warning("cannot read the program cache: %s", problem)
+            return None
+
+    def put(self, key: str, content: bytes) -> None:
+        """Keeps a program. A full or read-only disk costs the next start time, nothing else."""
+        try:
+            with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
+                file.write(content)
+            os.replace(file.name, self._path(key))
+        except OSError as problem:
+            log.warning("cannot write the program cache: %s", problem)
+
+    def drop(self, key: str) -> None:
+        """Removes a program that turned out to be unusable."""
+        self._path(key).unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._directory / hashlib.sha256(f"{self._common}\n{key}".encode()).hexdigest()
+
+
+def _machine() -> str:
+    """Everything outside our source that compiled code depends on."""
+    device = jax.devices()[0]
+    features = ""
+    if device.platform == "cpu" and Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (jax.__version__, jaxlib.__version__, device.platform, device.device_kind, platform.machine(), features)
+    return "\n".join((*parts, device.client.platform_version, os.environ.get("XLA_FLAGS", "")))
+
+
+def _source() -> str:
+    """Hash of the source of all that is compiled."""
+    digest = hashlib.sha256()
+    for package in COMPILED_PACKAGES:
+        for file in sorted((entry for entry in files(package).iterdir() if entry.name.endswith(".py")), key=str):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
