@@ -58,11 +58,24 @@ class InstanceState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One machine of the fleet."""
+    """One machine of the fleet.
+
+    Attributes:
+      name: unique in the fleet.
+      type: what it has and costs.
+      state: where it is in its life.
+      on_demand: it was rented at the on-demand price and is not taken away.
+    """
 
     name: str
     type: InstanceType
     state: InstanceState = InstanceState.READY
+    on_demand: bool = False
+
+    @property
+    def price(self) -> float:
+        """USD per hour."""
+        return self.type.on_demand_price if self.on_demand else self.type.spot_price
 
     @property
     def devices(self) -> tuple[DeviceRef, ...]:

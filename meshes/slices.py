@@ -36,8 +36,14 @@ def whole(shape: tuple[int, ...]) -> Index:
 
 def intersect(a: Index, b: Index) -> Index | None:
     """What two indices of the same array have in common, or None."""
-    common = tuple((max(a0, b0), min(a1, b1)) for (a0, a1), (b0, b1) in zip(a, b, strict=True))
-    return common if all(start < stop for start, stop in common) else None
+    common: list[Range] = []
+    for (a0, a1), (b0, b1) in zip(a, b, strict=True):
+        # Planning does this a hundred thousand times at once, and conditionals are much faster than max and min.
+        start, stop = a0 if a0 > b0 else b0, a1 if a1 < b1 else b1
+        if start >= stop:
+            return None
+        common.append((start, stop))
+    return tuple(common)
 
 
 def subtract(a: Index, b: Index) -> list[Index]:

@@ -1,7 +1,7 @@
 """What a mesh shape costs: seconds of a step and bytes on a device, from an analytic roofline. Chooses nothing.
 
 A stage takes the longer of computing and of reading its parameters and KV (the roofline of Williams et al. 2009), plus
-its tensor collectives, plus a fixed overhead for each call; stages are joined by network hops. All seconds are
+its tensor collectives, plus a fixed overhead for each call; ``latency`` joins stages. All seconds are
 estimates for one kind of instance; all bytes are exact up to activations.
 """
 
@@ -14,8 +14,11 @@ from math import ceil, prod
 from spotjax.meshes.instance import InstanceType
 from spotjax.meshes.layout import LayerRanges, kv_heads_per_shard, shard_shape, stage_holds
 from spotjax.meshes.shape import MeshShape
-from spotjax.models.spec import ModelSpec
+from spotjax.meshes.slices import Range
+from spotjax.models.spec import ArraySpec, ModelSpec
+from spotjax.planner import latency
 from spotjax.planner.demand import Demand
+from spotjax.planner.latency import Stage, Work
 
 CALL_SECONDS = 1e-4
 """Overhead of starting one stage's computation on its devices."""
@@ -41,27 +44,11 @@ class MemoryNeed:
         return ceil((self.parameters + self.kv + self.activations) * (1 + MEMORY_MARGIN))
 
 
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What a stage computes in one call.
-
-    Attributes:
-      tokens: positions computed.
-      pairs: (position, attended position) pairs, summed over sequences.
-      cached: KV positions read.
-      rows: logits rows computed.
-    """
-
-    tokens: int
-    pairs: int
-    cached: int
-    rows: int
-
-
 @lru_cache(maxsize=4096)
 def layer_elements(spec: ModelSpec, tensor: int) -> int:
     """Parameters of one decoder layer on one device, padding included."""
-    return sum(prod(shard_shape(array, spec, tensor)) for array in spec.parameters if array.layer == 0)
+    arrays = (ArraySpec(name, extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
+    return sum(prod(shard_shape(array, spec, tensor)) for array in arrays)
 
 
 @lru_cache(maxsize=4096)
@@ -83,9 +70,14 @@ def parameter_bytes(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stag
 
 def memory_need(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, demand: Demand) -> MemoryNeed:
     """Bytes on the device that needs the most: parameters and KV pages (exact), activations (estimated)."""
-    return max(
-        (_stage_memory(spec, shape, layers, stage, demand) for stage in range(shape.stage)), key=lambda need: need.total
-    )
+    stages = (layers.index(stage) for stage in _distinct(layers))
+    return max((_stage_memory(spec, shape, layers, stage, demand) for stage in stages), key=lambda need: need.total)
+
+
+def _distinct(layers: LayerRanges) -> list[Range]:
+    """One stage of every length, and the first and the last, which have arrays of their own."""
+    lengths = {stop - start: (start, stop) for start, stop in layers[1:-1]}
+    return list(dict.fromkeys([layers[0], *lengths.values(), layers[-1]]))
 
 
 def _stage_memory(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage: int, demand: Demand) -> MemoryNeed:
@@ -102,31 +94,56 @@ def _stage_memory(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """Analytic latencies of a model on one kind of instance. A ``LatencyModel``."""
+
+    spec: ModelSpec
+    kind: InstanceType
+
+    def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
+        """One call of one stage: roofline, collectives, overhead."""
+        c, kind = self.spec.config, self.kind
+        head = c.width * -(-c.vocab // tensor) if stage.last else 0
+        weights = stage.layers * layer_elements(self.spec, tensor)
+        attention = 4 * stage.layers * work.pairs * c.heads // tensor * c.head_size
+        flops = 2 * work.tokens * weights + 2 * work.sequences * head + attention
+        kv = 2 * stage.layers * work.cached * kv_heads_per_shard(c.heads, c.kv_heads, tensor) * c.head_size
+        read = (weights + head + kv) * self.spec.dtype_bytes
+        seconds = CALL_SECONDS + max(flops / kind.flops, read / kind.memory_bandwidth)
+        if tensor > 1:
+            # Sums after attention and after the feed-forward layer, and after the split embedding; logits are gathered.
+            hidden = work.tokens * c.width * self.spec.dtype_bytes
+            seconds += (2 * stage.layers + stage.first) * _all_reduce_seconds(hidden, tensor, kind)
+            logits = work.sequences * c.vocab * self.spec.dtype_bytes
+            seconds += stage.last * _all_gather_seconds(logits, tensor, kind)
+        return seconds
+
+    def hop_seconds(self, tokens: int) -> float:
+        """Hidden vectors of ``tokens`` tokens from one stage to the next."""
+        size = tokens * self.spec.config.width * self.spec.dtype_bytes
+        return self.kind.network_latency + size / self.kind.network_bandwidth
+
+
 def decode_seconds(
     spec: ModelSpec, shape: MeshShape, layers: LayerRanges, instance_type: InstanceType, batch: int, context: int
 ) -> float:
     """Seconds for one micro-batch of ``batch`` sequences, ``context`` positions long, to go through all stages once."""
-    return _through(spec, shape, layers, instance_type, _decode_work(batch, context))
+    return latency.through(Roofline(spec, instance_type), shape, layers, Work.decode(batch, context))
 
 
 def prefill_seconds(
     spec: ModelSpec, shape: MeshShape, layers: LayerRanges, instance_type: InstanceType, tokens: int
 ) -> float:
     """Seconds for one prompt of ``tokens`` tokens to go through all stages."""
-    return _through(spec, shape, layers, instance_type, _Work(tokens, tokens * (tokens + 1) // 2, tokens, 1))
+    return latency.prefill_seconds(Roofline(spec, instance_type), shape, layers, tokens)
 
 
 def step_seconds(
     spec: ModelSpec, shape: MeshShape, layers: LayerRanges, instance_type: InstanceType, batch: int, context: int
 ) -> float:
-    """Seconds between two tokens of a sequence when a replica's ``batch`` sequences go round as P micro-batches.
-
-    A micro-batch goes round no faster than through all stages, and the slowest stage serves every micro-batch once.
-    """
-    micro_batches = min(shape.stage, batch)
-    work = _decode_work(ceil(batch / micro_batches), context)
-    slowest = max(_stage_seconds(spec, shape, layers, instance_type, stage, work) for stage in range(shape.stage))
-    return max(_through(spec, shape, layers, instance_type, work), micro_batches * slowest)
+    """Seconds between two tokens of a sequence, see ``latency.step_seconds``."""
+    return latency.step_seconds(Roofline(spec, instance_type), shape, layers, batch, context)
 
 
 def throughput(
@@ -134,40 +151,6 @@ def throughput(
 ) -> float:
     """Tokens per second of all D replicas, each decoding ``batch`` sequences."""
     return shape.data * batch / step_seconds(spec, shape, layers, instance_type, batch, context)
-
-
-def _decode_work(batch: int, context: int) -> _Work:
-    return _Work(tokens=batch, pairs=batch * context, cached=batch * context, rows=batch)
-
-
-def _through(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, kind: InstanceType, work: _Work) -> float:
-    """All stages one after the other, and the hops between them."""
-    hop = kind.network_latency + work.tokens * spec.config.width * spec.dtype_bytes / kind.network_bandwidth
-    stages = sum(_stage_seconds(spec, shape, layers, kind, stage, work) for stage in range(shape.stage))
-    return stages + (shape.stage - 1) * hop
-
-
-def _stage_seconds(
-    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, kind: InstanceType, stage: int, work: _Work
-) -> float:
-    """One call of one stage: roofline, collectives, overhead."""
-    c, tensor = spec.config, shape.tensor
-    start, stop = layers[stage]
-    count = stop - start
-    last = stage == shape.stage - 1
-    head = c.width * -(-c.vocab // tensor) if last else 0
-    weights = count * layer_elements(spec, tensor)
-    attention = 4 * count * work.pairs * c.heads // tensor * c.head_size
-    flops = 2 * work.tokens * weights + 2 * work.rows * head + attention
-    kv = 2 * count * work.cached * kv_heads_per_shard(c.heads, c.kv_heads, tensor) * c.head_size
-    read = (weights + head + kv) * spec.dtype_bytes
-    seconds = CALL_SECONDS + max(flops / kind.flops, read / kind.memory_bandwidth)
-    if tensor > 1:
-        # Sums after attention and after the feed-forward layer, and after the split embedding; logits are gathered.
-        hidden = work.tokens * c.width * spec.dtype_bytes
-        seconds += (2 * count + (stage == 0)) * _all_reduce_seconds(hidden, tensor, kind)
-        seconds += last * _all_gather_seconds(work.rows * c.vocab * spec.dtype_bytes, tensor, kind)
-    return seconds
 
 
 def _all_reduce_seconds(size: int, tensor: int, kind: InstanceType) -> float:

@@ -2,24 +2,31 @@
 
 KV is described by pseudo-arrays ``kv.<layer>@<cohort>``: the pages in use of the sequences that one new replica takes
 over from one old replica, numbered from 0 in the cohort's order. So one planner serves parameters and KV alike.
+Everything is kept by stack (``meshes.stacks``), which makes it as small as the mesh is regular.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
+from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
-from spotjax.meshes.layout import LayerRanges, shard_index, slices_at
+from spotjax.meshes.layout import LayerRanges, tensor_range
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice, Index, intersect, subtract
+from spotjax.meshes.stacks import in_stack, is_layered, stack_of, stacks_at
 from spotjax.models.spec import ArraySpec, ModelSpec
 
 Needs = Mapping[str, Index]
-"""Array name to the index ranges that one position or device must have."""
+"""What one position or device must have: array name to its index ranges."""
+
+Boxes = tuple[Index, ...]
+"""Disjoint index ranges of one stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class LiveSequence:
     progress: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class KvCohort:
     """The sequences that new replica ``new`` takes over from old replica ``old``, with their KV.
 
@@ -53,12 +60,12 @@ class KvCohort:
     sequences: tuple[LiveSequence, ...]
     page_size: int
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Unique within one change of the mesh."""
         return f"{self.old}-{self.new}"
 
-    @property
+    @cached_property
     def pages(self) -> int:
         """Pages of all sequences together."""
         return sum(sequence.pages for sequence in self.sequences)
@@ -70,34 +77,113 @@ class KvCohort:
 
 
 def cohort_of(name: str) -> str | None:
-    """Name of the cohort whose KV an array is, or None for a parameter."""
+    """Name of the cohort whose KV an array or stack is, or None for a parameter."""
     _, at, cohort = name.partition("@")
     return cohort if at else None
 
 
-def needed(
-    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Iterable[KvCohort], position: Position
-) -> dict[str, Index]:
-    """What a position of the new mesh must have: its parameters, and the KV that its replica takes over."""
-    mine = [cohort for cohort in cohorts if cohort.new == position.data]
-    return _slices(spec, shape, layers, mine, position)
+class StackedNeeds(Mapping[str, Index]):
+    """``Needs`` kept by stack; arrays are named when they are asked for.
+
+    Args:
+      parameters: stack name to index ranges; positions that need the same may share it.
+      kv: the same of KV.
+    """
+
+    __slots__ = ("kv", "parameters")
+
+    def __init__(self, parameters: Mapping[str, Index], kv: Mapping[str, Index]) -> None:
+        self.parameters, self.kv = parameters, kv
+
+    @classmethod
+    def of(cls, arrays: Needs) -> StackedNeeds:
+        """The same needs by stack.
+
+        Raises:
+          PlanError: arrays of a stack differ in their index, or are not those of successive layers.
+        """
+        if isinstance(arrays, cls):
+            return arrays
+        pieces: dict[str, list[Index]] = defaultdict(list)
+        for array in arrays.items():
+            stack, index = in_stack(ArraySlice(*array))
+            pieces[stack].append(index)
+        stacks = {stack: joined(indices) for stack, indices in pieces.items()}
+        for stack, boxes in stacks.items():
+            if len(boxes) > 1:
+                raise PlanError(f"needs of {stack} must be one index range in successive layers, got {list(boxes)}")
+        parameters = {stack: boxes[0] for stack, boxes in stacks.items() if cohort_of(stack) is None}
+        return cls(parameters, {stack: boxes[0] for stack, boxes in stacks.items() if stack not in parameters})
+
+    def of_parameters(self) -> StackedNeeds:
+        """Without KV."""
+        return StackedNeeds(self.parameters, {})
+
+    def of_kv(self) -> StackedNeeds:
+        """Without parameters."""
+        return StackedNeeds({}, self.kv)
+
+    @property
+    def stacks(self) -> dict[str, Index]:
+        """Parameters and KV by stack."""
+        return {**self.parameters, **self.kv}
+
+    def __getitem__(self, array: str) -> Index:
+        stack, layer = stack_of(array)
+        index = self.parameters.get(stack) or self.kv[stack]
+        if layer is None:
+            return index
+        if not index[0][0] <= layer < index[0][1]:
+            raise KeyError(array)
+        return index[1:]
+
+    def __iter__(self) -> Iterator[str]:
+        for stack, index in self.stacks.items():
+            if is_layered(stack):
+                before, after = stack.split("*", 1)
+                yield from (f"{before}{layer}{after}" for layer in range(*index[0]))
+            else:
+                yield stack
+
+    def __len__(self) -> int:
+        return sum(index[0][1] - index[0][0] if is_layered(stack) else 1 for stack, index in self.stacks.items())
 
 
 def needs_of(
     spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Sequence[KvCohort]
-) -> dict[Position, dict[str, Index]]:
-    """``needed`` for every position."""
-    return {position: needed(spec, shape, layers, cohorts, position) for position in shape.positions()}
+) -> dict[Position, StackedNeeds]:
+    """What every position of the new mesh must have: its parameters, and the KV that its replica takes over."""
+    joining: dict[int, list[KvCohort]] = defaultdict(list)
+    for cohort in cohorts:
+        joining[cohort.new].append(cohort)
+    return _contents(spec, shape, layers, joining)
 
 
-def _slices(
-    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Sequence[KvCohort], position: Position
-) -> dict[str, Index]:
-    slices = slices_at(spec.parameters, spec, shape, layers, position)
-    for layer in range(*layers[position.stage]):
-        for array in (cohort.kv_array(spec, layer) for cohort in cohorts):
-            slices[array.name] = shard_index(array, spec, shape.tensor, position.tensor)
-    return slices
+def _contents(
+    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Mapping[int, Sequence[KvCohort]]
+) -> dict[Position, StackedNeeds]:
+    """Parameters and KV at every position, given the cohorts of each replica."""
+    c = spec.config
+    kv_heads = [tensor_range(c.kv_heads, "kv_heads", spec, shape.tensor, m) for m in range(shape.tensor)]
+    parameters: dict[tuple[int, int], dict[str, Index]] = {}
+    contents: dict[Position, StackedNeeds] = {}
+    for position in shape.positions():
+        data, stage, tensor = position
+        if (stage, tensor) not in parameters:
+            parameters[stage, tensor] = stacks_at(spec, shape, layers, position)
+        kv: dict[str, Index] = {
+            f"kv.*@{cohort.name}": (
+                layers[stage],
+                (0, 2),
+                (0, cohort.pages),
+                (0, cohort.page_size),
+                kv_heads[tensor],
+                (0, c.head_size),
+            )
+            for cohort in cohorts.get(data, ())
+        }
+        contents[position] = StackedNeeds(parameters[stage, tensor], kv)
+    return contents
 
 
 @dataclass(frozen=True)
@@ -105,13 +191,13 @@ class Holdings:
     """What every device has now.
 
     Attributes:
-      devices: device to array name to the index ranges it has, disjoint.
+      devices: device to stack name to the index ranges it has.
       element_bytes: bytes of one element of every array.
       dying: instances with a deadline: sources until then, never targets.
       gone: instances that are neither, whatever ``devices`` says.
     """
 
-    devices: Mapping[DeviceRef, Mapping[str, tuple[Index, ...]]]
+    devices: Mapping[DeviceRef, Mapping[str, Boxes]]
     element_bytes: int
     dying: frozenset[str] = frozenset()
     gone: frozenset[str] = frozenset()
@@ -125,12 +211,18 @@ class Holdings:
         Instances of the placement that are not among ``instances`` count as gone.
         """
         states = {instance.name: instance.state for instance in instances}
-        devices: dict[DeviceRef, dict[str, tuple[Index, ...]]] = {}
+        devices: dict[DeviceRef, Mapping[str, Boxes]] = {}
         if placement is not None:
+            leaving: dict[int, list[KvCohort]] = defaultdict(list)
+            for cohort in cohorts:
+                leaving[cohort.old].append(cohort)
+            contents = _contents(spec, placement.shape, placement.layers, leaving)
+            boxes: dict[int, dict[str, Boxes]] = {}  # by identity of the parameters, which positions share
             for position, device in placement.devices.items():
-                leaving = [cohort for cohort in cohorts if cohort.old == position.data]
-                slices = _slices(spec, placement.shape, placement.layers, leaving, position)
-                devices[device] = {name: (index,) for name, index in slices.items()}
+                has = contents[position]
+                if id(has.parameters) not in boxes:
+                    boxes[id(has.parameters)] = {name: (index,) for name, index in has.parameters.items()}
+                devices[device] = boxes[id(has.parameters)] | {name: (index,) for name, index in has.kv.items()}
         dying = (InstanceState.NOTICED, InstanceState.DRAINING)
         names = {device.instance for device in devices} | set(states)
         return cls(
@@ -140,34 +232,33 @@ class Holdings:
             gone=frozenset(name for name in names if states.get(name, InstanceState.GONE) is InstanceState.GONE),
         )
 
-    def at(self, device: DeviceRef) -> Mapping[str, tuple[Index, ...]]:
+    def at(self, device: DeviceRef) -> Mapping[str, Boxes]:
         """What a device has; nothing when it is gone or unknown."""
         return {} if device.instance in self.gone else self.devices.get(device, {})
 
-    def sources(self) -> dict[str, list[tuple[DeviceRef, Index]]]:
-        """Who alive has what: array name to (device, index ranges), devices in order."""
-        held: dict[str, list[tuple[DeviceRef, Index]]] = defaultdict(list)
+    def sources(self) -> dict[str, dict[Index, list[DeviceRef]]]:
+        """Who alive has what: stack name to index ranges to the devices that have them, in order."""
+        held: dict[str, dict[Index, list[DeviceRef]]] = defaultdict(dict)
         for device in sorted(self.devices):
-            for name, boxes in self.at(device).items():
-                held[name] += [(device, box) for box in boxes]
+            for stack, boxes in self.at(device).items():
+                for box in boxes:
+                    held[stack].setdefault(box, []).append(device)
         return dict(held)
-
-    def missing(self, device: DeviceRef, name: str, index: Index) -> list[Index]:
-        """The parts of ``index`` that a device does not have, as disjoint boxes."""
-        return remainder(index, self.at(device).get(name, ()))
 
     def received(self, slices: Iterable[tuple[DeviceRef, ArraySlice]]) -> Holdings:
         """These holdings after devices got slices: where to plan on from when a migration is cut short."""
-        devices = {device: dict(arrays) for device, arrays in self.devices.items()}
-        for device, (name, index) in slices:
-            held = devices.setdefault(device, {}).get(name, ())
-            devices[device][name] = (*held, *remainder(index, held))
+        devices = {device: dict(stacks) for device, stacks in self.devices.items()}
+        for device, piece in slices:
+            stack, index = in_stack(piece)
+            held = devices.setdefault(device, {}).get(stack, ())
+            devices[device][stack] = joined([*held, *remainder(index, held)])
         return replace(self, devices=devices)
 
-    def reusable_bytes(self, device: DeviceRef, needs: Needs) -> int:
+    def reusable_bytes(self, device: DeviceRef, needs: StackedNeeds) -> int:
         """Bytes of ``needs`` that a device already has."""
         held = self.at(device)
-        return self.element_bytes * sum(covered(needs[name], held[name]) for name in needs.keys() & held.keys())
+        stacks = needs.stacks
+        return self.element_bytes * sum(covered(stacks[name], held[name]) for name in stacks.keys() & held.keys())
 
 
 def covered(index: Index, held: Iterable[Index]) -> int:
@@ -178,13 +269,15 @@ def covered(index: Index, held: Iterable[Index]) -> int:
 
 def lost_cohorts(needs: Iterable[Needs], holdings: Holdings) -> frozenset[str]:
     """Names of the cohorts of whose needed KV some part is held by nobody alive: it must be computed again."""
-    sources = holdings.sources()
-    wanted = {(cohort_of(name), name, index) for arrays in needs for name, index in arrays.items()}
-    return frozenset(
-        cohort
-        for cohort, name, index in wanted
-        if cohort is not None and remainder(index, (held for _, held in sources.get(name, ())))
-    )
+    wanted = {item for position in needs for item in StackedNeeds.of(position).kv.items()}
+    stacks = {name for name, _ in wanted}
+    held: dict[str, set[Index]] = defaultdict(set)
+    for device in holdings.devices:
+        for stack, boxes in holdings.at(device).items():
+            if stack in stacks:
+                held[stack].update(boxes)
+    lost = {stack for stack, index in wanted if index not in held[stack] and remainder(index, held[stack])}
+    return frozenset(cohort for cohort in map(cohort_of, lost) if cohort is not None)
 
 
 def remainder(index: Index, held: Iterable[Index]) -> list[Index]:
@@ -193,3 +286,15 @@ def remainder(index: Index, held: Iterable[Index]) -> list[Index]:
     for box in held:
         rest = [part for piece in rest for part in subtract(piece, box)]
     return rest
+
+
+def joined(boxes: Sequence[Index]) -> Boxes:
+    """The same boxes, disjoint, with those that follow each other along the first axis made one."""
+    runs: dict[Index, list[tuple[int, int]]] = defaultdict(list)
+    for (start, stop), *rest in sorted(boxes):
+        run = runs[tuple(rest)]
+        if run and run[-1][1] == start:
+            run[-1] = (run[-1][0], stop)
+        else:
+            run.append((start, stop))
+    return tuple((first, *rest) for rest, run in runs.items() for first in run)

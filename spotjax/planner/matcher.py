@@ -1,40 +1,37 @@
 """Puts the positions of a mesh on devices so that the most bytes stay where they are. Chooses no shape, moves nothing.
 
-Maximum-weight bipartite matching (Kuhn 1955; solved with the shortest augmenting paths of Crouse 2016, as SciPy has
-them) on exact reusable bytes of parameters and KV, on two levels as in SpotServe (Miao et al. 2024): the M positions of
-a stage group on the M devices of a place, then groups on places. A place is M devices of one instance, so that tensor
-collectives stay inside it.
+Maximum-weight bipartite matching (Kuhn 1955) on exact reusable bytes of parameters and KV, on two levels as in
+SpotServe (Miao et al. 2024): the M positions of a stage group on the M devices of a place, then groups on places. A
+place is M devices of one instance, so that tensor collectives stay inside it. At equal bytes, the group that has the
+most to receive for the network of its instance gets the least: the copying is over earlier.
 
-Weights are whole bytes, exact in doubles up to 2**53. With one place to an instance, or M = 1, the result is optimal.
-An instance of more than M devices is cut into places of devices that hold the same arrays today, which keeps today's
-tensor groups together; groups are then exchanged between instances while that gains, valued by their best matching on
-all devices of the instance, so that a poor cut does not matter.
+With one place to an instance, or M = 1, the bytes in place are the most possible. An instance of more than M devices is
+cut into places of devices that hold the same arrays today, which keeps today's tensor groups together; groups are then
+exchanged between instances while that gains, valued by their best matching on all devices of the instance, so that a
+poor cut does not matter.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, permutations, product
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from spotjax.errors import NotEnoughPlaces
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.meshes.slices import Index
-from spotjax.planner.holdings import Holdings, Needs, covered
+from spotjax.meshes.slices import ArraySlice, Range
+from spotjax.meshes.stacks import is_layered
+from spotjax.planner.assignment import Seconds, Weights, assign
+from spotjax.planner.holdings import Holdings, Needs, StackedNeeds
+from spotjax.planner.reuse import Group, Reuse
 
-Weights = NDArray[np.int64]
-"""Reusable bytes; rows are positions or groups, columns are devices or places."""
+EXCHANGES_TRIED = 4096
+"""Exchanges of groups between instances that are tried at most, the most promising first."""
 
-Group = tuple[Position, ...]
-"""Positions: the M tensor shards of one stage of one replica, or several such."""
-
-Devices = tuple[DeviceRef, ...]
-"""Devices of one instance: a place of as many as the tensor degree, or all."""
+Place = tuple[int, tuple[int, ...]]
+"""A host and M of its devices, by number."""
 
 
 def match(
@@ -50,121 +47,114 @@ def match(
     groups = [
         tuple(Position(d, p, m) for m in range(shape.tensor)) for d in range(shape.data) for p in range(shape.stage)
     ]
-    places = [place for host in hosts for place in _places(host.devices, shape.tensor, holdings)]
+    places = [
+        (number, devices)
+        for number, host in enumerate(hosts)
+        for devices in _places(host.devices, shape.tensor, holdings)
+    ]
     if len(places) < len(groups):
         raise NotEnoughPlaces(len(groups), len(places))
-    positions = list(shape.positions())
-    devices = [device for host in hosts for device in host.devices]
-    reuse = _Reuse(positions, devices, reusable(needs, positions, devices, holdings))
-    chosen = assign(np.array([[reuse.most(group, place) for place in places] for group in groups]))
-    devices_of = {host.name: host.devices for host in hosts}
-    on: dict[Devices, list[Group]] = {host.devices: [] for host in hosts}
-    for group, place in zip(groups, chosen, strict=True):
-        on[devices_of[places[place][0].instance]].append(group)
-    while _exchange(on, shape.tensor, reuse):
-        pass
+    wanted = {position: StackedNeeds.of(arrays) for position, arrays in needs.items()}
+    reuse = Reuse(wanted, groups, hosts, holdings)
+    weights = reuse.on_places(places)
+    on: list[list[int]] = [[] for _ in hosts]
+    for group, place in enumerate(assign(weights, _receiving(weights, wanted, groups, places, hosts, holdings))):
+        on[places[place][0]].append(group)
+    if any(len(host.devices) >= 2 * shape.tensor for host in hosts):
+        _exchange(on, [len(host.devices) // shape.tensor for host in hosts], reuse)
     matching: dict[Position, DeviceRef] = {}
-    for offered, here in on.items():
-        members = tuple(chain.from_iterable(sorted(here)))
-        taken = assign(reuse.weights(members, offered))
-        matching |= {position: offered[index] for position, index in zip(members, taken, strict=True)}
-    return {position: matching[position] for position in positions}
+    for host, here in enumerate(on):
+        if here:
+            members = [position for group in sorted(here) for position in groups[group]]
+            taken = assign(np.concatenate([reuse.block(group, host) for group in sorted(here)]))
+            devices = hosts[host].devices
+            matching |= {position: devices[index] for position, index in zip(members, taken, strict=True)}
+    return {position: matching[position] for position in shape.positions()}
 
 
-def reusable(
-    needs: Mapping[Position, Needs], positions: Sequence[Position], devices: Sequence[DeviceRef], holdings: Holdings
-) -> Weights:
-    """Bytes of the needs of every position (row) that every device (column) already has."""
-    wanted: dict[str, dict[Index, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for row, position in enumerate(positions):
-        for name, index in needs[position].items():
-            wanted[name][index].append(row)
-    held: dict[str, dict[tuple[Index, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for column, device in enumerate(devices):
-        for name, boxes in holdings.at(device).items():
-            held[name][boxes].append(column)
-    table = np.zeros((len(positions), len(devices)), dtype=np.int64)
-    # Replicas need the same and hold the same, so there are few distinct pairs of a need and a holding.
-    for name in wanted.keys() & held.keys():
-        for (index, rows), (boxes, columns) in product(wanted[name].items(), held[name].items()):
-            table[np.ix_(rows, columns)] += covered(index, boxes) * holdings.element_bytes
-    return table
+def _receiving(
+    weights: Weights,
+    needs: Mapping[Position, StackedNeeds],
+    groups: Sequence[Group],
+    places: Sequence[Place],
+    hosts: Sequence[Instance],
+    holdings: Holdings,
+) -> Seconds:
+    """Seconds that each place's network would be busy with what it misses of each group's needs."""
+    sizes: dict[tuple[int, ...], int] = {}
+    total = np.empty(len(groups))
+    for number, group in enumerate(groups):
+        key = tuple(id(needs[position].parameters) for position in group)
+        if key not in sizes:
+            sizes[key] = sum(ArraySlice(*item).size for at in group for item in needs[at].parameters.items())
+        kv = sum(ArraySlice(*item).size for position in group for item in needs[position].kv.items())
+        total[number] = (sizes[key] + kv) * holdings.element_bytes
+    bandwidth = np.array([hosts[host].type.network_bandwidth for host, _ in places])
+    seconds: Seconds = (total[:, None] - weights) / bandwidth[None, :]
+    return seconds
 
 
-class _Reuse:
-    """The table of reusable bytes by position and device, and the best matchings of parts of it."""
+def _exchange(on: list[list[int]], capacity: Sequence[int], reuse: Reuse) -> None:
+    """Moves groups to other instances, or swaps them with some there, while that gains.
 
-    def __init__(self, positions: Sequence[Position], devices: Sequence[DeviceRef], table: Weights) -> None:
-        self._row = {position: row for row, position in enumerate(positions)}
-        self._column = {device: column for column, device in enumerate(devices)}
-        self._table = table
-        self._most: dict[tuple[Group, Devices], int] = {}
-
-    def weights(self, positions: Group, devices: Devices) -> Weights:
-        """For every position (row) on every device (column)."""
-        return self._table[np.ix_([self._row[p] for p in positions], [self._column[d] for d in devices])]
-
-    def most(self, positions: Group, devices: Devices) -> int:
-        """By the best assignment of all positions."""
-        if (positions, devices) not in self._most:
-            table = self.weights(positions, devices)
-            self._most[positions, devices] = int(table[linear_sum_assignment(table, maximize=True)].sum())
-        return self._most[positions, devices]
-
-
-def _exchange(on: dict[Devices, list[Group]], tensor: int, reuse: _Reuse) -> bool:
-    """Moves one group to another instance, or swaps it with one there, if that gains. Returns whether it did.
-
-    Only needed, and only tried, where groups share an instance: else groups on places are an optimum already.
+    Args:
+      on: groups on each host; changed.
+      capacity: groups that each host has devices for.
+      reuse: what they are worth where.
     """
-    if all(len(devices) < 2 * tensor for devices in on):
+    alone = reuse.on_places([(host, tuple(range(len(classes)))) for host, classes in enumerate(reuse.device_class)])
+    worth = [reuse.most(here, host) for host, here in enumerate(on)]
+    groups = sum(map(len, on))
+    adds, at = np.zeros(groups, dtype=np.int64), np.zeros(groups, dtype=np.int64)
+
+    def value(host: int) -> None:
+        """What each group adds to its host."""
+        for group in on[host]:
+            at[group] = host
+            adds[group] = worth[host] - reuse.most([other for other in on[host] if other != group], host)
+
+    def try_move(group: int, there: int) -> bool:
+        here = int(at[group])
+        left = [other for other in on[here] if other != group]
+        for partner in [*([None] if len(on[there]) < capacity[there] else []), *on[there]]:
+            come = sorted([*left] if partner is None else [*left, partner])
+            stay = sorted([other for other in on[there] if other != partner] + [group])
+            after = reuse.most(come, here), reuse.most(stay, there)
+            if sum(after) > worth[here] + worth[there]:
+                on[here], on[there] = come, stay
+                worth[here], worth[there] = after
+                value(here)
+                value(there)
+                return True
         return False
 
-    def most(groups: Iterable[Group], devices: Devices) -> int:
-        return reuse.most(tuple(chain.from_iterable(sorted(groups))), devices)
+    for host in range(len(on)):
+        value(host)
+    offers = np.array(capacity) > 0
+    tried = 0
+    gained = True
+    while gained and tried < EXCHANGES_TRIED:
+        # Alone on another instance a group must be worth more than what it adds to its own.
+        gain = np.where(offers[None, :], alone - adds[:, None], 0)
+        gain[np.arange(groups), at] = 0
+        pairs = np.argwhere(gain > 0)
+        order = np.argsort(-gain[pairs[:, 0], pairs[:, 1]], kind="stable")[: EXCHANGES_TRIED - tried]
+        gained = False
+        for group, there in pairs[order]:
+            tried += 1
+            if try_move(int(group), int(there)):
+                gained = True
+                break
 
-    for here, there in permutations(on, 2):
-        free = (len(on[there]) + 1) * tensor <= len(there)
-        for group in on[here]:
-            left = [other for other in on[here] if other != group]
-            if most([group], there) <= most(on[here], here) - most(left, here):
-                continue  # alone on the other instance it has no more than it adds to this one
-            for partner in [*([None] if free else []), *on[there]]:
-                come = [] if partner is None else [partner]
-                stay = [other for other in on[there] if other != partner]
-                after = most([*left, *come], here) + most([*stay, group], there)
-                if after > most(on[here], here) + most(on[there], there):
-                    on[here], on[there] = [*left, *come], [*stay, group]
-                    return True
-    return False
 
-
-def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> list[Devices]:
-    """Devices of one instance cut into as many runs of M as they make, devices that hold the same arrays together."""
-    families: dict[frozenset[str], list[DeviceRef]] = defaultdict(list)
-    for device in devices:
-        families[frozenset(holdings.at(device))].append(device)
+def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> list[tuple[int, ...]]:
+    """Devices of one instance cut into as many runs of M as they make, devices that hold the same layers together."""
+    families: dict[frozenset[tuple[str, tuple[Range, ...]]], list[int]] = defaultdict(list)
+    for number, device in enumerate(devices):
+        held = holdings.at(device).items()
+        layers = ((stack, tuple(box[0] for box in boxes) if is_layered(stack) else ()) for stack, boxes in held)
+        families[frozenset(layers)].append(number)
     runs = [tuple(family[i : i + tensor]) for family in families.values() for i in range(0, len(family), tensor)]
     rest = sorted(device for run in runs if len(run) < tensor for device in run)
     mixed = [tuple(rest[i : i + tensor]) for i in range(0, len(rest) - tensor + 1, tensor)]
     return sorted([run for run in runs if len(run) == tensor] + mixed)
-
-
-def assign(weights: Weights) -> list[int]:
-    """A column for every row, all different, of the greatest total weight; columns are at least as many as rows.
-
-    Columns that are equal for all rows are taken from the left, and rows that are equal for all columns have theirs in
-    order, so that ties keep order.
-    """
-    if not len(weights):
-        return []
-    chosen = linear_sum_assignment(weights, maximize=True)[1]
-    same_column = np.unique(weights, axis=1, return_inverse=True)[1].reshape(-1)
-    for kind in np.unique(same_column[chosen]):
-        takers = np.flatnonzero(same_column[chosen] == kind)
-        chosen[takers] = np.flatnonzero(same_column == kind)[: len(takers)]
-    same_row = np.unique(weights, axis=0, return_inverse=True)[1].reshape(-1)
-    for kind in np.unique(same_row):
-        alike = np.flatnonzero(same_row == kind)
-        chosen[alike] = np.sort(chosen[alike])
-    return [int(column) for column in chosen]

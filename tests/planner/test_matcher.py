@@ -9,9 +9,10 @@ from planner_cases import Change, changes, fleet, llama, placed
 from spotjax.errors import NotEnoughPlaces
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.shape import MeshShape
+from spotjax.planner.assignment import assign
 from spotjax.planner.cohorts import assign_cohorts
 from spotjax.planner.holdings import Holdings, LiveSequence, needs_of
-from spotjax.planner.matcher import assign, match
+from spotjax.planner.matcher import match
 
 
 def matched(change: Change):

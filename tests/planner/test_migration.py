@@ -9,8 +9,9 @@ from test_matcher import most_bytes, small
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.meshes.shape import MeshShape
-from spotjax.meshes.slices import ArraySlice, relative
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, cohort_of, lost_cohorts, needs_of
+from spotjax.meshes.slices import ArraySlice, intersect, relative
+from spotjax.meshes.stacks import arrays_in, in_stack
+from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, StackedNeeds, cohort_of, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Direction, Link, Links, MigrationPlan, Phase, plan_migration
 
@@ -33,6 +34,22 @@ def logical_arrays(change: Change) -> dict[str, np.ndarray]:
     return arrays
 
 
+def by_array(stacks) -> dict[str, list]:
+    """Array name to the boxes of it that are among the boxes of its stack."""
+    held: dict[str, list] = {}
+    for stack, boxes in stacks.items():
+        for piece in (piece for box in boxes for piece in arrays_in(ArraySlice(stack, box))):
+            held.setdefault(piece.name, []).append(piece.index)
+    return held
+
+
+def holders(change: Change, piece: ArraySlice) -> list[DeviceRef]:
+    """Devices that have at least some of a slice of an array."""
+    stack, index = in_stack(piece)
+    boxes = change.holdings.sources().get(stack, {})
+    return [device for box, devices in boxes.items() if intersect(index, box) for device in devices]
+
+
 def cut(array: np.ndarray, index) -> np.ndarray:
     return array[tuple(slice(*r) for r in index)]
 
@@ -44,7 +61,9 @@ def test_carrying_out_the_plan_gives_every_position_exactly_its_slices(change: C
     arrays = logical_arrays(change)
     alive = {i.name for i in change.instances if i.state is not InstanceState.GONE}
     store = {
-        device: {name: [(box, cut(arrays[name], box).copy()) for box in boxes] for name, boxes in held.items()}
+        device: {
+            name: [(box, cut(arrays[name], box).copy()) for box in boxes] for name, boxes in by_array(held).items()
+        }
         for device, held in change.holdings.devices.items()
         if device.instance in alive
     }
@@ -62,7 +81,7 @@ def test_carrying_out_the_plan_gives_every_position_exactly_its_slices(change: C
     written = {device: {name: np.zeros_like(values) for name, values in mine.items()} for device, mine in built.items()}
     for device, mine in built.items():
         for name in mine:
-            for box in change.holdings.at(device).get(name, ()):
+            for box in by_array(change.holdings.at(device)).get(name, ()):
                 common = tuple(
                     (max(a, b), max(min(c, d), max(a, b)))
                     for (a, c), (b, d) in zip(needs[device][name], box, strict=True)
@@ -97,16 +116,10 @@ def test_bytes_add_up_and_a_checkpoint_serves_only_parameters_that_nobody_alive_
         if cohort_of(n) not in plan.lost
     )
     assert plan.bytes_in_place + plan.bytes_moved + plan.bytes_loaded == wanted
-    sources = change.holdings.sources()
     for move in plan.moves:
         if move.source is None:
             assert cohort_of(move.slice.name) is None
-            held = [ArraySlice(move.slice.name, box) for _, box in sources.get(move.slice.name, ())]
-            assert not any(meets(piece, move.slice) for piece in held)
-
-
-def meets(a: ArraySlice, b: ArraySlice) -> bool:
-    return all(max(a0, b0) < min(a1, b1) for (a0, a1), (b0, b1) in zip(a.index, b.index, strict=True))
+            assert not holders(change, move.slice)
 
 
 @given(changes())
@@ -114,12 +127,7 @@ def test_a_dying_holder_sends_only_what_no_lasting_one_has(change: Change) -> No
     _, plan = planned(change)
     for move in plan.moves:
         if move.source is not None and move.source.instance in change.holdings.dying:
-            others = [
-                device
-                for device, box in change.holdings.sources()[move.slice.name]
-                if meets(ArraySlice(move.slice.name, box), move.slice)
-            ]
-            assert all(device.instance in change.holdings.dying for device in others)
+            assert all(device.instance in change.holdings.dying for device in holders(change, move.slice))
 
 
 @given(changes())
@@ -138,12 +146,12 @@ def test_parameters_move_before_kv_and_front_layers_first(change: Change) -> Non
 def test_lost_cohorts_are_those_whose_kv_is_nowhere_in_full_and_none_of_it_moves(change: Change) -> None:
     needs, plan = planned(change)
     arrays = {c.name: [c.kv_array(change.spec, n) for n in range(change.spec.config.layers)] for c in change.cohorts}
-    sources = change.holdings.sources()
+    alive = [by_array(change.holdings.at(device)) for device in change.holdings.devices]
     lost = set()
     for cohort, kv in arrays.items():
         for array in kv:
             covered = np.zeros(array.shape, bool)
-            for _, box in sources.get(array.name, ()):
+            for box in (box for held in alive for box in held.get(array.name, ())):
                 covered[tuple(slice(*r) for r in box)] = True
             if not covered.all():
                 lost.add(cohort)
@@ -186,6 +194,26 @@ def test_the_makespan_is_never_below_the_bound_and_links_carry_what_moves(change
             over = [m for m in plan.moves if m.phase is phase and link in Links.between(m.source, m.target)]
             assert seconds == pytest.approx(sum(links.seconds(link, move.bytes) for move in over))
     assert plan.makespan == pytest.approx(sum(plan.seconds(phase) for phase in Phase))
+
+
+@given(changes())
+def test_needs_by_array_make_the_same_plan_as_needs_by_stack(change: Change) -> None:
+    needs, plan = planned(change)
+    by_name = {device: {name: mine[name] for name in mine} for device, mine in needs.items()}
+    assert plan_migration(by_name, change.holdings, Links.of(change.instances)).moves == plan.moves
+    parts = [
+        plan_migration(halves, change.holdings, Links.of(change.instances))
+        for halves in (
+            {device: mine.of_parameters() for device, mine in needs.items()},
+            {device: mine.of_kv() for device, mine in needs.items()},
+        )
+    ]
+    assert sum(part.bytes_moved for part in parts) == plan.bytes_moved
+
+
+def test_needs_of_layers_that_do_not_follow_each_other_are_refused() -> None:
+    with pytest.raises(PlanError, match=r"needs of layers\.\*\.x must be one index range in successive layers"):
+        StackedNeeds.of({"layers.0.x": ((0, 1),), "layers.2.x": ((0, 1),)})
 
 
 def test_an_unchanged_mesh_moves_nothing() -> None:

@@ -1,0 +1,73 @@
+"""The arrays of the same name in all layers as one array with a leading layer axis: a stack.
+
+All layers of a stage are cut alike, so planning handles one index per stack where there are dozens of arrays.
+``layers.3.mlp.gate`` is layer 3 of ``layers.*.mlp.gate``, and ``kv.3@0-1`` of ``kv.*@0-1``; arrays outside the layers
+are stacks of their own without that axis. Owns names and indices, no bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from math import inf
+
+from spotjax.meshes.layout import LayerRanges, shard_index, stage_holds
+from spotjax.meshes.shape import MeshShape, Position
+from spotjax.meshes.slices import ArraySlice, Index
+from spotjax.models.spec import ArraySpec, ModelSpec
+
+_NUMBERED = re.compile(r"(layers|kv)\.(\d+)(.*)", re.DOTALL)
+
+
+def stack_of(array: str) -> tuple[str, int | None]:
+    """The stack that an array is part of, and its layer in it; None outside the layers."""
+    numbered = _NUMBERED.fullmatch(array)
+    return (f"{numbered[1]}.*{numbered[3]}", int(numbered[2])) if numbered else (array, None)
+
+
+def is_layered(stack: str) -> bool:
+    """Whether a stack has a layer axis."""
+    return ".*" in stack
+
+
+def in_stack(piece: ArraySlice) -> ArraySlice:
+    """A slice of an array as a slice of its stack."""
+    stack, layer = stack_of(piece.name)
+    return ArraySlice(stack, piece.index if layer is None else ((layer, layer + 1), *piece.index))
+
+
+def arrays_in(piece: ArraySlice) -> Iterator[ArraySlice]:
+    """A slice of a stack as slices of its arrays, by layer."""
+    if not is_layered(piece.name):
+        yield piece
+        return
+    before, after = piece.name.split("*", 1)
+    for layer in range(*piece.index[0]):
+        yield ArraySlice(f"{before}{layer}{after}", piece.index[1:])
+
+
+def depth(array: str) -> float:
+    """How far along the model an array is: its layer; the embedding before, norm and head after all layers."""
+    layer = stack_of(array)[1]
+    if layer is not None:
+        return layer
+    return -1 if array == "embedding" else inf
+
+
+def stacks_at(spec: ModelSpec, shape: MeshShape, ranges: LayerRanges, position: Position) -> dict[str, Index]:
+    """Parameters that belong at ``position``: stack name to index ranges. ``layout.slices_at``, stacked."""
+    layers = ranges[position.stage]
+    stacks = {
+        f"layers.*.{name}": (layers, *shard_index(ArraySpec(name, extents, axes), spec, shape.tensor, position.tensor))
+        for name, (extents, axes) in spec.layer_arrays.items()
+    }
+    return stacks | {
+        array.name: shard_index(array, spec, shape.tensor, position.tensor)
+        for array in outside_layers(spec.parameters)
+        if stage_holds(array, spec, ranges, position.stage)
+    }
+
+
+def outside_layers(arrays: Iterable[ArraySpec]) -> list[ArraySpec]:
+    """Embedding, final norm and head."""
+    return [array for array in arrays if array.layer is None]

@@ -1,0 +1,69 @@
+"""Well-known models by name as shapes without weights: enough to plan for and to simulate, nothing to serve.
+
+``llama-3-8b`` and ``llama-3-70b`` have the exact shapes of their published configurations, in two bytes per element.
+The other three are the models that SpotServe was measured with, GPT decoders in four bytes per element. Spotjax has no
+GPT decoder; here they are Llama shapes with the same layers, width, heads, vocabulary and parameters per layer: the
+gated feed-forward layer has three matrices of 8/3 width where theirs has two of 4 width. What is approximated by that:
+biases and learned positions (under 0.1 % of the bytes) are left out, and the feed-forward width is rounded up to a
+multiple of the heads. Bytes per layer, KV per token and the tensor degrees that divide the heads are those of the
+originals. What they call LLaMA-30B is a GPT of that size.
+"""
+
+from __future__ import annotations
+
+from spotjax.errors import ConfigError
+from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.spec import ModelSpec
+
+_LLAMA3_SCALING = RopeScaling("llama3", factor=8.0, original_positions=8192)
+
+
+def _gpt(layers: int, width: int, heads: int, vocab: int) -> ModelSpec:
+    mlp = -(-8 * width // (3 * heads)) * heads
+    config = LlamaConfig(
+        vocab=vocab,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        mlp=mlp,
+        tied_embeddings=True,
+    )
+    return ModelSpec(config, dtype_bytes=4)
+
+
+def _llama3(layers: int, width: int, heads: int, mlp: int) -> ModelSpec:
+    config = LlamaConfig(
+        vocab=128_256,
+        width=width,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        head_size=128,
+        mlp=mlp,
+        max_positions=131_072,
+        rope_base=500_000.0,
+        rope_scaling=_LLAMA3_SCALING,
+    )
+    return ModelSpec(config, dtype_bytes=2)
+
+
+PRESETS = {
+    "opt-6.7b": _gpt(32, 4096, 32, 51_200),
+    "gpt-20b": _gpt(44, 6144, 48, 51_200),
+    "llama-30b": _gpt(48, 7168, 56, 50_304),
+    "llama-3-8b": _llama3(32, 4096, 32, 14_336),
+    "llama-3-70b": _llama3(80, 8192, 64, 28_672),
+}
+
+
+def preset(name: str) -> ModelSpec:
+    """The shapes of a well-known model.
+
+    Raises:
+      ConfigError: there is no preset of that name.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no model shapes are known as {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
