@@ -1,0 +1,138 @@
+"""The whole decoder against Hugging Face, and its arrays against the ModelSpec that everything else plans with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from serving_cases import CASES, SHARED_HEADS, RandomCheckpoint, checkpoint, golden
+
+from spotjax.meshes.slices import whole
+from spotjax.models.attention import as_one_page, attend, causal
+from spotjax.models.checkpoint import Checkpoint
+from spotjax.models.config import LlamaConfig
+from spotjax.models.huggingface import HuggingFaceCheckpoint
+from spotjax.models.llama import Llama
+from spotjax.models.spec import ModelSpec
+
+EVERYTHING = replace(SHARED_HEADS, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True)
+
+
+def abstract(config: LlamaConfig) -> dict[str, nnx.Param[jax.Array]]:
+    """Every parameter of the model by the name that ModelSpec gives it, without content."""
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def logits(weights: Checkpoint, tokens: np.ndarray) -> np.ndarray:
+    """Logits (T, V) of one sequence."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(weights.spec.config, rngs=nnx.Rngs(0))))
+    shapes = {array.name: array.shape for array in weights.spec.parameters}
+    for path, parameter in (flat := nnx.to_flat_state(state)):
+        name = ".".join(map(str, path))
+        parameter.set_value(jnp.asarray(weights.read(name, whole(shapes[name]))))
+    run = jax.jit(lambda state, tokens: nnx.merge(graph, state)(tokens))
+    return np.asarray(run(nnx.from_flat_state(flat), jnp.asarray(tokens)[None]))[0]
+
+
+@cache
+def golden_logits(case: str) -> np.ndarray:
+    """Logits of the longest golden prompt and its continuation."""
+    return logits(checkpoint(case), np.concatenate([golden(case)["prompt_2"], golden(case)["greedy_2"]]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_hugging_face(case: str) -> None:
+    expected = golden(case)["logits"]
+    np.testing.assert_allclose(golden_logits(case)[: len(expected)], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_greedy_token_of_hugging_face_is_the_most_likely_one(case: str) -> None:
+    prompt, continuation = golden(case)["prompt_2"], golden(case)["greedy_2"]
+    chosen = np.argmax(golden_logits(case), axis=-1)
+    np.testing.assert_array_equal(chosen[len(prompt) - 1 : -1], continuation)
+
+
+def test_logits_equal_those_of_installed_transformers(tmp_path: Path) -> None:
+    reason = "needs torch and transformers: pip install spotjax[parity]"
+    torch = pytest.importorskip("torch", reason=reason)
+    pytest.importorskip("transformers", reason=reason)
+    from spotjax.tools.make_golden import CASES as OPTIONS
+    from spotjax.tools.make_golden import random_model
+
+    tokens = np.random.default_rng(5).integers(3, 128, 50)
+    for number, (name, options) in enumerate(OPTIONS.items()):
+        reference = random_model(options, torch.float16, seed=1000 + number)
+        with torch.no_grad():
+            expected = reference(torch.tensor(tokens[None])).logits[0].numpy()
+        reference.save_pretrained(tmp_path / name)
+        found = logits(HuggingFaceCheckpoint(tmp_path / name), tokens)
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*(pytest.param(checkpoint(case).spec.config, id=case) for case in CASES), pytest.param(EVERYTHING, id="biases")],
+)
+def test_parameters_are_exactly_those_of_the_spec(config: LlamaConfig) -> None:
+    found = {name: (value.shape, value.get_metadata("logical_axes")) for name, value in abstract(config).items()}
+    assert found == {array.name: (array.shape, array.axes) for array in ModelSpec(config).parameters}
+
+
+def test_biases_start_at_zero_and_norms_at_one() -> None:
+    model = Llama(replace(EVERYTHING, layers=1), rngs=nnx.Rngs(3))
+    for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        name = str(path[-1])
+        if name.endswith("bias"):
+            np.testing.assert_array_equal(parameter[...], 0)
+        elif "norm" in name or name == "scale":
+            np.testing.assert_array_equal(parameter[...], 1)
+        else:
+            assert float(jnp.std(parameter[...])) > 0
+
+
+def test_no_position_sees_a_later_token() -> None:
+    weights = RandomCheckpoint(EVERYTHING)
+    tokens = np.random.default_rng(0).integers(0, EVERYTHING.vocab, 20)
+    changed = tokens.copy()
+    changed[12:] = (changed[12:] + 1) % EVERYTHING.vocab
+    before, after = logits(weights, tokens), logits(weights, changed)
+    np.testing.assert_array_equal(before[:12], after[:12])
+    assert np.abs(before[12:] - after[12:]).max() > 0.01
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_attention_equals_a_loop_over_heads_and_positions(heads: int, kv_heads: int) -> None:
+    generator = np.random.default_rng(heads)
+    length, size = 7, 4
+    query = generator.normal(size=(2, length, heads, size)).astype(np.float32)
+    keys, values = (generator.normal(size=(2, length, kv_heads, size)).astype(np.float32) for _ in range(2))
+    pages = as_one_page(jnp.asarray(keys), jnp.asarray(values))
+    found = attend(jnp.asarray(query), *pages, causal(2, length))
+    for row in range(2):
+        for position in range(length):
+            for head in range(heads):
+                shared = head // (heads // kv_heads)
+                scores = keys[row, : position + 1, shared] @ query[row, position, head] / np.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                expected = weights @ values[row, : position + 1, shared] / weights.sum()
+                np.testing.assert_allclose(found[row, position, head], expected, atol=1e-5)
+
+
+def test_attention_gives_the_same_whatever_lies_in_masked_positions() -> None:
+    generator = np.random.default_rng(1)
+    query = jnp.asarray(generator.normal(size=(1, 1, 2, 4)), jnp.float32)
+    keys = generator.normal(size=(1, 3, 1, 4, 8)).astype(np.float32)  # three pages of eight positions
+    values = generator.normal(size=(1, 3, 1, 8, 4)).astype(np.float32)
+    visible = jnp.arange(24)[None, None, :] < 10
+    before = attend(query, jnp.asarray(keys), jnp.asarray(values), visible)
+    keys[:, 1, :, :, 2:], keys[:, 2] = 1e6, -1e6
+    values[:, 1, :, 2:], values[:, 2] = 1e6, 1e6
+    np.testing.assert_array_equal(before, attend(query, jnp.asarray(keys), jnp.asarray(values), visible))

@@ -1,0 +1,69 @@
+"""The serving path against Hugging Face: stages, pages, pipelines and scheduler on every mesh give the same tokens."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from serving_cases import (
+    BUCKETS,
+    CASES,
+    build_pipelines,
+    build_stage,
+    checkpoint,
+    compiled,
+    generate,
+    golden,
+    greedy,
+    shared_heads,
+)
+
+from spotjax.meshes.shape import MeshShape
+
+MESHES = [MeshShape(*degrees) for degrees in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)) if np.prod(degrees) <= 8]
+ON_ALL_MESHES = ("llama-gqa-linear-bias", "llama-gqa-llama3", "qwen2")
+ON_SOME_MESHES = [case for case in CASES if case not in ON_ALL_MESHES]
+SOME_MESHES = (MeshShape(2, 1, 3), MeshShape(1, 2, 3))
+
+
+def check(case: str, mesh: MeshShape) -> None:
+    """Greedy tokens of all golden prompts at once: mixed lengths, the longer prompts in several chunks."""
+    expected = golden(case)
+    prompts = [expected[f"prompt_{number}"] for number in range(3)]
+    assert max(len(prompt) for prompt in prompts) > 2 * BUCKETS.prefill_tokens
+    found = generate(build_pipelines(compiled(case), checkpoint(case), mesh), [greedy(p, 24) for p in prompts])
+    for number, state in enumerate(found):
+        np.testing.assert_array_equal(state.tokens, expected[f"greedy_{number}"], err_msg=f"prompt {number}")
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("case", ON_ALL_MESHES)
+def test_greedy_tokens_equal_hugging_face_on_every_mesh(case: str, mesh: MeshShape) -> None:
+    check(case, mesh)
+
+
+@pytest.mark.parametrize("mesh", SOME_MESHES, ids=str)
+@pytest.mark.parametrize("case", ON_SOME_MESHES)
+def test_greedy_tokens_of_all_architectures_equal_hugging_face(case: str, mesh: MeshShape) -> None:
+    check(case, mesh)
+
+
+@pytest.mark.parametrize("tensor", [2, 3, 4, 6])
+def test_logits_of_shards_that_share_kv_heads_equal_those_of_one_device(tensor: int) -> None:
+    prompt = np.random.default_rng(7).integers(0, 97, 13)
+    np.testing.assert_allclose(prefill_logits(tensor, prompt), prefill_logits(1, prompt), atol=2e-5)
+
+
+def prefill_logits(tensor: int, prompt: np.ndarray) -> np.ndarray:
+    """Logits (V,) after ``prompt`` from a single stage of that tensor degree."""
+    model, weights = shared_heads()
+    stage = build_stage(model, weights, jax.devices()[:tensor], stages=1, number=0)
+    rows = np.zeros((1, 2 + 16), np.int32)
+    rows[0, : 2 + len(prompt)] = (0, len(prompt), *prompt)
+    pages = np.zeros((1, BUCKETS.max_pages), np.int32)
+    pages[0, :2] = (4, 2)
+    logits = np.asarray(stage.run(BUCKETS.shape(1, 16, 2), rows, pages, None))
+    assert logits.shape == (1, 97)
+    return logits[0]
