@@ -20,6 +20,7 @@ from spotjax.models.rope import rotate, rotations
 from spotjax.models.spec import Axes, ModelSpec
 
 Rotation = tuple[jax.Array, jax.Array]
+Parameter = nnx.Param[jax.Array]
 
 
 class KeyValueStore(Protocol):
@@ -92,7 +93,18 @@ def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions. Biases and norms exist where the configuration has them."""
+
+    query: Parameter  # (D, N, H)
+    key: Parameter  # (D, K, H)
+    value: Parameter  # (D, K, H)
+    output: Parameter  # (N, H, D)
+    query_bias: Parameter  # (N, H)
+    key_bias: Parameter  # (K, H)
+    value_bias: Parameter  # (K, H)
+    output_bias: Parameter  # (D,)
+    query_norm: Parameter  # (H,)
+    key_norm: Parameter  # (H,)
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -134,7 +146,14 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer 2020)."""
+    """SwiGLU (Shazeer 2020). Biases exist where the configuration has them."""
+
+    gate: Parameter  # (D, F)
+    up: Parameter  # (D, F)
+    down: Parameter  # (F, D)
+    gate_bias: Parameter  # (F,)
+    up_bias: Parameter  # (F,)
+    down_bias: Parameter  # (D,)
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.biased = config.mlp_bias

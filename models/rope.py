@@ -35,7 +35,8 @@ def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     turns = scaling.original_positions * base / (2 * np.pi)
     smooth = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
     smooth = np.clip(smooth, 0.0, 1.0)
-    return ((1 - smooth) * base / scaling.factor + smooth * base).astype(np.float32)
+    stretched: np.ndarray = (1 - smooth) * base / scaling.factor + smooth * base
+    return stretched.astype(np.float32)
 
 
 def _yarn(base: np.ndarray, scaling: RopeScaling, config: LlamaConfig) -> tuple[np.ndarray, float]:

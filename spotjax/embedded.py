@@ -1,12 +1,13 @@
 """Embedded mode: controller and workers in one process, instances being groups of its devices.
 
-Puts the rooms together for one machine: virtual CPU devices on a laptop, real ones on a multi-device VM. The only module
-besides ``runtime`` and ``reshard`` that touches jax, because it chooses the devices.
+Puts the rooms together for one machine: virtual CPU devices on a laptop, real ones on a multi-device VM. Besides
+``runtime`` and ``reshard`` the only module that touches jax, because it chooses the devices.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -22,12 +23,13 @@ import numpy as np
 from spotjax.config import ServeConfig
 from spotjax.engine.commit_log import MemoryCommitLog
 from spotjax.engine.scheduler import Limits
-from spotjax.errors import ConfigError, NoFeasibleShape
+from spotjax.errors import ConfigError, NoFeasibleShape, SpotjaxError
 from spotjax.fleet.change import Planning
 from spotjax.fleet.controller import Controller, ServiceLimits
 from spotjax.fleet.membership import Membership
 from spotjax.meshes.instance import Instance, InstanceState, InstanceType
 from spotjax.meshes.layout import tensor_degrees
+from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.spec import ModelSpec
@@ -46,7 +48,7 @@ LONGEST_DEFAULT = 4096
 TYPICAL_POSITIONS = 512
 """Positions of a typical sequence, for which each of ``max_batch`` sequences finds KV pages by default."""
 VIRTUAL_SPREAD = 3
-"""A virtual device's default memory is the need of the whole model divided by this, so that a mesh is needed."""
+"""By default about so many virtual devices hold the model, so that a mesh is needed; fewer where there are not six."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,12 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     for tensor in foreseeable_degrees(planning, members.all()):
         await asyncio.to_thread(cluster.compile_for, tensor, partial(_log_progress, tensor))
     log.info("compiled in %.1f s", time.monotonic() - started)
-    await service.start()
+    report = await service.start()
+    try:
+        _check_first_mesh(planning, members, report.after)
+    except SpotjaxError:
+        await service.close()
+        raise
     return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.max_positions)
 
 
@@ -128,17 +135,14 @@ def cache_directory(setting: str) -> Path | None:
 
 
 def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devices]:
-    """This machine's devices as instances ``instance-0``, ``instance-1`` ...; virtual devices where there is only a CPU.
+    """This machine's devices as instances ``instance-0``, ``instance-1`` ...; virtual ones where there is only a CPU.
 
     Raises:
       ConfigError: there are not enough devices.
     """
     wanted = instances * devices_per_instance
-    if jax.config.jax_num_cpu_devices < wanted:
-        try:
-            jax.config.update("jax_num_cpu_devices", wanted)
-        except RuntimeError:
-            log.debug("jax is already running with its devices")
+    with contextlib.suppress(RuntimeError):  # jax runs already, with the devices it has
+        jax.config.update("jax_num_cpu_devices", wanted)
     devices = jax.devices()
     if len(devices) < wanted:
         raise ConfigError(
@@ -192,7 +196,8 @@ def instance_type(
     if not memory:
         reported = None if virtual else device.memory_stats()
         need = spec.parameter_bytes + limits.pages * limits.page_size * spec.kv_bytes_per_position
-        memory = need // VIRTUAL_SPREAD if reported is None else int(reported["bytes_limit"])
+        spread = max(1, min(VIRTUAL_SPREAD, len(devices) * config.devices_per_instance // 2))
+        memory = need * 5 // 4 // spread if reported is None else int(reported["bytes_limit"])
     if virtual:
         return InstanceType("virtual-cpu", config.devices_per_instance, memory, 5e10, 1e10, 5e9, 5e9)
     return InstanceType(device.device_kind, config.devices_per_instance, memory, 1e14, 1e12, 1e11, 5e9)
@@ -209,6 +214,14 @@ def foreseeable_degrees(planning: Planning, instances: tuple[Instance, ...]) -> 
             break
     allowed = tensor_degrees(planning.spec, instances[0].type.devices)
     return [degree for degree in degrees if degree in allowed]
+
+
+def _check_first_mesh(planning: Planning, members: Membership, placement: Placement | None) -> None:
+    """A mesh that does not fit at start is a mistake in the settings; later on, requests wait for instances."""
+    if placement is None:
+        choose_shape(planning.spec, members.all(), planning.demand, planning.wanted)  # raises, saying what would fit
+    elif planning.wanted is not None and placement.shape != planning.wanted:
+        raise ConfigError(f"mesh {planning.wanted} does not fit these instances; {placement.shape} would")
 
 
 def _log_progress(tensor: int, done: int, total: int) -> None:

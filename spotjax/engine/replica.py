@@ -51,7 +51,7 @@ class Replica:
         self._wake.set()
 
     async def run(self) -> None:
-        """Steps until stopped. Returns early, with ``lost`` set, when an instance is lost; any other error is raised."""
+        """Steps until stopped; returns early, with ``lost`` set, when an instance is lost. Other errors are raised."""
         in_flight: set[asyncio.Task[None]] = set()
         while True:
             self._wake.clear()

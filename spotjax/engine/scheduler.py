@@ -7,6 +7,7 @@ is one code path for all. Plain Python; knows no devices, no clock and no client
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -47,7 +48,7 @@ class Limits:
     """What one replica can do at once.
 
     Attributes:
-      max_batch: sequences that run.
+      max_batch: sequences that run, and sequences of one step at most; more may run where others' were adopted.
       prefill_tokens: positions of one prefill span.
       depth: steps in flight, the number of pipeline stages.
       prefill_fits: whether prefill spans of these lengths can share a step.
@@ -167,7 +168,7 @@ class Scheduler:
 
     def _decode(self) -> list[Span]:
         """One position each of the sequences that miss one, a fair share of them when several steps are in flight."""
-        share = -(-len(self.running) // self.limits.depth)
+        share = min(self.limits.max_batch, -(-len(self.running) // self.limits.depth))
         spans: list[Span] = []
         for sequence in list(self._idle()):
             if len(spans) == share:
@@ -189,10 +190,10 @@ class Scheduler:
         return sequence.key in self.running
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Sends a running sequence back to the queue's front; its KV will be computed again, its tokens stay."""
+        """Sends a running sequence back to its place in the queue; its KV will be computed again, its tokens stay."""
         del self.running[sequence.key]
         self._release(sequence)
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=lambda waiting: waiting.key)
         self.preempted += 1
 
     def _idle(self) -> Iterable[Sequence]:

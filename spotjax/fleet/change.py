@@ -14,7 +14,7 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import Inheritance, assign_cohorts, choose_heirs
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, cohort_of, lost_cohorts, needs_of
+from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Links, MigrationPlan, plan_migration
 from spotjax.planner.optimizer import choose_shape
@@ -62,10 +62,7 @@ def plan_change(
         needs = needs_of(spec, decision.shape, decision.layers, kept)
     devices = match(decision.shape, needs, decision.hosts, holdings)
     placement = Placement(epoch, decision.shape, decision.layers, devices)
-    parameters = {
-        devices[position]: {name: index for name, index in arrays.items() if cohort_of(name) is None}
-        for position, arrays in needs.items()
-    }
+    parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     plan = plan_migration(parameters, holdings, Links.of(instances))
     return Preparation(placement, parameters, plan, heirs)
 
@@ -106,7 +103,7 @@ def plan_kv(
     )
     holdings = Holdings.of(spec, current, inheritance.cohorts, instances)
     needs = {
-        placement.devices[position]: {name: index for name, index in arrays.items() if cohort_of(name) is not None}
+        placement.devices[position]: arrays.of_kv()
         for position, arrays in needs_of(spec, placement.shape, placement.layers, inheritance.cohorts).items()
     }
     plan = plan_migration(needs, holdings, Links.of(instances))

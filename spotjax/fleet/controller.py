@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from spotjax.engine.batch import Pipeline
 from spotjax.engine.commit_log import CommitLog
@@ -29,6 +30,7 @@ from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.requests import AcceptedRequest, RequestTable
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.shape import Position
 
 log = logging.getLogger(__name__)
 PURGE_SECONDS = 10.0
@@ -91,9 +93,7 @@ class Controller:
         self._requests = RequestTable(log, limits.retain_seconds)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
-        self._dispatcher = Dispatcher(
-            self._make_replica, limits.replica, limits.pages, limits.page_size, self._replica_failed
-        )
+        self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
         self._reconfigurer = Reconfigurer(
             planning, members, cluster, self._dispatcher, self._events, clock, self._commit_ended
         )
@@ -102,6 +102,7 @@ class Controller:
         self._ready_since: float | None = None
         self._all_finished = asyncio.Event()
         self._purging: asyncio.Task[None] | None = None
+        self._changes: set[asyncio.Task[Reconfiguration]] = set()
 
     async def start(self) -> Reconfiguration:
         """Forms the first mesh."""
@@ -115,6 +116,7 @@ class Controller:
         """Stops at the next token boundary and frees everything; unfinished requests stay in the commit log."""
         if self._purging is not None:
             self._purging.cancel()
+        await asyncio.gather(*self._changes, return_exceptions=True)
         await self._dispatcher.stop()
         self._events.close()
         await self._cluster.close()
@@ -150,9 +152,9 @@ class Controller:
     def status(self) -> FleetStatus:
         """See ``FleetService.status``."""
         placement = self._reconfigurer.placement
-        positions: dict[str, dict[int, tuple[int, int, int]]] = {}
+        positions: dict[str, dict[int, Position]] = {}
         for position, device in placement.devices.items() if placement else ():
-            positions.setdefault(device.instance, {})[device.index] = tuple(position)
+            positions.setdefault(device.instance, {})[device.index] = position
         since = self._ready_since
         return FleetStatus(
             model=self._model_name,
@@ -181,24 +183,16 @@ class Controller:
         self._members.require_alive(instance)
         if grace_seconds <= 0:
             self._lose(instance, "without notice")
-            return await self._reconfigurer.reconfigure()
+            return await self._finish(self._reconfigurer.reconfigure())
         self._members.set_state(instance, InstanceState.NOTICED)
         message = f"instance {instance} will be taken in {grace_seconds:g} s"
         self._events.record("notice", self._reconfigurer.epoch, message, instance=instance, seconds=grace_seconds)
-        deadline = asyncio.get_running_loop().call_later(grace_seconds, self._lose, instance, "at its deadline")
-        try:
-            return await self._reconfigurer.reconfigure()
-        finally:
-            deadline.cancel()
-            self._lose(instance, "as announced")
+        return await self._finish(self._leave(instance, grace_seconds))
 
     async def add(self, count: int) -> Reconfiguration:
         """See ``FleetService.add``."""
-        for name in self._members.take_spare(count):
-            self._cluster.join(name)
-            self._members.set_state(name, InstanceState.READY)
-            self._events.record("joined", self._reconfigurer.epoch, f"instance {name} joined", instance=name)
-        return await self._reconfigurer.reconfigure()
+        self._members.take_spare(count)
+        return await self._finish(self._reconfigurer.reconfigure())
 
     async def drain(self, seconds: float) -> bool:
         """See ``Service.drain``."""
@@ -248,14 +242,37 @@ class Controller:
         self._log.append(states)
         self._deliver(states)
 
+    async def _leave(self, instance: str, grace_seconds: float) -> Reconfiguration:
+        """Moves off a noticed instance, which is gone when that is done or when its grace is over."""
+        deadline = asyncio.get_running_loop().call_later(grace_seconds, self._lose_noticed, instance, "at its deadline")
+        try:
+            return await self._reconfigurer.reconfigure()
+        finally:
+            deadline.cancel()
+            self._lose_noticed(instance, "as announced")
+
+    async def _finish(self, change: Coroutine[Any, Any, Reconfiguration]) -> Reconfiguration:
+        """Carries a change through even if whoever asked for it goes away. An error in one ends the service."""
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._change_ended)
+        return await asyncio.shield(task)
+
+    def _change_ended(self, change: asyncio.Task[Reconfiguration]) -> None:
+        self._changes.discard(change)
+        if not change.cancelled() and (problem := change.exception()) is not None:
+            self._failed(problem)
+
+    def _lose_noticed(self, instance: str, how: str) -> None:
+        if instance in self._members.having(InstanceState.NOTICED):  # else it is gone, or gone and back
+            self._lose(instance, how)
+
     def _lose(self, instance: str, how: str) -> None:
-        if all(other.name != instance for other in self._members.alive()):
-            return
         self._reconfigurer.lose(instance)
         self._events.record("lost", self._reconfigurer.epoch, f"instance {instance} is gone {how}", instance=instance)
 
-    def _replica_failed(self, problem: BaseException) -> None:
-        log.critical("a replica failed", exc_info=problem)
+    def _failed(self, problem: BaseException) -> None:
+        log.critical("the service cannot go on", exc_info=problem)
         if not self.failure.done():
             self.failure.set_exception(problem)
 

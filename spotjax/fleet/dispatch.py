@@ -73,7 +73,7 @@ class Dispatcher:
                 ended = replica.scheduler.cancel(sequence, reason)
                 replica.wake()  # its pages may let others in
                 return ended
-        return True
+        raise LookupError(f"sequence {sequence.key} is neither parked nor on a replica")
 
     async def stop(self) -> None:
         """Stops all replicas at their next token boundary."""
@@ -109,21 +109,23 @@ class Dispatcher:
         return ended
 
     def install(self, pipelines: Sequence[Pipeline], handover: Handover) -> None:
-        """Starts the new replicas with what was handed over."""
-        for sequence in self._all():
-            sequence.in_flight = False
-        for sequence in handover.recomputed:
-            sequence.pages, sequence.computed = [], 0
+        """Starts the new replicas with what was handed over, less what was cancelled and with what came meanwhile."""
+        others = {sequence.key: sequence for sequence in self._all()}
         replicas = []
         for number, pipeline in enumerate(pipelines):
-            scheduler = Scheduler(self._make_limits(pipeline.depth), handover.allocators[number])
+            pages = handover.allocators[number]
+            scheduler = Scheduler(self._make_limits(pipeline.depth), pages)
             for sequence in handover.adopted.get(number, ()):
-                sequence.pages = handover.pages[sequence.key]
-                scheduler.adopt(sequence)
+                if others.pop(sequence.key, None) is None:
+                    pages.release(handover.pages[sequence.key])
+                else:
+                    sequence.pages = handover.pages[sequence.key]
+                    scheduler.adopt(sequence)
             replicas.append(self._make_replica(scheduler, pipeline))
         self.parked, self.replicas = [], tuple(replicas)
         self._loops = [asyncio.create_task(self._watch(replica)) for replica in replicas]
-        for sequence in handover.recomputed:
+        for _, sequence in sorted(others.items()):
+            _forget_kv(sequence)
             self.add(sequence)
 
     def park(self) -> None:
@@ -131,7 +133,7 @@ class Dispatcher:
         self.parked = sorted(self._all(), key=lambda s: s.key)
         self.replicas, self._loops = (), []
         for sequence in self.parked:
-            sequence.pages, sequence.computed, sequence.in_flight = [], 0, False
+            _forget_kv(sequence)
 
     def check(self) -> None:
         """Verifies that page accounting balances on every replica."""
@@ -148,3 +150,8 @@ class Dispatcher:
             await replica.run()
         except Exception as problem:
             self._failed(problem)
+
+
+def _forget_kv(sequence: ScheduledSequence) -> None:
+    """Nothing of it is on any device any more."""
+    sequence.pages, sequence.computed, sequence.in_flight = [], 0, False

@@ -49,7 +49,6 @@ def hand_over(
     pages: dict[int, list[int]] = {}
     for cohort in inherited_first:  # page numbers that must stay are claimed before any are chosen freely
         pages |= _keep_pages(cohort, by_key, heirs, allocators[cohort.new])
-    transfers = tuple(_transfer(cohort, by_key, pages) for cohort in cohorts)
     adopted: dict[int, tuple[ScheduledSequence, ...]] = {}
     for cohort in inherited_first:
         for live in cohort.sequences:
@@ -57,6 +56,7 @@ def hand_over(
                 adopted[cohort.new] = (*adopted.get(cohort.new, ()), by_key[live.key])
             else:
                 allocators[cohort.new].release(pages.pop(live.key))
+    transfers = tuple(_transfer(cohort, by_key, pages) for cohort in cohorts)
     recomputed = tuple(by_key[key] for key in sorted(by_key.keys() - pages.keys()))
     return Handover(allocators, adopted, pages, recomputed, transfers)
 
@@ -81,7 +81,8 @@ def _transfer(
     pairs = [
         pair
         for live in cohort.sequences
-        for pair in zip(by_key[live.key].pages[: live.pages], pages[live.key], strict=True)
+        if live.key in pages
+        for pair in zip(by_key[live.key].pages[: live.pages], pages[live.key][: live.pages], strict=True)
     ]
     return PageTransfer(cohort.old, cohort.new, tuple(pairs))
 

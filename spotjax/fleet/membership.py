@@ -29,6 +29,10 @@ class Membership:
         """Those that are not gone."""
         return tuple(instance for instance in self._instances.values() if instance.state in ALIVE)
 
+    def having(self, state: InstanceState) -> tuple[str, ...]:
+        """Names of those in one state."""
+        return tuple(instance.name for instance in self._instances.values() if instance.state is state)
+
     def require_alive(self, name: str) -> Instance:
         """An instance that is not gone.
 
@@ -46,12 +50,14 @@ class Membership:
         self._instances[name] = replace(self._instances[name], state=state)
 
     def take_spare(self, count: int) -> tuple[str, ...]:
-        """Names of ``count`` instances that are gone and can join.
+        """Lets ``count`` instances that are gone begin to join, and names them.
 
         Raises:
           NoSpareDevices: there are fewer.
         """
-        spare = [instance.name for instance in self._instances.values() if instance.state is InstanceState.GONE]
+        spare = self.having(InstanceState.GONE)
         if count > len(spare):
             raise NoSpareDevices(f"{count} instances were asked for, devices are left for {len(spare)}")
-        return tuple(spare[:count])
+        for name in spare[:count]:
+            self.set_state(name, InstanceState.JOINING)
+        return spare[:count]

@@ -65,21 +65,36 @@ class Reconfigurer:
         self._cluster.lose(instance)
 
     async def reconfigure(self) -> Reconfiguration:
-        """Makes the mesh fit to the instances that are ready now, however often that takes."""
+        """Makes the mesh fit to the instances that there are now, however often that takes.
+
+        Must not be cancelled: half a change leaves no replica running.
+        """
         async with self._one_at_a_time:
             while True:
                 try:
-                    return await self._change()
+                    report = await self._change()
                 except InstanceLost as loss:
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
+                else:
+                    if not self._members.having(InstanceState.JOINING):
+                        return report
+
+    def _welcome(self) -> None:
+        """Lets instances join. One that was lost and is back joins when the mesh has left it: its memory is empty."""
+        for name in self._members.having(InstanceState.JOINING):
+            if name not in self._in_use(self.placement):
+                self._cluster.join(name)
+                self._members.set_state(name, InstanceState.READY)
+                self._events.record("joined", self.epoch, f"instance {name} joined", instance=name)
 
     async def _change(self) -> Reconfiguration:
+        self._welcome()
         before, started = self.placement, self._clock()
         try:
             preparation = self._plan()
         except NoFeasibleShape as problem:
             return await self._suspend(str(problem))
-        if is_in_place(preparation, before) and not any(replica.lost for replica in self._dispatcher.replicas):
+        if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return self._report(before, preparation, Traffic(), 0.0, 0.0, kept=self._running(), recomputed=0)
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
@@ -113,9 +128,11 @@ class Reconfigurer:
     async def _switch(self, preparation: Preparation, loaded: Traffic, started: float) -> Reconfiguration:
         """Stops, moves KV, starts on the new mesh."""
         before, prepared = self.placement, self._clock()
-        running = self._running()
+        self._require_ready(preparation)
         await self._dispatcher.stop()
         self._committed(self._dispatcher.take_cancelled())
+        self._require_ready(preparation)
+        running = self._running()
         kv = plan_kv(self._planning, preparation, before, self._members.all(), self._dispatcher.live())
         shape = preparation.placement.shape
         handover = self._dispatcher.hand_over(shape.data, kv.cohorts, preparation.heirs)
@@ -128,15 +145,20 @@ class Reconfigurer:
             "switch",
             self.epoch,
             f"epoch {self.epoch}: mesh {shape}, paused {pause:.3f} s, {moved.moved} bytes of KV moved, "
-            f"{kept} sequences go on, {max(0, running - kept)} recompute",
+            f"{kept} sequences go on, {running - kept} recompute",
             shape=str(shape),
             pause_seconds=pause,
             kv_bytes_moved=moved.moved,
             kept=kept,
         )
         traffic = Traffic(loaded.moved + moved.moved, loaded.loaded)
-        report = self._report(before, preparation, traffic, prepared - started, pause, kept, max(0, running - kept), kv)
-        return report
+        return self._report(before, preparation, traffic, prepared - started, pause, kept, running - kept, kv)
+
+    def _require_ready(self, preparation: Preparation) -> None:
+        """Raises InstanceLost if an instance of the new mesh was noticed or lost since it was planned."""
+        leaving = self._in_use(preparation.placement).difference(self._members.having(InstanceState.READY))
+        if leaving:
+            raise InstanceLost(f"instance {min(leaving)} is leaving and cannot be part of the new mesh")
 
     async def _suspend(self, why: str) -> Reconfiguration:
         """No mesh fits: every request waits, none fails."""
@@ -149,6 +171,11 @@ class Reconfigurer:
         self.placement = None
         self._events.record("stop", self.epoch, f"requests wait for instances: {why}")
         return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)
+
+    @staticmethod
+    def _in_use(placement: Placement | None) -> frozenset[str]:
+        """Instances that a placement stands on."""
+        return frozenset(device.instance for device in placement.devices.values()) if placement else frozenset()
 
     def _running(self) -> int:
         return sum(len(replica.scheduler.running) for replica in self._dispatcher.replicas)

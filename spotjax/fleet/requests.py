@@ -22,12 +22,14 @@ class AcceptedRequest:
       sequences: its choices, in order.
       changed: set and replaced whenever something was committed.
       finished_at: monotonic seconds when the last choice ended, None while one runs.
+      readers: streams that follow it; it is retained until they have read it all.
     """
 
     request: GenerationRequest
     sequences: tuple[ScheduledSequence, ...]
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     finished_at: float | None = None
+    readers: int = 0
 
 
 class RequestTable:
@@ -80,7 +82,8 @@ class RequestTable:
             accepted = self._requests[state.request_id]
             if state.finish not in (FinishReason.CANCELLED, FinishReason.DEADLINE):
                 self.tokens += 1
-            if state.finish is not None and all(s.finish for s in self.log.states(state.request_id)):
+            ended = state.finish is not None and accepted.finished_at is None
+            if ended and all(s.finish for s in self.log.states(state.request_id)):
                 accepted.finished_at = now
                 self.finished += 1
                 del self._unfinished[state.request_id]
@@ -88,9 +91,11 @@ class RequestTable:
             accepted.changed = asyncio.Event()
 
     def purge(self, now: float) -> None:
-        """Forgets requests that finished long enough ago."""
+        """Forgets requests that finished long enough ago and that nobody is reading."""
         for request_id, accepted in list(self._requests.items()):
-            if accepted.finished_at is not None and now - accepted.finished_at >= self._retain:
+            if accepted.finished_at is None or accepted.readers:
+                continue
+            if now - accepted.finished_at >= self._retain:
                 del self._requests[request_id]
                 self.log.forget(request_id)
 
@@ -108,20 +113,23 @@ class RequestTable:
 
     async def _follow(self, accepted: AcceptedRequest, seen: list[int]) -> AsyncIterator[Delta]:
         """Deltas from the given token offsets on, until every choice has ended."""
-        request_id = accepted.request.request_id
         open_choices = set(range(len(seen)))
-        while open_choices:
-            changed = accepted.changed
-            states = self.log.states(request_id)
-            for choice in sorted(open_choices):
-                state = states[choice]
-                if len(state.tokens) > seen[choice] or state.finish is not None:
-                    yield _delta(state, seen[choice])
-                    seen[choice] = len(state.tokens)
-                if state.finish is not None:
-                    open_choices.discard(choice)
-            if open_choices and changed is accepted.changed:
-                await changed.wait()
+        accepted.readers += 1
+        try:
+            while open_choices:
+                changed = accepted.changed
+                states = self.log.states(accepted.request.request_id)
+                for choice in sorted(open_choices):
+                    state = states[choice]
+                    if len(state.tokens) > seen[choice] or state.finish is not None:
+                        yield _delta(state, seen[choice])
+                        seen[choice] = len(state.tokens)
+                    if state.finish is not None:
+                        open_choices.discard(choice)
+                if open_choices and changed is accepted.changed:
+                    await changed.wait()
+        finally:
+            accepted.readers -= 1
 
 
 def _delta(state: RequestState, offset: int) -> Delta:

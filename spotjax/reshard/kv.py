@@ -40,12 +40,14 @@ class KvMover:
         source_pages = replicated(source.mesh)
         target_pages = replicated(target.mesh)
         for old, new in _groups(transfer.pages):
-            content = read(source.pages[layer], jax.device_put(old, source_pages))
+            with self._model.calls(source.devices):
+                content = read(source.pages[layer], jax.device_put(old, source_pages))
             content = self._recut(content, len(source.devices), target)
             chosen = jax.device_put(new, target_pages)
-            target.pages[layer] = LayerPages(*write(target.pages[layer], chosen, content))
+            with self._model.calls(target.devices):
+                target.pages[layer] = LayerPages(*write(target.pages[layer], chosen, content))
 
-    def _recut(self, content: LayerPages, tensor: int, target: Stage) -> LayerPages:
+    def _recut(self, content: LayerPages[jax.Array], tensor: int, target: Stage) -> LayerPages[jax.Array]:
         """Content of ``tensor`` shards as the target stage's devices hold it."""
         held = head_ranges(self._model.spec, tensor)
         wanted = head_ranges(self._model.spec, len(target.devices))

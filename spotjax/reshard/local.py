@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -132,11 +133,14 @@ class LocalCluster:
         if self._prepared is not None:
             stages += self._prepared.stages.values()
             stores.append(self._prepared.store)
-        for stage in stages:
-            if not gone.isdisjoint(stage.devices):
+        stages = [stage for stage in stages if not gone.isdisjoint(stage.devices)]
+        with ExitStack() as no_calls:
+            for devices in {stage.devices for stage in stages}:
+                no_calls.enter_context(self.model.calls(devices))
+            for stage in stages:
                 delete_arrays(stage.arrays())
-        for store in stores:
-            store.delete(instance)
+            for store in stores:
+                store.delete(instance)
 
     async def close(self) -> None:
         """See ``Cluster.close``."""

@@ -6,6 +6,7 @@ background for exactly the step's shape; then the block takes over.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,14 @@ class CompiledModel:
         self.executables = Executables(cache)
         self._max_positions = max_positions
         self._arrays = {array.name: array for array in spec.parameters}
+        self._calls: dict[Devices, threading.Lock] = {}
+
+    def calls(self, devices: Devices) -> threading.Lock:
+        """Held by whoever calls a function with buffers on these devices, and by whoever deletes such buffers.
+
+        XLA ends the process when a buffer vanishes while a call on several devices takes it up (jaxlib 0.10).
+        """
+        return self._calls.setdefault(devices, threading.Lock())
 
     def embed(self, devices: Devices, rows: int, span: int) -> Call:
         """``(embedding, rows) -> hidden``."""
@@ -103,20 +112,20 @@ class CompiledModel:
         """``() -> pages`` of one layer, all zero."""
         return self.executables.get(("empty pages", len(devices)), devices, self._lower_empty)
 
-    def page_shardings(self, mesh: Mesh) -> LayerPages:
+    def page_shardings(self, mesh: Mesh) -> LayerPages[NamedSharding]:
         """How KV pages lie on a stage's devices: kv heads are split."""
         split = NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
-        return LayerPages(split, split)  # type: ignore[arg-type]
+        return LayerPages(split, split)
 
-    def page_shapes(self, tensor: int, pages: int) -> LayerPages:
+    def page_shapes(self, tensor: int, pages: int) -> LayerPages[tuple[int, ...]]:
         """Shapes of ``pages`` KV pages over all shards."""
         c = self.spec.config
         heads = tensor * kv_heads_per_shard(c.heads, c.kv_heads, tensor)
         keys = (pages, heads, c.head_size, self.page_size)
         values = (pages, heads, self.page_size, c.head_size)
-        return LayerPages(keys, values)  # type: ignore[arg-type]
+        return LayerPages(keys, values)
 
-    def _abstract_pages(self, mesh: Mesh, pages: int) -> LayerPages:
+    def _abstract_pages(self, mesh: Mesh, pages: int) -> LayerPages[Any]:
         shapes, shardings = self.page_shapes(mesh.size, pages), self.page_shardings(mesh)
         return LayerPages(*(self._abstract(s, at, self.dtype) for s, at in zip(shapes, shardings, strict=True)))
 
@@ -140,7 +149,7 @@ class CompiledModel:
 
     def _lower(
         self, function: Call, arguments: Sequence[Any], results: Any, mesh: Mesh, donate: tuple[int, ...] = ()
-    ) -> Any:
+    ) -> jax.stages.Lowered:
         """Lowers ``function``, written for one shard, over the stage's devices."""
         if mesh.size > 1:
             specs = jax.tree.map(lambda argument: argument.sharding.spec, tuple(arguments))
@@ -151,7 +160,8 @@ class CompiledModel:
                 out_specs=jax.tree.map(lambda at: at.spec, results),
                 check_vma=False,
             )
-        return jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)
+        lowered: jax.stages.Lowered = jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)
+        return lowered
 
     def _lower_embed(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
@@ -208,7 +218,7 @@ class CompiledModel:
         mesh = stage_mesh(devices)
         shapes = self.page_shapes(mesh.size, self.pages)
 
-        def empty() -> LayerPages:
+        def empty() -> LayerPages[jax.Array]:
             return LayerPages(*(jnp.zeros(shape, self.dtype) for shape in shapes))
 
         return jax.jit(empty, out_shardings=self.page_shardings(mesh)).lower()

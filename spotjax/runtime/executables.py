@@ -47,7 +47,8 @@ class _Portable:
 
     @classmethod
     def of(cls, compiled: jax.stages.Compiled, devices: Devices) -> _Portable:
-        return cls(*serialize_executable.serialize(compiled), tuple(device.id for device in devices))
+        content, in_tree, out_tree = serialize_executable.serialize(compiled)
+        return cls(content, in_tree, out_tree, tuple(device.id for device in devices))
 
     def load(self, devices: Devices) -> jax.stages.Compiled:
         """The function on ``devices``, which take the places of the original ones in order."""
@@ -58,7 +59,7 @@ class _Portable:
         )
 
 
-class _Retarget(serialize_executable._JaxPjrtUnpickler):  # type: ignore[misc]
+class _Retarget(serialize_executable._JaxPjrtUnpickler):
     """jax's own reader of serialized executables, with the devices exchanged.
 
     jax's ``deserialize_and_load`` takes ``execution_devices`` but keeps the original device assignment, so that the
@@ -66,7 +67,7 @@ class _Retarget(serialize_executable._JaxPjrtUnpickler):  # type: ignore[misc]
     """
 
     def __init__(self, content: bytes, old_ids: tuple[int, ...], new: Devices) -> None:
-        super().__init__(io.BytesIO(content), new[0].client, new)
+        super().__init__(io.BytesIO(content), new[0].client, new)  # type: ignore[no-untyped-call]
         self.devices_by_id = dict(zip(old_ids, new, strict=True))
         self._options = compiler.get_compile_options(
             num_replicas=1,
@@ -80,7 +81,7 @@ class _Retarget(serialize_executable._JaxPjrtUnpickler):  # type: ignore[misc]
     def persistent_load(self, pid: tuple[Any, ...]) -> Any:
         if pid[0] == "exec":
             return self.backend.deserialize_executable(pid[1], self.execution_devices, self._options)
-        return super().persistent_load(pid)
+        return super().persistent_load(pid)  # type: ignore[no-untyped-call]
 
 
 class Executables:

@@ -50,8 +50,8 @@ class StageFunctions:
         return embed(embedding, rows[:, 2:], self._shard)
 
     def layers(
-        self, layers: Sequence[LayerArrays], pages: Sequence[LayerPages], hidden: jax.Array, step: StepInput
-    ) -> tuple[jax.Array, tuple[LayerPages, ...]]:
+        self, layers: Sequence[LayerArrays], pages: Sequence[LayerPages[jax.Array]], hidden: jax.Array, step: StepInput
+    ) -> tuple[jax.Array, tuple[LayerPages[jax.Array], ...]]:
         """Runs consecutive layers. DONATES ``pages``.
 
         Returns: hidden vectors (B, T, D) and the layers' extended pages.

@@ -6,10 +6,12 @@ Which sequence owns which page is the scheduler's business.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+
+A = TypeVar("A")
 
 
 class StepInput(NamedTuple):
@@ -45,22 +47,24 @@ class StepInput(NamedTuple):
         return self.start[:, None] + steps[None, :]
 
 
-class LayerPages(NamedTuple):
+class LayerPages(NamedTuple, Generic[A]):
     """KV pages of one layer on one tensor shard, in the layout that ``models.attention`` reads.
+
+    Or what belongs to each of the two arrays, such as its shape or sharding.
 
     Attributes:
       keys: (pages, K, H, G).
       values: (pages, K, G, H).
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: A
+    values: A
 
 
 class PagedStore:
     """One layer's pages during one step; see ``models.llama.KeyValueStore``."""
 
-    def __init__(self, pages: LayerPages, step: StepInput) -> None:
+    def __init__(self, pages: LayerPages[jax.Array], step: StepInput) -> None:
         self.pages = pages
         """Replaced by the extended pages."""
         self._step = step
@@ -83,11 +87,13 @@ class PagedStore:
         return self.pages.keys[step.pages], self.pages.values[step.pages], visible
 
 
-def read_pages(pages: LayerPages, chosen: jax.Array) -> LayerPages:
+def read_pages(pages: LayerPages[jax.Array], chosen: jax.Array) -> LayerPages[jax.Array]:
     """Takes the ``chosen`` (n,) int32 pages out."""
     return LayerPages(pages.keys[chosen], pages.values[chosen])
 
 
-def write_pages(pages: LayerPages, chosen: jax.Array, content: LayerPages) -> LayerPages:
+def write_pages(
+    pages: LayerPages[jax.Array], chosen: jax.Array, content: LayerPages[jax.Array]
+) -> LayerPages[jax.Array]:
     """Puts pages in. DONATES ``pages``. Entries of ``chosen`` that are 0 go to the page nobody reads."""
     return LayerPages(pages.keys.at[chosen].set(content.keys), pages.values.at[chosen].set(content.values))

@@ -12,11 +12,11 @@ import logging
 import os
 import platform
 import tempfile
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
 import jax
-import jaxlib
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def _machine() -> str:
     if device.platform == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (jax.__version__, jaxlib.__version__, device.platform, device.device_kind, platform.machine(), features)
+    parts = (jax.__version__, version("jaxlib"), device.platform, device.device_kind, platform.machine(), features)
     return "\n".join((*parts, device.client.platform_version, os.environ.get("XLA_FLAGS", "")))
 
 

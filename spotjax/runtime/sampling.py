@@ -238,4 +238,5 @@ def _threshold(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.A
         reached = jnp.sum(jnp.where(order >= candidate, weights, jnp.float32(0)), axis=-1, keepdims=True)
         return jnp.where(reached >= wanted, candidate, found)
 
-    return jax.lax.fori_loop(0, 32, decide, jnp.zeros((order.shape[0], 1), jnp.uint32))
+    found: jax.Array = jax.lax.fori_loop(0, 32, decide, jnp.zeros((order.shape[0], 1), jnp.uint32))
+    return found

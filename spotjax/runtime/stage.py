@@ -44,7 +44,7 @@ class Stage:
     ) -> None:
         self.devices, self.layers, self.first, self.last = devices, layers, first, last
         self.mesh = stage_mesh(devices)
-        self.pages: dict[int, LayerPages] = {}
+        self.pages: dict[int, LayerPages[jax.Array]] = {}
         self._model = model
         self._parameters = parameters
         self._replicated = replicated(self.mesh)
@@ -56,7 +56,7 @@ class Stage:
         tied = model.spec.config.tied_embeddings
         self._head = parameters[TIED_HEAD if tied else "head"] if last else None
 
-    def empty_pages(self) -> LayerPages:
+    def empty_pages(self) -> LayerPages[jax.Array]:
         """Fresh KV pages for one layer."""
         return LayerPages(*self._model.empty_pages(self.devices)())
 
@@ -84,7 +84,10 @@ class Stage:
 
         Returns: hidden vectors (B, T, D), or logits (B, V) from the last stage.
         """
-        step = StepInput(*jax.device_put((rows, pages), self._replicated))
+        with self._model.calls(self.devices):
+            return self._run(shape, StepInput(*jax.device_put((rows, pages), self._replicated)), hidden)
+
+    def _run(self, shape: StepShape, step: StepInput, hidden: jax.Array | None) -> jax.Array:
         if self.first:
             hidden = self._model.embed(self.devices, shape.rows, shape.span)(self._embedding, step.rows)
         else:
