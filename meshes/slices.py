@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import NamedTuple
 
 Range = tuple[int, int]
@@ -26,7 +25,10 @@ class ArraySlice(NamedTuple):
     @property
     def size(self) -> int:
         """Number of elements."""
-        return prod(self.shape)
+        elements = 1
+        for start, stop in self.index:
+            elements *= stop - start
+        return elements
 
 
 def whole(shape: tuple[int, ...]) -> Index:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapify, heapreplace
 
 from spotjax.planner.holdings import KvCohort, LiveSequence
 
@@ -53,10 +54,13 @@ def assign_cohorts(
             else:
                 left.append(sequence)
     recomputed: list[tuple[int, LiveSequence]] = []
+    roomiest = [(-pages, replica) for replica, pages in enumerate(free)]
+    heapify(roomiest)
     for old, leftover in _most_progress_first(left):
-        new = max(range(replicas), key=lambda replica: (free[replica], -replica))
+        new = roomiest[0][1]
         if leftover.pages <= free[new]:
             take(old, new, leftover)
+            heapreplace(roomiest, (-free[new], new))
         else:
             recomputed.append((old, leftover))
     cohorts = (KvCohort(old, new, tuple(sequences), page_size) for (old, new), sequences in sorted(taken.items()))

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice
-from spotjax.meshes.stacks import depth
-from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of, lost_cohorts
+from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of
 from spotjax.planner.links import Direction, Link, Links
-from spotjax.planner.missing import Gaps, Part, first_array, split
+from spotjax.planner.missing import Gaps, Part, order, split
 from spotjax.planner.plan import MigrationPlan, Phase, SliceMove, Transfer
 from spotjax.planner.sources import choose_sources, lower_bound
 
@@ -40,9 +39,11 @@ def plan_migration(needs: Mapping[DeviceRef, Needs], holdings: Holdings, links: 
         if target.instance in holdings.dying or target.instance in holdings.gone:
             raise PlanError(f"device {target} cannot be a target: its instance is going or gone; match without it")
     wanted = {target: StackedNeeds.of(arrays) for target, arrays in needs.items()}
-    lost = lost_cohorts(wanted.values(), holdings)
     gaps = Gaps(holdings)
-    parts = sorted(split(list(gaps.parts(wanted, lost)), TRANSFERS), key=_order)
+    missing = list(gaps.parts(wanted))
+    nowhere = {_cohort(part) for part in missing if not gaps.holders[part.holders]}
+    lost = frozenset(cohort for cohort in nowhere if cohort is not None)
+    parts = sorted(split([part for part in missing if _cohort(part) not in lost], TRANSFERS), key=order)
     transfers, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
     moving = sum(part.bytes for part in parts)
     loaded = sum(transfer.bytes for transfer in transfers if transfer.source is None)
@@ -72,7 +73,5 @@ def _bytes_needed(needs: Mapping[DeviceRef, StackedNeeds], lost: frozenset[str],
     return elements * element_bytes
 
 
-def _order(part: Part) -> tuple[bool, float, ArraySlice, DeviceRef]:
-    """Parameters before KV, front layers first, so that front stages are complete first."""
-    first = first_array(part)
-    return part.phase is Phase.FINAL, depth(first.name), first, part.target
+def _cohort(part: Part) -> str | None:
+    return cohort_of(part.pieces[0].name)

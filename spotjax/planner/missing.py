@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, Index, intersect, subtract
-from spotjax.meshes.stacks import arrays_in, is_layered
-from spotjax.planner.holdings import Holdings, StackedNeeds, remainder
+from spotjax.meshes.stacks import is_layered
+from spotjax.planner.holdings import Boxes, Holdings, StackedNeeds, cohort_of, remainder
 from spotjax.planner.plan import Phase
 from spotjax.planner.reuse import Classes, parameters_held
 
 Holders = tuple[DeviceRef, ...]
 """Devices that all have something in full, in order; none, and only a checkpoint may have it."""
 
-Missing = Mapping[tuple[Phase, int, bool], list[ArraySlice]]
-"""Slices of stacks by when they may move, the number of their holders, and whether they belong to layers."""
+Missing = Mapping[tuple[Phase, int, object], list[ArraySlice]]
+"""Slices of stacks by when they may move, the number of their holders, and what else must not go together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class Gaps:
         self._holdings = holdings
         self._sources = holdings.sources()
         self._numbers: dict[Holders, int] = {}
-        self._cuts: dict[ArraySlice, list[tuple[Index, int]]] = {}
+        self._patterns: dict[str, _Pattern] = {}
+        self._cuts: dict[tuple[Boxes, Index], list[tuple[Index, list[Index]]]] = {}
 
-    def parts(self, needs: Mapping[DeviceRef, StackedNeeds], lost: Iterable[str]) -> Iterator[Part]:
-        """Everything that is missing, except KV of the lost cohorts."""
-        lost_stacks = {f"kv.*@{cohort}" for cohort in lost}
+    def parts(self, needs: Mapping[DeviceRef, StackedNeeds]) -> Iterator[Part]:
+        """Everything that is missing."""
         held = Classes()
         known: dict[tuple[int, int], Missing] = {}
         for target, wanted in needs.items():
@@ -71,39 +71,77 @@ class Gaps:
             pair = id(wanted.parameters), held.number(parameters_held(has))
             if pair not in known:
                 known[pair] = self._missing(wanted.parameters, has, Phase.PRECOPY)
-            kv = {stack: index for stack, index in wanted.kv.items() if stack not in lost_stacks}
-            for found in (known[pair], self._missing(kv, has, Phase.FINAL)):
+            for found in (known[pair], self._missing(wanted.kv, has, Phase.FINAL)):
                 for (phase, holders, _), pieces in found.items():
-                    yield Part(tuple(pieces), target, self._bytes(pieces), phase, holders)
+                    size = sum(piece.size for piece in pieces) * self._holdings.element_bytes
+                    yield Part(tuple(pieces), target, size, phase, holders)
 
-    def _bytes(self, pieces: Iterable[ArraySlice]) -> int:
-        return sum(piece.size for piece in pieces) * self._holdings.element_bytes
-
-    def _missing(self, wanted: Mapping[str, Index], has: Mapping[str, tuple[Index, ...]], phase: Phase) -> Missing:
-        found: dict[tuple[Phase, int, bool], list[ArraySlice]] = defaultdict(list)
+    def _missing(self, wanted: Mapping[str, Index], has: Mapping[str, Boxes], phase: Phase) -> Missing:
+        """KV of each cohort is kept apart, so that what is lost can be left out."""
+        found: dict[tuple[Phase, int, object], list[ArraySlice]] = defaultdict(list)
         for stack, index in wanted.items():
             held = has.get(stack, ())
             for box in () if index in held else remainder(index, held):
                 for part, holders in self._cut(ArraySlice(stack, box)):
-                    found[phase, holders, is_layered(stack)].append(ArraySlice(stack, part))
+                    found[phase, holders, cohort_of(stack) or is_layered(stack)].append(ArraySlice(stack, part))
         return found
 
     def _cut(self, piece: ArraySlice) -> list[tuple[Index, int]]:
-        """A slice in disjoint parts with the devices that have all of each; no device has only a piece of a part."""
-        if piece not in self._cuts:
-            sources = self._sources.get(piece.name, {})
-            self._cuts[piece] = [
-                (box, self._number([device for held in having for device in sources[held]]))
-                for box, having in _cut(piece.index, list(sources))
-            ]
-        return self._cuts[piece]
+        """A slice in disjoint parts with the devices that have all of each; no device has only a piece of a part.
 
-    def _number(self, devices: list[DeviceRef]) -> int:
+        How the boxes of a stack cut it is worked out once for all stacks that are cut alike: only axes in which boxes
+        differ matter, so the KV of all cohorts is alike however many pages they have.
+        """
+        if piece.name not in self._patterns:
+            self._patterns[piece.name] = _Pattern(self._sources.get(piece.name, {}))
+        pattern = self._patterns[piece.name]
+        if any(piece.index[axis] != extent for axis, extent in pattern.same.items()):
+            cuts = list(_cut(piece.index, list(pattern.devices)))
+            return [(box, self._number(pattern.having(boxes))) for box, boxes in cuts]
+        reduced = tuple(extent for axis, extent in enumerate(piece.index) if axis not in pattern.same)
+        key = pattern.boxes, reduced
+        if key not in self._cuts:
+            self._cuts[key] = list(_cut(reduced, pattern.boxes))
+        return [
+            (pattern.restore(box, len(piece.index)), self._number(pattern.having(boxes)))
+            for box, boxes in self._cuts[key]
+        ]
+
+    def _number(self, devices: Iterable[DeviceRef]) -> int:
         holders = tuple(sorted(devices))
         number = self._numbers.setdefault(holders, len(self.holders))
         if number == len(self.holders):
             self.holders.append(holders)
         return number
+
+
+class _Pattern:
+    """The boxes of one stack, whoever has them, without the axes in which they are all the same.
+
+    Attributes:
+      same: those axes and their ranges.
+      boxes: the rest of every box.
+      devices: by box, without and with those axes.
+    """
+
+    def __init__(self, sources: Mapping[Index, Sequence[DeviceRef]]) -> None:
+        axes = range(len(next(iter(sources), ())))
+        ranges = {axis: {box[axis] for box in sources} for axis in axes}
+        self.same = {axis: next(iter(extents)) for axis, extents in ranges.items() if len(extents) == 1}
+        rest = [tuple(extent for axis, extent in enumerate(box) if axis not in self.same) for box in sources]
+        self.boxes = tuple(rest)
+        self.devices: dict[Index, Sequence[DeviceRef]] = dict(sources)
+        self._reduced = dict(zip(rest, sources.values(), strict=True))
+
+    def having(self, boxes: Iterable[Index]) -> Iterator[DeviceRef]:
+        """The devices of some boxes."""
+        for box in boxes:
+            yield from self._reduced[box] if box in self._reduced else self.devices[box]
+
+    def restore(self, reduced: Index, axes: int) -> Index:
+        """A box with all its axes again."""
+        rest = iter(reduced)
+        return tuple(self.same[axis] if axis in self.same else next(rest) for axis in range(axes))
 
 
 def _cut(box: Index, boxes: Sequence[Index]) -> Iterator[tuple[Index, list[Index]]]:
@@ -159,6 +197,8 @@ def _runs(part: Part, run: int, alone: bool) -> Iterator[Part]:
             yield Part(tuple(pieces), part.target, size, part.phase, part.holders)
 
 
-def first_array(part: Part) -> ArraySlice:
-    """The slice of the part's frontmost array, for ordering."""
-    return next(arrays_in(min(part.pieces, key=lambda piece: piece.index[0] if is_layered(piece.name) else (-1, -1))))
+def order(part: Part) -> tuple[bool, float, str, Index, DeviceRef]:
+    """Sorts parameters before KV and front layers first, so that front stages are complete first."""
+    name, index = part.pieces[0]
+    depth = index[0][0] if is_layered(name) else -1 if name == "embedding" else inf
+    return part.phase is Phase.FINAL, depth, name, index, part.target

@@ -1,22 +1,31 @@
-"""Chooses the mesh shape: every (D, P, M) that fits the instances, and the one with the most throughput.
+"""Chooses the mesh: SpotServe's Algorithm 1 (Miao et al. 2024), complete and with a price on the change itself.
 
-SpotServe's Algorithm 1 (Miao et al. 2024) without its load term. Unlike the original, tensor degrees are all divisors
-of the query heads and layers split unevenly, so instances that a power of two leaves idle are used.
-Says which instances may carry the shape, not which device serves which position.
+With a load: among the configurations that keep up with it, the one of least request latency, waiting included;
+near-ties by cost. If none keeps up: the most requests per second. Without a load: the most tokens per second.
+Says which instances may carry the mesh, not which device serves which position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spotjax.errors import NoFeasibleShape
-from spotjax.meshes.instance import Instance, InstanceState, InstanceType
-from spotjax.meshes.layout import LayerRanges, split_layers, tensor_degrees
+from spotjax.meshes.instance import Instance, InstanceState
+from spotjax.meshes.layout import LayerRanges
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.spec import ModelSpec
-from spotjax.planner.cost import MemoryNeed, memory_need, prefill_seconds, step_seconds, throughput
+from spotjax.planner import reasons
+from spotjax.planner.cost import MemoryNeed, Roofline
 from spotjax.planner.demand import Demand
+from spotjax.planner.goal import Goal, Running
+from spotjax.planner.options import LatencyOf, Options, options, places_offered
+from spotjax.planner.switching import pays_back
+
+__all__ = ["RUNNER_UPS", "Candidate", "Decision", "choose_shape", "places_offered"]
 
 RUNNER_UPS = 8
 """How many candidates that lost a decision tells of."""
@@ -24,105 +33,171 @@ RUNNER_UPS = 8
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A shape that fits.
+    """A configuration that fits.
 
     Attributes:
       shape: degrees (D, P, M).
       layers: decoder layers of every stage.
+      batch: B, sequences that a replica decodes at once.
       hosts: instances that may carry it; together they offer at least D * P places of M devices.
       throughput: tokens per second of all replicas.
       latency: seconds of a typical request once it runs, at full batch.
       memory: bytes on the device that needs the most.
+      rate: phi, requests per second that it can serve.
+      seconds: latency with the wait for its turn; infinite under overload; equal to ``latency`` if no load is given.
+      percentile_seconds: the same for the goal's percentile.
+      expected_rate: requests per second expected to be served, losses included (see ``Goal.loss_probability``).
+      cost_per_hour: USD for the instances in use.
+      instances: number of instances in use.
       reason: one line that says why it was chosen, or why it lost.
     """
 
     shape: MeshShape
     layers: LayerRanges
+    batch: int
     hosts: tuple[Instance, ...]
     throughput: float
     latency: float
     memory: MemoryNeed
+    rate: float
+    seconds: float
+    percentile_seconds: float
+    expected_rate: float
+    cost_per_hour: float
+    instances: int
     reason: str = ""
-
-    @property
-    def _rank(self) -> tuple[float, float, int, int, int]:
-        shape = self.shape
-        return -self.throughput, self.latency, shape.devices, shape.stage, shape.tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Decision(Candidate):
-    """The shape that was chosen, and the best that lost, best first."""
+    """The configuration that was chosen, and the best that lost, one for each P and M, best first."""
 
     runner_ups: tuple[Candidate, ...] = ()
 
 
-def places_offered(instances: Sequence[Instance], tensor: int) -> int:
-    """How many disjoint groups of ``tensor`` devices the instances offer; a group never crosses instances."""
-    return sum(instance.type.devices // tensor for instance in instances)
-
-
 def choose_shape(
-    spec: ModelSpec, instances: Sequence[Instance], demand: Demand, wanted: MeshShape | None = None
+    spec: ModelSpec,
+    instances: Sequence[Instance],
+    demand: Demand,
+    wanted: MeshShape | None = None,
+    *,
+    goal: Goal | None = None,
+    latency: LatencyOf | None = None,
+    running: Running | None = None,
 ) -> Decision:
-    """The shape with the most throughput on the instances that are ready.
+    """The best configuration on the instances that are ready.
 
-    Equal throughput: lower latency, then fewer devices, then smaller P, then smaller M. A ``wanted`` shape is taken
-    while it fits, else the same P and M with as many replicas as fit, else any shape.
+    Args:
+      spec: the model.
+      instances: the fleet.
+      demand: typical requests; ``demand.batch`` is the greatest B. Smaller ones, the powers of two, are considered when
+        the goal has a load.
+      wanted: is taken while it fits, else the same P and M with as many replicas as fit, else any shape.
+      goal: what to choose for. Equal otherwise: lower latency, then fewer devices, then smaller P, then smaller M.
+      latency: where latencies come from; the analytic roofline by default.
+      running: the mesh that serves now. It is kept while it fits unless changing it pays back.
 
     Raises:
-      NoFeasibleShape: nothing fits; the message says what would.
+      NoFeasibleShape: nothing fits, or only above the cost ceiling; the message says what would.
       ValueError: ``wanted`` is no shape of this model.
     """
+    goal = goal or Goal()
     ready = tuple(instance for instance in instances if instance.state is InstanceState.READY)
     if wanted is not None:
         _check_wanted(spec, wanted)
-    found = sorted(_candidates(spec, ready, demand), key=lambda candidate: candidate._rank)
-    if not found:
-        raise NoFeasibleShape(_what_would_fit(spec, ready, demand))
-    best = found[0] if wanted is None else _nearest(found, wanted)
-    losers = [candidate for candidate in found if candidate.shape != best.shape][:RUNNER_UPS]
+    batches = [demand.batch] if goal.load is None else _batches(demand.batch)
+    of_kind = latency or (lambda kind: Roofline(spec, kind))
+    table = Options(list(options(spec, ready, demand, batches, of_kind)), goal)
+    if not len(table):
+        raise NoFeasibleShape(reasons.what_would_fit(spec, ready, demand))
+    order = _ranked(table, goal)
+    best = int(order[0]) if wanted is None else _nearest(table, order, wanted)
+    kept = _current_row(table, order, running) if wanted is None else None
+    if kept is not None and running is not None and not pays_back(table, kept, best, goal, running):
+        best = kept
+    chosen = _candidate(table, best)
     return Decision(
-        shape=best.shape,
-        layers=best.layers,
-        hosts=best.hosts,
-        throughput=best.throughput,
-        latency=best.latency,
-        memory=best.memory,
-        reason=_why_chosen(best, wanted),
-        runner_ups=tuple(replace(loser, reason=_why_lost(loser, best)) for loser in losers),
+        **{name: getattr(chosen, name) for name in Candidate.__slots__ if name != "reason"},
+        reason=reasons.why_chosen(chosen, goal, wanted, running if best == kept else None),
+        runner_ups=tuple(
+            replace(loser, reason=reasons.why_lost(loser, chosen, goal)) for loser in _losers(table, order, best)
+        ),
     )
 
 
-def _candidates(spec: ModelSpec, ready: Sequence[Instance], demand: Demand) -> Iterator[Candidate]:
-    """Every shape that fits, once, on the fastest instances that offer enough places for it."""
-    kinds = _kinds(ready)
-    for tensor in tensor_degrees(spec, max((kind.devices for kind in kinds), default=0)):
-        for stages in range(1, min(spec.config.layers, places_offered(ready, tensor)) + 1):
-            layers = split_layers(spec.config.layers, stages)
-            one = MeshShape(1, stages, tensor)
-            memory = memory_need(spec, one, layers, demand)
-            seconds = {
-                kind: step_seconds(spec, one, layers, kind, demand.batch, demand.context)
-                for kind in kinds
-                if kind.devices >= tensor and kind.memory_bytes >= memory.total
-            }
-            counted = 0
-            for slowest in sorted(seconds, key=lambda kind: (seconds[kind], kind.name)):
-                hosts = tuple(i for i in ready if i.type in seconds and seconds[i.type] <= seconds[slowest])
-                replicas = places_offered(hosts, tensor) // stages
-                prefill = prefill_seconds(spec, one, layers, slowest, demand.prompt)
-                for data in range(counted + 1, replicas + 1):
-                    shape = MeshShape(data, stages, tensor)
-                    rate = throughput(spec, shape, layers, slowest, demand.batch, demand.context)
-                    latency = prefill + demand.output * seconds[slowest]
-                    yield Candidate(shape, layers, hosts, rate, latency, memory)
-                counted = max(counted, replicas)
+def _batches(most: int) -> list[int]:
+    return sorted({*(1 << exponent for exponent in range(most.bit_length())), most})
 
 
-def _kinds(instances: Sequence[Instance]) -> tuple[InstanceType, ...]:
-    """Distinct instance types in order of first appearance."""
-    return tuple(dict.fromkeys(instance.type for instance in instances))
+def _ranked(table: Options, goal: Goal) -> NDArray[np.intp]:
+    """Row numbers, best first; those above the cost ceiling are left out.
+
+    Raises:
+      NoFeasibleShape: all are above it.
+    """
+    devices = table.data * table.stage * table.tensor
+    last = (table.tensor, table.stage, devices)
+    worse = np.zeros(len(table))
+    if goal.loss_probability > 0:
+        most = table.expected_rate.max()
+        worse = np.where(table.expected_rate >= most * (1 - goal.near_tie), 0.0, 1 - table.expected_rate / most)
+    if goal.load is None:
+        order = np.lexsort((*last, table.service, -table.tokens, worse))
+    else:
+        keeps_up = (table.rate > goal.load.rate) & (worse == 0)
+        target = goal.latency_seconds
+        meets = keeps_up & (table.percentile_seconds <= (np.inf if target is None else target))
+        if target is None or not meets.any():
+            # Near-ties with the least latency: the cheapest comes first.
+            least = np.where(keeps_up, table.seconds, np.inf).min()
+            meets = keeps_up & (table.seconds <= least * (1 + goal.near_tie))
+        kind = np.select([meets, keeps_up], [0, 1], 2)
+        first = np.select([meets, keeps_up], [table.cost, table.seconds], worse)
+        second = np.select([meets, keeps_up], [table.seconds, table.cost], -table.rate)
+        order = np.lexsort((*last, table.cost, second, first, kind))
+    if goal.cost_per_hour is not None:
+        affordable = order[table.cost[order] <= goal.cost_per_hour]
+        if not len(affordable):
+            raise NoFeasibleShape(
+                f"the cheapest configuration costs {table.cost.min():.2f} USD per hour, the ceiling is "
+                f"{goal.cost_per_hour:.2f}: raise it or use cheaper instances"
+            )
+        return affordable
+    return order
+
+
+def _candidate(table: Options, row: int) -> Candidate:
+    option = table.options[table.option[row]]
+    return Candidate(
+        shape=table.shape(row),
+        layers=option.layers,
+        batch=option.batch,
+        hosts=option.hosts,
+        throughput=float(table.tokens[row]),
+        latency=option.service,
+        memory=option.memory,
+        rate=float(table.rate[row]),
+        seconds=float(table.seconds[row]),
+        percentile_seconds=float(table.percentile_seconds[row]),
+        expected_rate=float(table.expected_rate[row]),
+        cost_per_hour=float(table.cost[row]),
+        instances=int(table.instances[row]),
+    )
+
+
+def _losers(table: Options, order: NDArray[np.intp], best: int) -> list[Candidate]:
+    """The best of every other P and M, and of the chosen ones' other replicas and batches, in order of rank."""
+    seen: set[tuple[int, int]] = set()
+    losers: list[Candidate] = []
+    for row in map(int, order):
+        kind = int(table.stage[row]), int(table.tensor[row])
+        if kind in seen or table.shape(row) == table.shape(best):
+            continue
+        seen.add(kind)
+        losers.append(_candidate(table, row))
+        if len(losers) == RUNNER_UPS:
+            break
+    return losers
 
 
 def _check_wanted(spec: ModelSpec, wanted: MeshShape) -> None:
@@ -133,74 +208,22 @@ def _check_wanted(spec: ModelSpec, wanted: MeshShape) -> None:
         raise ValueError(f"wanted mesh {wanted}: {c.layers} layers cannot fill {wanted.stage} stages")
 
 
-def _nearest(found: Sequence[Candidate], wanted: MeshShape) -> Candidate:
+def _nearest(table: Options, order: NDArray[np.intp], wanted: MeshShape) -> int:
     """The wanted shape; else its P and M with as many replicas as fit; else the best of all."""
-    same = [
-        candidate
-        for candidate in found
-        if (candidate.shape.stage, candidate.shape.tensor) == (wanted.stage, wanted.tensor)
-        and candidate.shape.data <= wanted.data
+    same = order[
+        (table.stage[order] == wanted.stage)
+        & (table.tensor[order] == wanted.tensor)
+        & (table.data[order] <= wanted.data)
     ]
-    return max(same, key=lambda candidate: candidate.shape.data) if same else found[0]
+    return int(same[np.argmax(table.data[same])] if len(same) else order[0])
 
 
-def _why_chosen(best: Candidate, wanted: MeshShape | None) -> str:
-    if wanted == best.shape:
-        return "as wanted"
-    most = f"most throughput, {best.throughput:.4g} tokens/s"
-    if wanted is None:
-        return most
-    if (best.shape.stage, best.shape.tensor) == (wanted.stage, wanted.tensor):
-        return f"wanted {wanted} does not fit, {best.shape.data} of its replicas do"
-    return f"wanted {wanted} does not fit with any number of replicas; {most}"
-
-
-def _why_lost(loser: Candidate, best: Candidate) -> str:
-    if loser.throughput < best.throughput:
-        less = 100 * (1 - loser.throughput / best.throughput)
-        return f"{less:.2g}% less throughput: {loser.throughput:.4g} tokens/s, not {best.throughput:.4g}"
-    if loser.throughput > best.throughput:
-        return f"another shape was wanted; this one has {loser.throughput:.4g} tokens/s, not {best.throughput:.4g}"
-    if loser.latency > best.latency:
-        return f"same throughput, higher latency: {loser.latency:.4g} s, not {best.latency:.4g} s"
-    if loser.shape.devices > best.shape.devices:
-        return f"same throughput and latency on more devices: {loser.shape.devices}, not {best.shape.devices}"
-    return "same throughput, latency and devices; more stages or a higher tensor degree"
-
-
-def _what_would_fit(spec: ModelSpec, ready: Sequence[Instance], demand: Demand) -> str:
-    """For people: the least number of devices, or the least memory, that one replica would need."""
-    if not ready:
-        return "no instance is ready; add at least one"
-    shapes = [
-        MeshShape(1, stages, tensor)
-        for tensor in tensor_degrees(spec, max(instance.type.devices for instance in ready))
-        for stages in range(1, spec.config.layers + 1)
+def _current_row(table: Options, order: NDArray[np.intp], running: Running | None) -> int | None:
+    """The best row of the shape that runs now, if that still fits."""
+    if running is None:
+        return None
+    shape = running.shape
+    same = order[
+        (table.data[order] == shape.data) & (table.stage[order] == shape.stage) & (table.tensor[order] == shape.tensor)
     ]
-    needs = {shape: memory_need(spec, shape, split_layers(spec.config.layers, shape.stage), demand) for shape in shapes}
-    short: list[tuple[int, MeshShape, InstanceType]] = [
-        (shape.stage * shape.tensor, shape, kind)
-        for kind in _kinds(ready)
-        for shape in shapes
-        if shape.tensor <= kind.devices and needs[shape].total <= kind.memory_bytes
-    ]
-    if not short:
-        shape = min(shapes, key=lambda shape: (needs[shape].total, shape.devices))
-        most = max(instance.type.memory_bytes for instance in ready)
-        return (
-            f"even split as {shape} the model needs {_gib(needs[shape].total)} on a device (parameters "
-            f"{_gib(needs[shape].parameters)}, KV {_gib(needs[shape].kv)}), devices have at most {_gib(most)}: "
-            "use devices with more memory, or fewer KV pages"
-        )
-    _, shape, kind = min(short, key=lambda entry: (entry[0], entry[1]))
-    fits = [i for i in ready if i.type.memory_bytes >= needs[shape].total]
-    more = shape.stage - places_offered(fits, shape.tensor)
-    return (
-        f"one replica needs at least {shape.devices} devices like those of {kind.name} ({shape}, "
-        f"{_gib(needs[shape].total)} each): add {more} more {'place' if more == 1 else 'places'} of {shape.tensor} "
-        f"such {'device' if shape.tensor == 1 else 'devices'}"
-    )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    return int(same[0]) if len(same) else None

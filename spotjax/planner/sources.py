@@ -7,7 +7,7 @@ come before dying ones, which may not live to send, and a checkpoint serves the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,10 @@ def lower_bound(parts: Sequence[Part], holders: Sequence[Holders], links: Links)
     wanted: dict[tuple[int, str], int] = defaultdict(int)
     for part in parts:
         wanted[part.holders, part.target.instance] += part.bytes
-    instances = {number: sorted({device.instance for device in holders[number]}) for number, _ in wanted}
+    instances = {n: {device.instance for device in holders[n]} for n in {number for number, _ in wanted}}
+    outgoing = {
+        number: sum(links.bandwidth(Link(name, Direction.OUT)) for name in names) for number, names in instances.items()
+    }
     least: dict[Link, float] = defaultdict(float)
     into: dict[str, int] = defaultdict(int)
     within: set[str] = set()
@@ -129,9 +132,11 @@ def lower_bound(parts: Sequence[Part], holders: Sequence[Holders], links: Links)
             least[link] += links.seconds(link, size)
         if having:
             into[target] += size
-            sent, at_home = away.get(number, (0, set()))
-            away[number] = sent + size, at_home | ({target} & set(having))
-            within |= {target} & set(having)
+            sent, at_home = away.setdefault(number, (0, set()))
+            if target in having:
+                at_home.add(target)
+                within.add(target)
+            away[number] = sent + size, at_home
 
     def inside(names: Iterable[str]) -> float:
         return sum(links.bandwidth(Link(name, Direction.INSIDE)) for name in names)
@@ -139,18 +144,15 @@ def lower_bound(parts: Sequence[Part], holders: Sequence[Holders], links: Links)
     received = [
         size / (links.bandwidth(Link(name, Direction.IN)) + inside({name} & within)) for name, size in into.items()
     ]
-    shared = [
-        size / (sum(links.bandwidth(Link(name, Direction.OUT)) for name in instances[number]) + inside(at_home))
-        for number, (size, at_home) in away.items()
-    ]
+    shared = [size / (outgoing[number] + inside(at_home)) for number, (size, at_home) in away.items()]
     return max([*least.values(), *received, *shared], default=0.0)
 
 
-def _unavoidable(having: Sequence[str], target: str) -> list[Link]:
+def _unavoidable(having: Set[str], target: str) -> list[Link]:
     """Links that bytes to a target go over, whichever of the instances sends them."""
     if not having:
         return [Link(target, Direction.CHECKPOINT)]
     if target in having:
         return [Link(target, Direction.INSIDE)] if len(having) == 1 else []
     coming = [Link(target, Direction.IN)]
-    return [*coming, Link(having[0], Direction.OUT)] if len(having) == 1 else coming
+    return [*coming, Link(next(iter(having)), Direction.OUT)] if len(having) == 1 else coming
