@@ -69,6 +69,11 @@ class EmbeddedServer:
     model_name: str
     max_model_len: int
 
+    @property
+    def failure(self) -> asyncio.Future[None]:
+        """Fails with the error that the engine cannot go on from, if there ever is one."""
+        return self.service.failure
+
     async def close(self) -> None:
         """Stops at the next token boundary and frees all devices."""
         await self.service.close()

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: ServeConfig) -> int:
-    """Serves until a signal; returns the exit code: 0 after draining, 128 + number after a second signal."""
+    """Serves until a signal; returns the exit code: 0 after draining, 128 + number after a second signal, 1 on failure."""
     logs.set_up(config.log_level, config.log_format)
     return asyncio.run(serve(config))
 
@@ -57,7 +57,11 @@ async def serve(config: ServeConfig) -> int:
             return 0
         embedded = loading.result()
         try:
-            await signals.first.wait()
+            asked = asyncio.create_task(signals.first.wait())
+            await asyncio.wait({asked, embedded.failure}, return_when=asyncio.FIRST_COMPLETED)
+            if embedded.failure.done():
+                log.critical("the engine failed; the server ends", exc_info=embedded.failure.exception())
+                return 1
             log.info("draining", extra={"seconds": config.drain_seconds})
             draining = asyncio.create_task(server.drain(config.drain_seconds))
             if not await finishes_before(draining, signals.second):
