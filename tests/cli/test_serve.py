@@ -20,13 +20,15 @@ from types import SimpleNamespace
 
 async def start(config):
     from spotjax.testing import ByteTokenizer, ScriptedService
+    failure = asyncio.get_running_loop().create_future()
     {before}
     service = ScriptedService(delay=lambda: asyncio.sleep(config.retain_seconds))
     async def close():
         await service.stop()
         print("closed", flush=True)
     return SimpleNamespace(
-        service=service, tokenizer=ByteTokenizer(), model_name=config.model, max_model_len=64, close=close
+        service=service, tokenizer=ByteTokenizer(), model_name=config.model, max_model_len=64, close=close,
+        failure=failure,
     )
 
 sys.modules["spotjax.embedded"] = embedded = types.ModuleType("spotjax.embedded")
@@ -147,3 +149,10 @@ async def test_an_address_beyond_this_machine_is_warned_about() -> None:
 def test_loopback_is_recognised() -> None:
     assert all(map(is_loopback, ("127.0.0.1:1", "127.3.3.3:1", "[::1]:1", "localhost:1")))
     assert not any(map(is_loopback, ("0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1")))
+
+
+async def test_a_failed_engine_ends_the_server_with_an_error() -> None:
+    async with server(before="failure.set_exception(RuntimeError('the device is on fire'))") as process:
+        _, err = await process.communicate()
+        assert process.returncode == 1
+        assert b"the device is on fire" in err
