@@ -1,8 +1,8 @@
 """Survives a preemption before your eyes: ``python -m spotjax.tools.demo``, or ``make demo``.
 
-Starts a server on the embedded default (the shipped model on four virtual instances), generates a text undisturbed, then
-generates it again and takes an instance away in the middle. Prints what moved, how long the pause was, and whether
-both texts are the same. Exits 1 if they are not.
+Starts a server on the embedded default (the shipped model on four virtual instances), generates a text undisturbed,
+then generates it again and takes an instance away in the middle. Prints what moved, how long the pause was, and
+whether both texts are the same. Exits 1 if they are not. ``--svg FILE`` keeps a picture of it, as the README shows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +28,7 @@ from spotjax.fleet.status import Reconfiguration
 
 START_SECONDS = 300.0
 """A first start compiles; later ones take seconds."""
-console = Console(highlight=False)
+console = Console(highlight=False, record=True)
 
 
 @dataclass
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=240)
     parser.add_argument("--instance", default="instance-1", help="the one that is taken away")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds of notice; 0 takes it unannounced")
+    parser.add_argument("--svg", type=Path, help="file for a picture of what was printed")
     arguments = parser.parse_args()
     console.rule("starting a server (the first time it compiles for a while)")
     with running_server(arguments.model) as server:
@@ -140,6 +142,8 @@ def main() -> None:
         if same
         else "[bold red]the texts differ[/bold red]"
     )
+    if arguments.svg:
+        console.save_svg(str(arguments.svg), title="spotjax: a preemption is survived")
     sys.exit(0 if same else 1)
 
 
