@@ -1,0 +1,291 @@
+"""Whatever arrives, is cancelled or comes back late: no token is lost, no position computed twice, nobody starves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pure_model import END, Letters, Pages, is_prefix, next_token, result_of, undisturbed
+
+from spotjax.engine.batch import Batch
+from spotjax.engine.pages import PageAllocator
+from spotjax.engine.request import FinishReason, RequestState, SamplingParams
+from spotjax.engine.scheduler import Limits, Scheduler, Sequence
+from spotjax.engine.text import advance
+
+LETTERS = Letters()
+
+
+def sequence(key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True) -> Sequence:
+    tokens = tuple((7 * key + position) % END for position in range(prompt))
+    sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=ignore_eos)
+    return Sequence(key, RequestState(f"r{key}", 0, tokens, sampling, LETTERS.end_tokens))
+
+
+def limits(max_batch: int = 8, prefill_tokens: int = 8, depth: int = 1, rows: int = 4) -> Limits:
+    return Limits(max_batch, prefill_tokens, depth, lambda lengths: len(lengths) <= rows)
+
+
+def make_scheduler(pages: int = 40, page_size: int = 4, **asked: int) -> Scheduler:
+    return Scheduler(limits(**asked), PageAllocator(pages, page_size))
+
+
+@dataclass
+class Bench:
+    """Runs a scheduler by hand and checks everything that must hold at every step."""
+
+    scheduler: Scheduler
+    kv: Pages = field(default_factory=dict)
+    in_flight: list[Batch] = field(default_factory=list)
+    computed: dict[int, int] = field(default_factory=dict)
+    ended: dict[int, Sequence] = field(default_factory=dict)
+    prefilled_last: bool = False
+
+    def schedule(self) -> Batch | None:
+        scheduler = self.scheduler
+        before = dict(scheduler.running)
+        idle = [s for s in before.values() if not s.in_flight]
+        decodable = any(s.missing == 1 and len(s.pages) >= scheduler.pages.needed(s.state.length) for s in idle)
+        prefillable = any(s.missing > 1 for s in idle)
+        states = {s.key: s.state for s in scheduler.sequences()}
+        flying = {span.sequence for batch in self.in_flight for span in batch.spans}
+
+        batch = scheduler.schedule()
+
+        assert {s.key: s.state for s in scheduler.sequences()} == states, "scheduling changes no state and loses nobody"
+        running = len(before.keys() | scheduler.running.keys())
+        self.note_preempted(before.keys() - scheduler.running.keys())
+        assert sorted(s.key for s in scheduler.waiting) == [s.key for s in scheduler.waiting], "first come, first served"
+        scheduler.check()
+        if batch is None:
+            assert self.in_flight or not scheduler.load, "work is left, and nothing is in flight"
+            return None
+        keys = [span.sequence for span in batch.spans]
+        assert len(keys) == len(set(keys)) and flying.isdisjoint(keys), "a sequence is in two steps at once"
+        self.check_spans(batch, running)
+        is_prefill = len(batch.spans[0].tokens) > 1
+        if is_prefill and self.prefilled_last:
+            assert not decodable, "two prefill steps while others could decode"
+        if not is_prefill and not self.prefilled_last:
+            assert not prefillable, "two decode steps while a prompt waits"
+        self.prefilled_last = is_prefill
+        self.in_flight.append(batch)
+        return batch
+
+    def note_preempted(self, preempted: Iterable[int]) -> None:
+        for key in preempted:
+            assert key > max(self.scheduler.running, default=-1), "the youngest goes first"
+            assert next(s for s in self.scheduler.waiting if s.key == key).computed == 0
+            self.computed[key] = 0
+
+    def check_spans(self, batch: Batch, running: int) -> None:
+        asked = self.scheduler.limits
+        lengths = [len(span.tokens) for span in batch.spans]
+        if max(lengths) > 1:
+            assert min(lengths) > 1 and max(lengths) <= asked.prefill_tokens, "prefill and decode do not mix"
+            assert len(lengths) == 1 or asked.prefill_fits(lengths)
+        else:
+            assert len(lengths) <= min(asked.max_batch, -(-running // asked.depth)), "more than a fair share"
+        for span in batch.spans:
+            assert span.start == self.computed.get(span.sequence, 0), "computed twice, or left out"
+            self.computed[span.sequence] = span.start + len(span.tokens)
+            own = span.state.prompt + span.state.tokens
+            assert span.tokens == own[span.start : span.start + len(span.tokens)]
+
+    def complete(self, which: int = 0) -> None:
+        batch = self.in_flight.pop(which)
+        sampled = result_of(batch, self.kv, self.scheduler.pages.page_size).sampled
+        states = {
+            span.sequence: advance(span.state, sampled[span.sequence], LETTERS)
+            for span in batch.spans
+            if span.samples and self.scheduler.running[span.sequence].cancelled is None
+        }
+        for ended in self.scheduler.commit(batch, states):
+            assert ended.state.finish is not None and not ended.pages
+            self.ended[ended.key] = ended
+        self.scheduler.check()
+
+    def run(self, most: int = 10_000) -> None:
+        """Until nothing is left, one step at a time."""
+        for _ in range(most):
+            if self.schedule() is None and not self.in_flight:
+                return
+            self.complete()
+        raise AssertionError("does not come to an end")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    max_batch=st.integers(1, 5),
+    prefill_tokens=st.integers(2, 9),
+    depth=st.integers(1, 3),
+    rows=st.integers(1, 3),
+    page_size=st.integers(1, 4),
+    spare=st.integers(0, 12),
+    shapes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 8), st.booleans()), min_size=1, max_size=9),
+    cancels=st.booleans(),
+    random=st.randoms(use_true_random=False),
+)
+def test_every_sequence_gets_exactly_its_tokens(
+    max_batch: int, prefill_tokens: int, depth: int, rows: int, page_size: int, spare: int,
+    shapes: list[tuple[int, int, bool]], cancels: bool, random: Random,
+) -> None:  # fmt: skip
+    longest = max(prompt + output for prompt, output, _ in shapes)
+    allocator = PageAllocator(1 + -(-longest // page_size) + spare, page_size)
+    scheduler = Scheduler(limits(max_batch, prefill_tokens, depth, rows), allocator)
+    bench = Bench(scheduler)
+    all_of_them = [sequence(key, *shape) for key, shape in enumerate(shapes)]
+    arriving = list(reversed(all_of_them))
+    expected = {s.key: undisturbed(s.state, LETTERS) for s in all_of_them}
+    steps = 0
+    while arriving or scheduler.load:
+        steps += 1
+        assert steps < 5000, "does not come to an end"
+        if arriving and (not scheduler.load or random.random() < 0.5):
+            scheduler.add(arriving.pop())
+        if cancels and random.random() < 0.1 and (present := list(scheduler.sequences())):
+            chosen = random.choice(present)
+            reason = random.choice((FinishReason.CANCELLED, FinishReason.DEADLINE))
+            flying = chosen.in_flight
+            assert scheduler.cancel(chosen, reason) is not flying
+            scheduler.check()
+            if not flying:
+                bench.ended[chosen.key] = chosen
+        assert max(scheduler.running, default=-1) < min((s.key for s in scheduler.waiting), default=99), "in order"
+        while len(bench.in_flight) < depth and bench.schedule() is not None:
+            assert len(scheduler.running) <= max_batch
+        if bench.in_flight and random.random() < 0.7:
+            bench.complete(random.randrange(len(bench.in_flight)))
+    assert scheduler.pages.free == scheduler.pages.total, "at rest all pages are free"
+    assert bench.ended.keys() == expected.keys()
+    for key, ended in bench.ended.items():
+        if ended.cancelled is None:
+            assert ended.state == expected[key]
+        else:
+            assert ended.state.finish in (ended.cancelled, expected[key].finish)
+            assert is_prefix(ended.state.tokens, expected[key].tokens)
+
+
+def test_a_sequence_sent_back_for_pages_keeps_its_tokens_and_is_computed_again_from_the_start() -> None:
+    scheduler = make_scheduler(pages=5, page_size=4, prefill_tokens=16)
+    old, young = sequence(0, prompt=7, max_tokens=8), sequence(1, prompt=6, max_tokens=8)
+    bench = Bench(scheduler)
+    for one in (old, young):
+        scheduler.add(one)
+    while not scheduler.preempted:
+        bench.schedule()
+        bench.complete()
+    kept = young.state.tokens
+    assert kept and list(scheduler.waiting) == [young]
+    assert (young.pages, young.computed) == ([], 0)
+    bench.run()
+    assert is_prefix(kept, young.state.tokens)
+    assert young.state.tokens == undisturbed(sequence(1, 6, 8).state, LETTERS).tokens
+    assert old.state.finish is FinishReason.LENGTH
+
+
+def test_who_is_sent_back_stays_behind_who_came_earlier() -> None:
+    """After a handover a young sequence may run while an older one waits."""
+    scheduler = make_scheduler(pages=3, page_size=4, prefill_tokens=16)
+    bench = Bench(scheduler)
+    for key in (0, 2):
+        running = sequence(key, prompt=4, max_tokens=2)
+        running.state = advance(running.state, next_token(running.state.prompt, running.state), LETTERS)
+        running.pages, running.computed = scheduler.pages.allocate(1), 4
+        bench.kv |= {(running.pages[0], n): (n, token) for n, token in enumerate(running.state.prompt)}
+        bench.computed[key] = 4
+        scheduler.adopt(running)
+    scheduler.add(sequence(1, prompt=4, max_tokens=1))
+    bench.schedule()
+    assert [waiting.key for waiting in scheduler.waiting] == [1, 2]
+    bench.complete()
+    bench.run()
+    assert sorted(bench.ended) == [0, 1, 2]
+
+
+def test_more_adopted_sequences_than_fit_one_step_take_turns() -> None:
+    scheduler = make_scheduler(max_batch=2)
+    bench = Bench(scheduler)
+    for key in range(5):
+        running = sequence(key, prompt=2, max_tokens=3)
+        running.pages, running.computed = scheduler.pages.allocate(1), 1
+        bench.kv[running.pages[0], 0] = (0, running.state.prompt[0])
+        bench.computed[key] = 1
+        scheduler.adopt(running)
+    rows: list[set[int]] = []
+    for _ in range(5):
+        batch = bench.schedule()
+        assert batch is not None
+        rows.append({span.sequence for span in batch.spans})
+        bench.complete()
+    assert rows == [{0, 1}, {2, 3}, {4, 0}, {1, 2}, {3, 4}]
+    bench.run()
+    assert sorted(bench.ended) == [0, 1, 2, 3, 4]
+
+
+def test_a_long_prompt_lets_running_sequences_decode_in_between() -> None:
+    scheduler = make_scheduler(prefill_tokens=4)
+    bench = Bench(scheduler)
+    scheduler.add(sequence(0, prompt=2, max_tokens=10))
+    bench.schedule()
+    bench.complete()
+    scheduler.add(sequence(1, prompt=12, max_tokens=1))
+    kinds = []
+    for _ in range(5):
+        batch = bench.schedule()
+        assert batch is not None
+        kinds.append([(span.sequence, len(span.tokens)) for span in batch.spans])
+        bench.complete()
+    assert kinds == [[(0, 1)], [(1, 4)], [(0, 1)], [(1, 4)], [(0, 1)]]
+
+
+def test_short_prompts_share_a_prefill_step() -> None:
+    scheduler = make_scheduler(rows=3)
+    for key in range(4):
+        scheduler.add(sequence(key))
+    batch = scheduler.schedule()
+    assert batch is not None and [span.sequence for span in batch.spans] == [0, 1, 2]
+
+
+def test_steps_in_flight_share_the_running_sequences() -> None:
+    scheduler = make_scheduler(depth=2, rows=4)
+    bench = Bench(scheduler)
+    for key in range(4):
+        scheduler.add(sequence(key))
+    bench.schedule()
+    bench.complete()
+    first, second = bench.schedule(), bench.schedule()
+    assert first is not None and second is not None
+    assert [[span.sequence for span in batch.spans] for batch in (first, second)] == [[0, 1], [2, 3]]
+    assert bench.schedule() is None
+
+
+def test_cancelling_what_waits_or_rests_ends_it_at_once() -> None:
+    scheduler = make_scheduler(max_batch=1)
+    running, waiting = sequence(0), sequence(1)
+    scheduler.add(running)
+    scheduler.add(waiting)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert scheduler.cancel(waiting, FinishReason.CANCELLED)
+    assert waiting.state.finish is FinishReason.CANCELLED
+    scheduler.commit(batch, {0: advance(running.state, next_token(running.state.prompt, running.state), LETTERS)})
+    assert scheduler.cancel(running, FinishReason.DEADLINE)
+    assert (running.state.finish, len(running.state.tokens)) == (FinishReason.DEADLINE, 1)
+    assert scheduler.load == 0 and scheduler.pages.free == scheduler.pages.total
+
+
+def test_cancelling_what_is_in_flight_ends_it_when_its_step_is_back() -> None:
+    scheduler = make_scheduler()
+    flying = sequence(0)
+    scheduler.add(flying)
+    batch = scheduler.schedule()
+    assert batch is not None
+    assert not scheduler.cancel(flying, FinishReason.CANCELLED)
+    assert flying.state.finish is None
+    assert scheduler.commit(batch, {}) == [flying]
+    assert (flying.state.finish, flying.state.tokens) == (FinishReason.CANCELLED, ())
+    assert scheduler.pages.free == scheduler.pages.total
