@@ -1,0 +1,148 @@
+"""The loop of a replica commits before it delivers, stops at token boundaries and drops what a lost instance did."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+from pure_model import Letters, PurePipeline, turns, undisturbed
+
+from spotjax.engine.batch import Batch, StepResult
+from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.engine.generation import GenerationRequest
+from spotjax.engine.pages import PageAllocator
+from spotjax.engine.replica import Replica
+from spotjax.engine.request import FinishReason, RequestState, SamplingParams
+from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.scheduler import Sequence as ScheduledSequence
+
+LETTERS = Letters()
+PAGE_SIZE = 4
+
+
+class Service:
+    """One replica and what became of its sequences."""
+
+    def __init__(self, pipeline: PurePipeline, max_batch: int = 4) -> None:
+        limits = Limits(max_batch, 8, pipeline.depth, lambda lengths: len(lengths) <= 2)
+        self.scheduler = Scheduler(limits, PageAllocator(30, PAGE_SIZE))
+        self.log = MemoryCommitLog()
+        self.delivered: list[RequestState] = []
+        self.pipeline = pipeline
+        self.replica = Replica(self.scheduler, pipeline, self.log, LETTERS, self.deliver)
+        self.all_ended = asyncio.Event()
+        self.unfinished = 0
+
+    def deliver(self, states: Sequence[RequestState]) -> None:
+        for state in states:
+            assert self.log.states(state.request_id)[state.choice] == state, "delivered before it was committed"
+            self.delivered.append(state)
+            self.unfinished -= state.finish is not None
+        if not self.unfinished:
+            self.all_ended.set()
+
+    def submit(self, key: int, prompt: int = 5, max_tokens: int = 6) -> ScheduledSequence:
+        sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=True)
+        request = GenerationRequest(f"r{key}", tuple(range(key, key + prompt)), sampling)
+        sequence = ScheduledSequence(key, RequestState(request.request_id, 0, request.prompt, sampling))
+        self.log.accept(request, [sequence.state])
+        self.scheduler.add(sequence)
+        self.unfinished += 1
+        self.replica.wake()
+        return sequence
+
+    def tokens(self, key: int) -> tuple[int, ...]:
+        return self.log.states(f"r{key}")[0].tokens
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+async def test_every_token_is_committed_then_delivered_whatever_order_steps_come_back_in(depth: int) -> None:
+    random = Random(depth)
+    service = Service(PurePipeline(PAGE_SIZE, depth, lambda: random.randrange(5)))
+    loop = asyncio.create_task(service.replica.run())
+    sequences = [service.submit(key, max_tokens=2 + key) for key in range(7)]
+    await service.all_ended.wait()
+    service.replica.stop()
+    await loop
+    for key, sequence in enumerate(sequences):
+        end = undisturbed(RequestState(f"r{key}", 0, sequence.state.prompt, sequence.state.sampling), LETTERS)
+        assert service.log.states(f"r{key}") == (end,)
+        mine = [state.tokens for state in service.delivered if state.request_id == f"r{key}"]
+        assert mine == [end.tokens[: n + 1] for n in range(len(end.tokens))], "each token once, in order"
+    assert service.scheduler.pages.free == service.scheduler.pages.total
+
+
+async def test_as_many_steps_are_in_flight_as_the_pipeline_has_stages() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, depth=3, delay=lambda: 50))
+    for key in range(3):
+        service.submit(key, prompt=1)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(5)
+    assert service.pipeline.in_flight == {0, 1, 2} and len(service.pipeline.batches) == 3
+    service.replica.stop()
+    await loop
+
+
+async def test_stopping_commits_the_steps_in_flight_and_starts_no_other() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
+    sequence = service.submit(0)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(2)
+    assert service.pipeline.in_flight == {0}
+    service.replica.stop()
+    await loop
+    assert (service.tokens(0), sequence.in_flight) == (sequence.state.tokens, False)
+    assert len(service.tokens(0)) == len(service.pipeline.batches) == 1
+    assert service.replica.stopping and not service.replica.lost
+    service.scheduler.check()
+
+
+async def test_an_idle_replica_stops_at_once() -> None:
+    service = Service(PurePipeline(PAGE_SIZE))
+    loop = asyncio.create_task(service.replica.run())
+    await turns(1)
+    service.replica.stop()
+    await loop
+
+
+async def test_a_lost_instance_ends_the_loop_and_nothing_of_its_steps_is_committed() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, depth=2, delay=lambda: 4))
+    for key in range(2):
+        service.submit(key, prompt=1)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(3)
+    service.pipeline.lost = True
+    await loop
+    assert service.replica.lost and service.replica.stopping
+    assert not service.delivered and service.tokens(0) == service.tokens(1) == ()
+    assert all(sequence.in_flight for sequence in service.scheduler.sequences())
+
+
+class Failing(PurePipeline):
+    async def run(self, batch: Batch) -> StepResult:
+        raise ZeroDivisionError("a bug")
+
+
+async def test_any_other_error_surfaces() -> None:
+    service = Service(Failing(PAGE_SIZE))
+    service.submit(0)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await service.replica.run()
+    assert not service.replica.lost and not service.delivered
+
+
+async def test_cancelled_in_flight_ends_with_its_step_and_without_its_token() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
+    flying, other = service.submit(0), service.submit(1)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(2)
+    assert not service.scheduler.cancel(flying, FinishReason.CANCELLED)
+    await service.all_ended.wait()
+    assert (flying.state.finish, flying.state.tokens) == (FinishReason.CANCELLED, ())
+    assert service.log.states("r0") == (flying.state,)
+    assert len(other.state.tokens) == 6
+    assert service.scheduler.pages.free == service.scheduler.pages.total
+    service.replica.stop()
+    await loop
