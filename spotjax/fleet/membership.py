@@ -29,6 +29,10 @@ class Membership:
         """Those that are not gone."""
         return tuple(instance for instance in self._instances.values() if instance.state in ALIVE)
 
+    def joined(self) -> tuple[Instance, ...]:
+        """All but those that are still joining, which have nothing on their devices."""
+        return tuple(i for i in self._instances.values() if i.state is not InstanceState.JOINING)
+
     def having(self, state: InstanceState) -> tuple[str, ...]:
         """Names of those in one state."""
         return tuple(instance.name for instance in self._instances.values() if instance.state is state)

@@ -110,7 +110,7 @@ class Reconfigurer:
 
     def _plan(self) -> Preparation:
         preparation = plan_change(
-            self._planning, self.placement, self._members.all(), self._dispatcher.live(), self.epoch + 1
+            self._planning, self.placement, self._members.joined(), self._dispatcher.live(), self.epoch + 1
         )
         shape, plan = preparation.placement.shape, preparation.plan
         self._events.record(
@@ -133,7 +133,7 @@ class Reconfigurer:
         self._committed(self._dispatcher.take_cancelled())
         self._require_ready(preparation)
         running = self._running()
-        kv = plan_kv(self._planning, preparation, before, self._members.all(), self._dispatcher.live())
+        kv = plan_kv(self._planning, preparation, before, self._members.joined(), self._dispatcher.live())
         shape = preparation.placement.shape
         handover = self._dispatcher.hand_over(shape.data, kv.cohorts, preparation.heirs)
         pipelines, moved = await self._cluster.switch(handover.transfers)
