@@ -2,6 +2,7 @@
 
 Every missing box is cut where its holders differ (``missing``), each part gets a holder to come from (``sources``), and
 parts are put in order: parameters first, which move while decoding goes on, then KV, each with the front layers first.
+A bound on memory (``memory``) puts some parameters off until after the stop.
 In-place slices never move.
 """
 
@@ -14,6 +15,7 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice
 from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of
 from spotjax.planner.links import Direction, Link, Links
+from spotjax.planner.memory import within_memory
 from spotjax.planner.missing import Gaps, Part, order, split
 from spotjax.planner.plan import MigrationPlan, Phase, SliceMove, Transfer
 from spotjax.planner.sources import choose_sources, lower_bound
@@ -24,13 +26,19 @@ TRANSFERS = 8192
 """Up to so many parts are cut finer, down to single arrays, to share them out evenly."""
 
 
-def plan_migration(needs: Mapping[DeviceRef, Needs], holdings: Holdings, links: Links) -> MigrationPlan:
+def plan_migration(
+    needs: Mapping[DeviceRef, Needs],
+    holdings: Holdings,
+    links: Links,
+    room: Mapping[DeviceRef, int] | None = None,
+) -> MigrationPlan:
     """Finds a source for everything that the target devices need and do not have.
 
     Args:
       needs: what every device of the new mesh must have.
       holdings: what every device has now.
       links: bandwidths of the instances that hold or need something.
+      room: free bytes of every target device; None plans as if there were enough. See ``memory``.
 
     Raises:
       PlanError: a target stands on a dying or gone instance, or the type of an instance is not given.
@@ -47,7 +55,7 @@ def plan_migration(needs: Mapping[DeviceRef, Needs], holdings: Holdings, links: 
     transfers, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
     moving = sum(part.bytes for part in parts)
     loaded = sum(transfer.bytes for transfer in transfers if transfer.source is None)
-    return MigrationPlan(
+    plan = MigrationPlan(
         transfers=tuple(transfers),
         lost=tuple(sorted(lost)),
         bytes_in_place=_bytes_needed(wanted, lost, holdings.element_bytes) - moving,
@@ -58,6 +66,7 @@ def plan_migration(needs: Mapping[DeviceRef, Needs], holdings: Holdings, links: 
             phase: lower_bound([part for part in parts if part.phase is phase], gaps.holders, links) for phase in Phase
         },
     )
+    return plan if room is None else within_memory(plan, wanted, holdings, room, links)
 
 
 def _bytes_needed(needs: Mapping[DeviceRef, StackedNeeds], lost: frozenset[str], element_bytes: int) -> int:

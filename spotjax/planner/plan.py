@@ -68,6 +68,28 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class MemoryUse:
+    """What a migration takes beyond what devices hold when it starts.
+
+    Attributes:
+      peak: the most bytes at once, for every target device; KV is not counted.
+      excess: bytes by which the worst device passes its room, 0 or less if none does.
+      deferred: bytes that could not be pre-copied beside what is held, and move after the stop.
+      layer_order: layers in the order in which those move; -1 is the embedding, the last number norm and head.
+    """
+
+    peak: Mapping[DeviceRef, int]
+    excess: int
+    deferred: int
+    layer_order: tuple[int, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether no device ever passes its room."""
+        return self.excess <= 0
+
+
+@dataclass(frozen=True)
 class MigrationPlan:
     """All that has to move, in order.
 
@@ -79,6 +101,8 @@ class MigrationPlan:
       bytes_loaded: bytes from the checkpoint.
       link_seconds: for each phase, how long each link is busy.
       lower_bound_seconds: for each phase, what no choice of sources can beat on the given targets.
+      memory: what it takes, if a bound was given. Parameters that do not fit beside what is held then move after the
+        stop and after KV, in an order that frees memory.
     """
 
     transfers: tuple[Transfer, ...]
@@ -88,11 +112,24 @@ class MigrationPlan:
     bytes_loaded: int
     link_seconds: Mapping[Phase, Mapping[Link, float]] = field(default_factory=dict)
     lower_bound_seconds: Mapping[Phase, float] = field(default_factory=dict)
+    memory: MemoryUse | None = None
 
     @cached_property
     def moves(self) -> tuple[SliceMove, ...]:
         """The transfers array by array, in order. Expanded when first asked for."""
-        return tuple(sorted((move for transfer in self.transfers for move in transfer.moves()), key=_order))
+        deferred = () if self.memory is None else self.memory.layer_order
+        rank = {layer: number for number, layer in enumerate(deferred)}
+
+        def order(move: SliceMove) -> tuple[bool, bool, float, str, Index, DeviceRef]:
+            name, index = move.slice
+            late = move.phase is Phase.FINAL
+            is_kv = "@" in name
+            at = depth(name)
+            if late and not is_kv:
+                at = rank[int(min(at, len(rank) - 2))]
+            return late, late and not is_kv, at, name, index, move.target
+
+        return tuple(sorted((move for transfer in self.transfers for move in transfer.moves()), key=order))
 
     def seconds(self, phase: Phase) -> float:
         """Estimated makespan of a phase: its busiest link."""
@@ -107,8 +144,3 @@ class MigrationPlan:
     def lower_bound(self) -> float:
         """Seconds that no choice of sources can beat on the given targets."""
         return sum(self.lower_bound_seconds.values())
-
-
-def _order(move: SliceMove) -> tuple[bool, float, str, Index, DeviceRef]:
-    """Parameters before KV, front layers first, so that front stages are complete first."""
-    return move.phase is Phase.FINAL, depth(move.slice.name), move.slice.name, move.slice.index, move.target
