@@ -58,7 +58,9 @@ class Bench:
         assert {s.key: s.state for s in scheduler.sequences()} == states, "scheduling changes no state and loses nobody"
         running = len(before.keys() | scheduler.running.keys())
         self.note_preempted(before.keys() - scheduler.running.keys())
-        assert sorted(s.key for s in scheduler.waiting) == [s.key for s in scheduler.waiting], "first come, first served"
+        assert sorted(s.key for s in scheduler.waiting) == [s.key for s in scheduler.waiting], (
+            "first come, first served"
+        )
         scheduler.check()
         if batch is None:
             assert self.in_flight or not scheduler.load, "work is left, and nothing is in flight"

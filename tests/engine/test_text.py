@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
@@ -83,7 +84,7 @@ def test_one_byte_a_token_gives_the_same_text(pieces: list[bytes]) -> None:
 @given(NEAR_UTF8, st.lists(st.sampled_from(["a", "é€", "aa", "😀a"]), max_size=2))
 def test_text_only_grows_and_every_token_knows_where_its_text_ends(pieces: list[bytes], stops: list[str]) -> None:
     states = grown(pieces, stops)
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert after.text.startswith(before.text)
         assert after.text_ends == (*before.text_ends, len(after.text))
     assert states[-1].pending == ""

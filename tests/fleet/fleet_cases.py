@@ -1,0 +1,234 @@
+"""A cluster in memory, and a service over it whose whole life can be compared with an undisturbed one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+from pure_model import Letters, PurePipeline, turns, undisturbed
+
+from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.engine.generation import Delta, GenerationRequest
+from spotjax.engine.request import RequestState, SamplingParams
+from spotjax.engine.scheduler import Limits
+from spotjax.errors import InstanceLost
+from spotjax.fleet.change import Planning
+from spotjax.fleet.controller import Controller, ServiceLimits
+from spotjax.fleet.membership import Membership
+from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, InstanceType
+from spotjax.models.config import LlamaConfig
+from spotjax.models.spec import ModelSpec
+from spotjax.planner.demand import Demand
+from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+
+LETTERS = Letters()
+PAGE_SIZE = 4
+SPEC = ModelSpec(LlamaConfig(vocab=64, width=16, layers=4, heads=4, kv_heads=2, head_size=4, mlp=32))
+TIGHT = SPEC.parameter_bytes
+"""Memory of a device with which two devices hold the model and its KV, and one does not."""
+
+
+def kind(devices: int = 1, memory: int = 2**30) -> InstanceType:
+    return InstanceType(f"box{devices}", devices, memory, 1e9, 1e9, 1e9, 1e8)
+
+
+def instances(count: int, devices: int = 1, memory: int = 2**30) -> list[Instance]:
+    return [Instance(f"i{number}", kind(devices, memory)) for number in range(count)]
+
+
+class PureCluster:
+    """Instances of the pure model: nothing can be read from a lost one, and pages are only where they were brought.
+
+    Args:
+      random: how many turns everything takes.
+      fault: called in the middle of everything that takes time; may raise InstanceLost.
+    """
+
+    def __init__(self, random: Random, fault: Callable[[], None] = lambda: None) -> None:
+        self.lost: set[str] = set()
+        self.pipelines: list[PurePipeline] = []
+        self.closed = False
+        self.switches = 0
+        self._random, self._fault = random, fault
+        self._homes: list[frozenset[str]] = []
+        self._loaded: set[DeviceRef] = set()
+        self._prepared: Preparation | None = None
+
+    async def prepare(self, preparation: Preparation) -> Traffic:
+        self._prepared = None
+        for target in preparation.needs:
+            assert target.instance not in self.lost, "planned onto a lost instance"
+        for move in preparation.plan.moves:
+            assert move.source is None or move.source in self._loaded, f"nothing can be read from {move.source}"
+        await self._work(preparation)
+        self._loaded |= set(preparation.needs)
+        self._prepared = preparation
+        return Traffic(preparation.plan.bytes_moved, preparation.plan.bytes_loaded)
+
+    async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[PurePipeline], Traffic]:
+        prepared = self._prepared
+        assert prepared is not None, "prepare comes before switch"
+        assert not any(pipeline.in_flight for pipeline in self.pipelines), "a step is in flight"
+        shape = prepared.placement.shape
+        fresh = [PurePipeline(PAGE_SIZE, shape.stage, lambda: self._random.randrange(4)) for _ in range(shape.data)]
+        for transfer in transfers:
+            assert self.lost.isdisjoint(self._homes[transfer.old]), "KV is read from a lost instance"
+            for old, new in transfer.pages:
+                for slot in range(PAGE_SIZE):
+                    if (old, slot) in self.pipelines[transfer.old].pages:
+                        fresh[transfer.new].pages[new, slot] = self.pipelines[transfer.old].pages[old, slot]
+        await self._work(prepared)
+        self.pipelines, self._prepared = fresh, None
+        self._homes = [prepared.placement.instances(data) for data in range(shape.data)]
+        self._loaded = set(prepared.needs)
+        self.switches += 1
+        return self.pipelines, Traffic()
+
+    async def clear(self) -> None:
+        await turns(self._random.randrange(3))
+        self.pipelines, self._homes, self._prepared = [], [], None
+
+    def join(self, instance: str) -> None:
+        assert all(instance not in home for home in self._homes), "joins while the mesh still stands on its old self"
+        self.lost.discard(instance)
+
+    def lose(self, instance: str) -> None:
+        self.lost.add(instance)
+        self._loaded = {device for device in self._loaded if device.instance != instance}
+        for pipeline, home in zip(self.pipelines, self._homes, strict=True):
+            pipeline.lost |= instance in home
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def _work(self, preparation: Preparation) -> None:
+        before = set(self.lost)
+        await turns(self._random.randrange(6))
+        self._fault()
+        sources = {move.source.instance for move in preparation.plan.moves if move.source is not None}
+        targets = {device.instance for device in preparation.needs}
+        if gone := (self.lost & targets) | ((self.lost - before) & sources):
+            raise InstanceLost(f"instance {min(gone)} was lost meanwhile")
+
+
+@dataclass
+class Service:
+    """A controller over a pure cluster."""
+
+    controller: Controller
+    cluster: PureCluster
+    log: MemoryCommitLog
+    members: Membership
+    requests: dict[str, GenerationRequest] = field(default_factory=dict)
+
+    def submit(self, name: str, prompt: Sequence[int] = (1, 2, 3), n: int = 1, **sampling: object) -> str:
+        request = GenerationRequest(name, tuple(prompt), SamplingParams(**sampling), n)
+        self.controller.submit(request)
+        self.requests[name] = request
+        return name
+
+    def expected(self, name: str) -> list[RequestState]:
+        request = self.requests[name]
+        return [
+            undisturbed(
+                RequestState(name, choice, request.prompt, request.sampling, LETTERS.end_tokens),
+                LETTERS,
+            )
+            for choice in range(request.n)
+        ]
+
+    def check_complete(self, *, but: Sequence[str] = ()) -> None:
+        """Every request but some ended as if nothing had happened, and no page is owned by anybody."""
+        for name in self.requests.keys() - set(but):
+            assert list(self.log.states(name)) == self.expected(name)
+        self.check_at_rest()
+
+    def check_at_rest(self) -> None:
+        self.controller.check()
+        status = self.controller.status()
+        assert status.requests_running == status.queued == 0
+        assert status.requests_finished == len(self.requests)
+        for replica in status.replicas:
+            assert (replica.running, replica.waiting, replica.pages_used) == (0, 0, 0)
+
+
+def make_service(
+    random: Random,
+    machines: Sequence[Instance],
+    alive: int | None = None,
+    pages: int = 20,
+    max_batch: int = 3,
+    queue: int = 1000,
+    fault: Callable[[], None] = lambda: None,
+    retain_seconds: float = 60.0,
+) -> Service:
+    """A service that is not started, of which the first ``alive`` instances are ready."""
+    members = Membership(machines)
+    for machine in machines[len(machines) if alive is None else alive :]:
+        members.set_state(machine.name, InstanceState.GONE)
+    cluster, log = PureCluster(random, fault), MemoryCommitLog()
+    limits = ServiceLimits(
+        max_positions=40,
+        pages=pages,
+        page_size=PAGE_SIZE,
+        queue=queue,
+        retain_seconds=retain_seconds,
+        replica=lambda depth: Limits(max_batch, 8, depth, lambda lengths: len(lengths) <= 2),
+    )
+    demand = Demand(batch=max_batch, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=pages - 1, step_tokens=8)
+    controller = Controller(
+        "pure", Planning(SPEC, demand), members, cluster, log, LETTERS, LETTERS.end_tokens, limits,
+        asyncio.get_running_loop().time, lambda: 1e9,
+    )  # fmt: skip
+    logging.getLogger("spotjax.fleet.events").setLevel(logging.WARNING)
+    return Service(controller, cluster, log, members)
+
+
+@dataclass
+class Reading:
+    """What one client saw of a request."""
+
+    tokens: dict[int, list[int]] = field(default_factory=dict)
+    text: dict[int, str] = field(default_factory=dict)
+    finished: dict[int, Delta] = field(default_factory=dict)
+
+    def take(self, delta: Delta) -> None:
+        seen = self.tokens.setdefault(delta.choice, [])
+        assert delta.offset == len(seen), "a token was lost or repeated"
+        assert delta.choice not in self.finished, "a choice ends once"
+        assert delta.tokens or delta.finish is not None, "an empty delta"
+        assert (delta.usage is None) == (delta.finish is None)
+        seen += delta.tokens
+        self.text[delta.choice] = self.text.get(delta.choice, "") + delta.text
+        if delta.finish is not None:
+            self.finished[delta.choice] = delta
+
+    def check(self, states: Sequence[RequestState]) -> None:
+        """It is exactly what was committed."""
+        for state in states:
+            assert tuple(self.tokens.get(state.choice, ())) == state.tokens
+            assert self.text.get(state.choice, "") == state.text
+            assert self.finished[state.choice].finish == state.finish
+
+
+async def read(controller: Controller, name: str, random: Random | None = None) -> Reading:
+    """Follows a request to its end; with ``random`` slowly, leaving and coming back in between."""
+    reading = Reading()
+    n = len(controller._log.states(name))
+    while True:
+        stream = controller.stream(name, [len(reading.tokens.get(choice, ())) for choice in range(n)])
+        ended = True
+        async for delta in stream:
+            if delta.choice not in reading.finished:  # a stream that is taken up tells of the end again
+                reading.take(delta)
+            if random is not None:
+                await turns(random.randrange(4))
+                if random.random() < 0.1:
+                    ended = False
+                    break
+        await stream.aclose()
+        if ended:
+            return reading
