@@ -110,11 +110,8 @@ class Executables:
         return found if found is not None else self._make(key, devices, lower)
 
     def get_if_ready(self, key: Key, devices: Devices) -> jax.stages.Compiled | None:
-        """The function on these devices if that takes no compilation, else None."""
-        found = self._loaded.get((key, devices))
-        if found is None and key in self._portable:
-            found = self._make(key, devices, _never)
-        return found
+        """The function on these devices if it takes neither compiling nor loading, else None."""
+        return self._loaded.get((key, devices))
 
     def request(self, key: Key, devices: Devices, lower: Lower) -> None:
         """Makes the function ready in the background, one at a time; ``get_if_ready`` finds it afterwards."""
@@ -183,7 +180,3 @@ class Executables:
             self.get(key, devices, lower)
         except Exception:
             log.exception("background compilation of %s failed; going on without it", key[0])
-
-
-def _never(devices: Devices) -> jax.stages.Lowered:
-    raise AssertionError("a portable executable needs no lowering")
