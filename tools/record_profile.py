@@ -67,7 +67,7 @@ def record(
             )
         for stage in stages(min(layers, spec.config.layers)):
             tell(f"tensor degree {tensor}, stage of {stage.layers} layers{' with logits' if stage.last else ''}")
-            samples += _measure(spec, tuple(devices[:tensor]), stage, dtype, repeats)
+            samples += measure_stage(spec, tuple(devices[:tensor]), stage, dtype, repeats)
     hop_latency, hop_bandwidth = _measure_hop(devices)
     return MeasuredProfile(
         model=name,
@@ -96,7 +96,8 @@ def works() -> Iterator[tuple[StepShape, Work]]:
         yield StepShape(1, prompt, -(-prompt // PAGE_SIZE)), Work.prefill(prompt)
 
 
-def _measure(spec: ModelSpec, devices: Devices, kind: StageKind, dtype: str, repeats: int) -> Iterator[Sample]:
+def measure_stage(spec: ModelSpec, devices: Devices, kind: StageKind, dtype: str, repeats: int) -> Iterator[Sample]:
+    """Measures one stage at every size of ``works``."""
     pages = 1 + max(BATCHES) * -(-max(CONTEXTS) // PAGE_SIZE)
     small = ModelSpec(_with_layers(spec.config, kind.layers), jnp.dtype(dtype).itemsize)
     model = CompiledModel(small, pages, PAGE_SIZE, max(CONTEXTS), dtype)

@@ -44,7 +44,7 @@ def plot_timeline(study: Study, path: Path) -> None:
     axes.set_xlabel("seconds")
     axes.set_title(f"{study.model}: migration to {study.placement.shape}")
     if rows:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
+        figure.legend(loc="outside lower center", ncols=2)
     try:
         figure.savefig(path)
     except (OSError, ValueError) as problem:
