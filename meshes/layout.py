@@ -6,6 +6,7 @@ Parameters and KV follow the same rules. Owns no devices and no bytes.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 from spotjax.meshes.rules import DEFAULT_RULES
 from spotjax.meshes.shape import MeshShape, Position
@@ -60,6 +61,7 @@ def tensor_range(extent: int, axis: str, spec: ModelSpec, tensor: int, m: int) -
     return min(m * chunk, extent), min((m + 1) * chunk, extent)
 
 
+@lru_cache(maxsize=4096)
 def kv_heads_per_shard(heads: int, kv_heads: int, tensor: int) -> int:
     """How many key/value heads one tensor shard holds: the most that any shard's query heads need."""
     mine = heads // tensor

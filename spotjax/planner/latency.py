@@ -7,6 +7,8 @@ the tables that SpotServe published, ``published.PublishedProfile``.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple, Protocol
 
@@ -66,7 +68,8 @@ class LatencyModel(Protocol):
         ...
 
 
-def stages_of(layers: LayerRanges) -> Counter[Stage]:
+@lru_cache(maxsize=1024)
+def stages_of(layers: LayerRanges) -> Mapping[Stage, int]:
     """How many stages there are of each kind."""
     last = len(layers) - 1
     return Counter(Stage(stop - start, n == 0, n == last) for n, (start, stop) in enumerate(layers))

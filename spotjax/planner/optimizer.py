@@ -172,7 +172,7 @@ def _candidate(table: Options, row: int) -> Candidate:
         shape=table.shape(row),
         layers=option.layers,
         batch=option.batch,
-        hosts=option.hosts,
+        hosts=option.hosts.instances,
         throughput=float(table.tokens[row]),
         latency=option.service,
         memory=option.memory,

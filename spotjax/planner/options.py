@@ -6,7 +6,7 @@ power of two leaves idle are used. ``tensor`` stays inside an instance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -26,6 +26,29 @@ LatencyOf = Callable[[InstanceType], LatencyModel]
 """Latencies of the model on a kind of instance."""
 
 
+@dataclass(frozen=True, eq=False)
+class Hosts:
+    """Instances that may carry a mesh of one tensor degree, those with the cheapest places first.
+
+    Attributes:
+      instances: in that order.
+      places: groups of M devices that they and those before them offer.
+      price: USD per hour that they and those before them cost.
+    """
+
+    instances: tuple[Instance, ...]
+    places: NDArray[np.int64]
+    price: Floats
+
+    @classmethod
+    def of(cls, instances: Iterable[Instance], tensor: int) -> Hosts:
+        """Those that have so many devices."""
+        able = [instance for instance in instances if instance.type.devices >= tensor]
+        able.sort(key=lambda host: host.price / (host.type.devices // tensor))
+        places = np.cumsum([host.type.devices // tensor for host in able], dtype=np.int64)
+        return cls(tuple(able), places, np.cumsum([host.price for host in able], dtype=np.float64))
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """A pipeline that fits: P, M and B on the instances that are at least so fast.
@@ -34,7 +57,7 @@ class Option:
       layers: decoder layers of every stage.
       tensor: M.
       batch: B.
-      hosts: instances that may carry it, those with the cheapest places first.
+      hosts: instances that may carry it.
       replicas: the numbers D of replicas for which these hosts are the fastest that are enough.
       step: seconds between two tokens of a sequence at full batch.
       service: seconds of a typical request once it runs, at full batch.
@@ -44,7 +67,7 @@ class Option:
     layers: LayerRanges
     tensor: int
     batch: int
-    hosts: tuple[Instance, ...]
+    hosts: Hosts
     replicas: range
     step: float
     service: float
@@ -113,6 +136,7 @@ def options(
     """Every option, once for each kind of instance that could be the slowest of those that carry it."""
     kinds = tuple(dict.fromkeys(instance.type for instance in ready))
     models = {kind: latency(kind) for kind in kinds}
+    hosts_of: dict[tuple[int, frozenset[InstanceType]], Hosts] = {}
     for tensor in tensor_degrees(spec, max((kind.devices for kind in kinds), default=0)):
         for stages in range(1, min(spec.config.layers, places_offered(ready, tensor)) + 1):
             layers, one = split_layers(spec.config.layers, stages), MeshShape(1, stages, tensor)
@@ -123,15 +147,15 @@ def options(
                 fitting = sorted((k for k in fitting if steps[k] < np.inf), key=lambda kind: (steps[kind], kind.name))
                 counted = 0
                 for slowest in fitting:
-                    fast = {kind for kind in fitting if steps[kind] <= steps[slowest]}
-                    hosts = tuple(instance for instance in ready if instance.type in fast)
-                    replicas = places_offered(hosts, tensor) // stages
+                    fast = frozenset(kind for kind in fitting if steps[kind] <= steps[slowest])
+                    if (tensor, fast) not in hosts_of:
+                        hosts_of[tensor, fast] = Hosts.of((i for i in ready if i.type in fast), tensor)
+                    hosts = hosts_of[tensor, fast]
+                    replicas = int(hosts.places[-1]) // stages
                     if replicas > counted:
-                        service = _service_seconds(models[slowest], one, layers, batch, demand, steps[slowest])
-                        reach = range(counted + 1, replicas + 1)
-                        yield Option(
-                            layers, tensor, batch, _cheapest(hosts, tensor), reach, steps[slowest], service, memory
-                        )
+                        step, reach = steps[slowest], range(counted + 1, replicas + 1)
+                        service = _service_seconds(models[slowest], one, layers, batch, demand, step)
+                        yield Option(layers, tensor, batch, hosts, reach, step, service, memory)
                         counted = replicas
 
 
@@ -149,23 +173,17 @@ def _service_seconds(
     return prefill_seconds(model, one, layers, demand.prompt) + (batch - 1) * slowest + demand.output * step
 
 
-def _cheapest(hosts: Sequence[Instance], tensor: int) -> tuple[Instance, ...]:
-    return tuple(sorted(hosts, key=lambda host: host.price / (host.type.devices // tensor)))
-
-
 def _spent(option: Option) -> tuple[Floats, Floats, Floats]:
     """For each number of replicas: USD per hour, instances, and replicas that the loss of one instance takes along.
 
     Places are filled in order of the hosts; a replica is lost with any of the instances that it stands on, and each
     instance in use is as likely to go.
     """
-    places = np.cumsum([host.type.devices // option.tensor for host in option.hosts])
-    price = np.cumsum([host.price for host in option.hosts], dtype=np.float64)
     stages = len(option.layers)
     replica = np.arange(option.replicas.stop - 1)
-    first = np.searchsorted(places, replica * stages, side="right")
-    last = np.searchsorted(places, (replica + 1) * stages - 1, side="right")
+    first = np.searchsorted(option.hosts.places, replica * stages, side="right")
+    last = np.searchsorted(option.hosts.places, (replica + 1) * stages - 1, side="right")
     touched = np.cumsum(last - first + 1)[option.replicas.start - 1 :]
     end = last[option.replicas.start - 1 :]
     used = end.astype(np.float64) + 1
-    return price[end], used, touched / used
+    return option.hosts.price[end], used, touched / used
