@@ -34,6 +34,8 @@ Lower = Callable[[Devices], jax.stages.Lowered]
 """Lowers a function for the given devices."""
 Key = tuple[Hashable, ...]
 """Names a function and all that its compiled form depends on, devices excepted (their number included)."""
+BACKGROUND = "compile"
+"""Name of the thread that compiles what nobody waits for."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,20 @@ class Executables:
       cache: keeps them between processes; None keeps nothing.
 
     Attributes:
-      compiled: how many functions were compiled so far; tests watch that it stands still during a preemption.
+      compiled: how many functions were compiled while somebody waited for them; it must stand still during a
+        preemption.
+      compiled_in_background: how many were compiled while nobody did.
     """
 
     def __init__(self, cache: ProgramCache | None = None) -> None:
         self.compiled = 0
+        self.compiled_in_background = 0
         self._cache = cache
         self._loaded: dict[tuple[Key, Devices], jax.stages.Compiled] = {}
         self._portable: dict[Key, _Portable] = {}
         self._locks: dict[Key, threading.Lock] = {}
         self._guard = threading.Lock()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._background = ThreadPoolExecutor(1, thread_name_prefix=BACKGROUND)
         self._requested: dict[tuple[Key, Devices], Future[None]] = {}
 
     def get(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
@@ -161,7 +166,10 @@ class Executables:
         return loaded
 
     def _compile(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
-        self.compiled += 1
+        if threading.current_thread().name.startswith(BACKGROUND):
+            self.compiled_in_background += 1
+        else:
+            self.compiled += 1
         with jax_cache_setting(False):  # what jax's cache returns cannot be serialized again
             compiled = lower(devices).compile()
         try:
