@@ -1,0 +1,40 @@
+"""The Python examples of the documents run as they stand, against a server with a scripted service."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+from collections.abc import AsyncIterator
+
+import pytest
+from documents import DOCUMENTS, blocks
+
+from spotjax.api.server import ApiServer
+from spotjax.api.validation import ServedModel
+from spotjax.testing import ByteTokenizer, ScriptedService
+
+SHOWN = "127.0.0.1:8470"
+EXAMPLES = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_text(), "python")]
+
+
+@pytest.fixture
+async def address() -> AsyncIterator[str]:
+    """Where the server is."""
+    service = ScriptedService()
+    server = ApiServer()
+    port = await server.start("127.0.0.1:0")
+    await server.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
+    yield f"127.0.0.1:{port}"
+    await service.stop()
+    await server.stop()
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=lambda number: f"{EXAMPLES[number][0]}-{number}")
+async def test_the_example_runs_and_prints_something_unless_it_asserts(address: str, number: int) -> None:
+    _, code = EXAMPLES[number]
+    assert SHOWN in code
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        await asyncio.to_thread(exec, code.replace(SHOWN, address), {"__name__": "__main__"})
+    assert printed.getvalue() or "assert " in code
