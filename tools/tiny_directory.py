@@ -127,6 +127,7 @@ def settings(config: LlamaConfig, end: int) -> dict[str, dict[str, Any]]:
 def card(config: LlamaConfig, figures: Figures) -> str:
     """The model card: what the model is, where it comes from, how good it is, what it says and cannot do."""
     parameters = sum(array.size for array in ModelSpec(config).parameters)
+    busy, clock = figures.cpu / 60, figures.wall / 60
     epochs = figures.steps * figures.batch / figures.train_tokens
     curve = "\n".join(f"| {done} | {bits:.3f} |" for done, bits in figures.curve)
     samples = "\n\n".join(f"{title}:\n\n```text\n{text.strip()}\n```" for title, text in figures.samples.items())
@@ -167,7 +168,7 @@ python -m spotjax.tools.train_tiny --out models/tiny
 - {figures.steps} steps of {figures.batch} tokens, {epochs:.1f} epochs
 - sequences of {figures.context} tokens, in the last tenth of the steps of {figures.long_context}
 - AdamW in float32, learning rate up to {figures.peak_rate}, seed {figures.seed}
-- {figures.wall / 60:.0f} minutes on two CPU cores, {figures.cpu / 60:.0f} minutes of processor time
+- {busy:.0f} minutes of processor time, {clock:.0f} minutes by the clock beside other work on two cores
 
 Another machine's arithmetic rounds differently, so a new run gives other weights of the same quality.
 
@@ -177,7 +178,8 @@ Bits per byte of held-out text, its tokens predicted from the 256 to 511 before 
 | --- | --- |
 {curve}
 
-The last line is of the weights as stored.
+The last line is of the weights as stored. Those before it are of a model that has not seen sequences so long: that is
+learned in the last tenth.
 
 ## Samples
 
