@@ -78,6 +78,13 @@ def test_every_command_is_one_that_the_parser_takes(name: str) -> None:
                 assert word.split("=")[0] in flags_of(known[words[0]]), f"{name}: {shown}"
 
 
+@pytest.mark.parametrize("name", ["docs/support.md", "CHANGELOG.md"])
+def test_every_command_is_named(name: str) -> None:
+    assert {f"`{command}`" for command in subcommands()} <= set(
+        re.findall(r"`\w+`", TEXTS[name].replace("`spotjax ", "`"))
+    )
+
+
 @each_document
 def test_commands_in_blocks_parse_as_they_stand(name: str) -> None:
     text = "\n".join(f"```\n{code}```" for code in blocks(TEXTS[name], ""))
