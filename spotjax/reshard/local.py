@@ -9,13 +9,13 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import jax
 
-from spotjax.errors import InstanceLost
+from spotjax.errors import InstanceLost, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.sharding import assemble, stage_mesh
@@ -129,18 +129,17 @@ class LocalCluster:
             if any(not gone.isdisjoint(stage.devices) for stage in pipeline.stages):
                 pipeline.lose(instance)
         stages = [stage for pipeline in self.pipelines for stage in pipeline.stages]
-        stores = [self._store]
         if self._prepared is not None:
             stages += self._prepared.stages.values()
-            stores.append(self._prepared.store)
         stages = [stage for stage in stages if not gone.isdisjoint(stage.devices)]
         with ExitStack() as no_calls:
             for devices in {stage.devices for stage in stages}:
                 no_calls.enter_context(self.model.calls(devices))
             for stage in stages:
                 delete_arrays(stage.arrays())
-            for store in stores:
-                store.delete(instance)
+            self._store = self._store.without(instance)
+            if self._prepared is not None:
+                self._prepared = replace(self._prepared, store=self._prepared.store.without(instance))
 
     async def close(self) -> None:
         """See ``Cluster.close``."""
@@ -157,7 +156,7 @@ class LocalCluster:
         lost_before = frozenset(self._lost)
         try:
             result = await asyncio.to_thread(work, argument)
-        except RuntimeError as problem:
+        except (RuntimeError, SliceUnavailable) as problem:
             # jax raises one of several RuntimeErrors when a buffer is deleted under its reader
             if lost := self._lost - lost_before:
                 raise InstanceLost(f"instance {min(lost)} was lost during a migration") from problem

@@ -14,6 +14,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from spotjax.errors import SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.layout import shard_shape
 from spotjax.meshes.slices import ArraySlice, Index, intersect
@@ -62,6 +63,7 @@ class ParameterMover:
 
         Raises:
           RuntimeError: a source's buffers were deleted because its instance was lost meanwhile.
+          SliceUnavailable: a source, or a target that was to keep what it has, does not have it (any more).
         """
         moves: dict[tuple[DeviceRef, str], list[SliceMove]] = defaultdict(list)
         for move in plan.moves:
@@ -98,7 +100,11 @@ class ParameterMover:
         if whole is not None:
             return Shard(wanted.index, jax.device_put(whole, device))
         buffer = host_buffer(shape, self._dtype)
-        if held is not None and (common := intersect(held.index, wanted.index)):
+        common = intersect(held.index, wanted.index) if held is not None else None
+        kept = ArraySlice(wanted.name, common).size if common is not None else 0
+        if kept + sum(move.slice.size for move in moves) < wanted.size:
+            raise SliceUnavailable(f"device {target} does not hold what of {wanted.name} the plan leaves in place")
+        if held is not None and common is not None:
             place_into(buffer, wanted.index, common, held.read(common))
         for move in moves:
             place_into(buffer, wanted.index, move.slice.index, self._read(move, store))

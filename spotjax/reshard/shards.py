@@ -60,11 +60,12 @@ class ShardStore:
             raise SliceUnavailable(f"device {device} does not hold {wanted.name}{list(wanted.index)}")
         return shard.read(wanted.index)
 
-    def delete(self, instance: str) -> None:
-        """Frees every buffer on an instance that is gone, so that nothing can be read from it any more."""
+    def without(self, instance: str) -> ShardStore:
+        """What is left when an instance is gone. Frees every buffer on it, so that nothing can be read any more."""
         for device, shards in self._shards.items():
             if device.instance == instance:
                 delete_arrays(shard.buffer for shard in shards.values())
+        return ShardStore({device: held for device, held in self._shards.items() if device.instance != instance})
 
     def devices(self) -> Iterable[DeviceRef]:
         """Devices that hold anything."""
