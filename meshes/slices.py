@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from math import prod
 from typing import NamedTuple
 
 Range = tuple[int, int]
@@ -9,6 +12,10 @@ Range = tuple[int, int]
 
 Index = tuple[Range, ...]
 """One range for every axis of an array."""
+
+
+Boxes = tuple[Index, ...]
+"""Disjoint parts of one array."""
 
 
 class ArraySlice(NamedTuple):
@@ -68,3 +75,29 @@ def subtract(a: Index, b: Index) -> list[Index]:
 def relative(inner: Index, outer: Index) -> tuple[slice, ...]:
     """Where ``inner`` lies inside ``outer``, as slices into an array that holds exactly ``outer``."""
     return tuple(slice(i0 - o0, i1 - o0) for (i0, i1), (o0, _) in zip(inner, outer, strict=True))
+
+
+def covered(index: Index, held: Iterable[Index]) -> int:
+    """Elements of ``index`` that the ``held`` boxes, disjoint, have."""
+    common = (intersect(index, box) for box in held)
+    return sum(prod(stop - start for start, stop in box) for box in common if box is not None)
+
+
+def remainder(index: Index, held: Iterable[Index]) -> list[Index]:
+    """The parts of ``index`` that none of the ``held`` boxes covers, as disjoint boxes, none empty."""
+    rest = [index] if all(start < stop for start, stop in index) else []
+    for box in held:
+        rest = [part for piece in rest for part in subtract(piece, box)]
+    return rest
+
+
+def joined(boxes: Sequence[Index]) -> Boxes:
+    """The same boxes, disjoint, with those that follow each other along the first axis made one."""
+    runs: dict[Index, list[tuple[int, int]]] = defaultdict(list)
+    for (start, stop), *rest in sorted(boxes):
+        run = runs[tuple(rest)]
+        if run and run[-1][1] == start:
+            run[-1] = (run[-1][0], stop)
+        else:
+            run.append((start, stop))
+    return tuple((first, *rest) for rest, run in runs.items() for first in run)

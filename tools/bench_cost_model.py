@@ -37,7 +37,7 @@ MODELS = {
 """Random Llama decoders, float32."""
 
 
-def best_seconds(call: Callable[[], jax.Array], repeats: int = 5) -> float:
+def best_seconds(call: Callable[[], jax.Array], repeats: int = 30) -> float:
     """Shortest of several calls."""
     jax.block_until_ready(call())
     laps = []
@@ -117,7 +117,7 @@ def show(report: dict[str, Any]) -> None:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, metavar="COUNT")
+    parser.add_argument("--repeats", type=int, default=15, metavar="COUNT")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--json", metavar="FILE", help="also write the figures to FILE")
     arguments = parser.parse_args()

@@ -10,7 +10,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from statistics import median
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +50,7 @@ def record(
       tensors: degrees; there must be as many devices.
       layers: most layers of a measured stage.
       dtype: of parameters, activations and KV.
-      repeats: calls that the median is taken of.
+      repeats: calls that the shortest is taken of.
       tell: is told in a few words what is being measured.
 
     Raises:
@@ -130,7 +129,7 @@ def _random_parameters(spec: ModelSpec, devices: Devices, dtype: str) -> dict[st
 
 
 def _time(stage: Stage, shape: StepShape, work: Work, repeats: int) -> float:
-    """Median seconds of a call, compiled and warm."""
+    """Shortest seconds of a call, compiled and warm: what else runs on the machine only makes it longer."""
     length = work.tokens // work.sequences
     start = work.cached // work.sequences - length if length == 1 else 0
     rows = np.zeros((shape.rows, 2 + shape.span), np.int32)
@@ -148,7 +147,7 @@ def _time(stage: Stage, shape: StepShape, work: Work, repeats: int) -> float:
         before = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - before)
-    return median(seconds)
+    return min(seconds)
 
 
 def _fuse(stage: Stage, shape: StepShape) -> None:
@@ -170,6 +169,6 @@ def _measure_hop(devices: Sequence[jax.Device]) -> tuple[float, float]:
             before = time.perf_counter()
             jax.block_until_ready(jax.device_put(array, target, may_alias=False))
             laps.append(time.perf_counter() - before)
-        seconds.append(median(laps))
+        seconds.append(min(laps))
     bandwidth = (sizes[1] - sizes[0]) / max(seconds[1] - seconds[0], 1e-9)
     return seconds[0], bandwidth

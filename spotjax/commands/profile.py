@@ -28,7 +28,7 @@ def add_commands(commands: Commands) -> None:
     add("--tensor", type=int, nargs="+", default=[1], metavar="M", help="tensor degrees to measure (default: 1)")
     add("--layers", type=int, default=4, metavar="COUNT", help="most layers of a measured stage (default: 4)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and KV (default: float32)")
-    add("--repeats", type=int, default=7, metavar="COUNT", help="calls that a median is taken of (default: 7)")
+    add("--repeats", type=int, default=7, metavar="COUNT", help="calls that the shortest is taken of (default: 7)")
 
 
 def run(arguments: argparse.Namespace) -> int:

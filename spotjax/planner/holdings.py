@@ -11,22 +11,18 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import prod
 
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.meshes.layout import LayerRanges, tensor_range
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.meshes.slices import ArraySlice, Index, intersect, subtract
+from spotjax.meshes.slices import ArraySlice, Boxes, Index, covered, joined, remainder
 from spotjax.meshes.stacks import in_stack, is_layered, stack_of, stacks_at
 from spotjax.models.spec import ArraySpec, ModelSpec
 
 Needs = Mapping[str, Index]
 """What one position or device must have: array name to its index ranges."""
-
-Boxes = tuple[Index, ...]
-"""Disjoint index ranges of one stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,8 @@ class KvCohort:
     Attributes:
       old: replica of the old mesh that has the KV.
       new: replica of the new mesh that goes on with it.
-      sequences: in the order in which their pages are numbered.
+      sequences: in the order in which their pages are numbered: first all pages that are full, then those that are not,
+        at most one of each sequence.
       page_size: token positions in a page.
     """
 
@@ -69,6 +66,11 @@ class KvCohort:
     def pages(self) -> int:
         """Pages of all sequences together."""
         return sum(sequence.pages for sequence in self.sequences)
+
+    @cached_property
+    def full_pages(self) -> int:
+        """Pages that decoding no longer writes to."""
+        return sum(min(sequence.pages, sequence.progress // self.page_size) for sequence in self.sequences)
 
     def kv_array(self, spec: ModelSpec, layer: int) -> ArraySpec:
         """The pseudo-array of one layer: (2, pages, page_size, K, H)."""
@@ -261,12 +263,6 @@ class Holdings:
         return self.element_bytes * sum(covered(stacks[name], held[name]) for name in stacks.keys() & held.keys())
 
 
-def covered(index: Index, held: Iterable[Index]) -> int:
-    """Elements of ``index`` that the ``held`` boxes, disjoint, have."""
-    common = (intersect(index, box) for box in held)
-    return sum(prod(stop - start for start, stop in box) for box in common if box is not None)
-
-
 def lost_cohorts(needs: Iterable[Needs], holdings: Holdings) -> frozenset[str]:
     """Names of the cohorts of whose needed KV some part is held by nobody alive: it must be computed again."""
     wanted = {item for position in needs for item in StackedNeeds.of(position).kv.items()}
@@ -278,23 +274,3 @@ def lost_cohorts(needs: Iterable[Needs], holdings: Holdings) -> frozenset[str]:
                 held[stack].update(boxes)
     lost = {stack for stack, index in wanted if index not in held[stack] and remainder(index, held[stack])}
     return frozenset(cohort for cohort in map(cohort_of, lost) if cohort is not None)
-
-
-def remainder(index: Index, held: Iterable[Index]) -> list[Index]:
-    """The parts of ``index`` that none of the ``held`` boxes covers, as disjoint boxes, none empty."""
-    rest = [index] if all(start < stop for start, stop in index) else []
-    for box in held:
-        rest = [part for piece in rest for part in subtract(piece, box)]
-    return rest
-
-
-def joined(boxes: Sequence[Index]) -> Boxes:
-    """The same boxes, disjoint, with those that follow each other along the first axis made one."""
-    runs: dict[Index, list[tuple[int, int]]] = defaultdict(list)
-    for (start, stop), *rest in sorted(boxes):
-        run = runs[tuple(rest)]
-        if run and run[-1][1] == start:
-            run[-1] = (run[-1][0], stop)
-        else:
-            run.append((start, stop))
-    return tuple((first, *rest) for rest, run in runs.items() for first in run)

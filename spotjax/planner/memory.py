@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spotjax.meshes.instance import DeviceRef
-from spotjax.meshes.slices import ArraySlice
+from spotjax.meshes.slices import ArraySlice, remainder
 from spotjax.meshes.stacks import is_layered
-from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of, remainder
+from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
 from spotjax.planner.links import Link, Links
 from spotjax.planner.plan import MemoryUse, MigrationPlan, Phase, Transfer
 
@@ -91,7 +91,8 @@ def within_memory(
     stops = (index[0][1] for mine in needs.values() for stack, index in mine.parameters.items() if is_layered(stack))
     layers = 1 + max(stops, default=0)
     free = np.array([room[device] for device in devices], dtype=np.int64)
-    parameters = [one for t in plan.transfers if t.phase is Phase.PRECOPY for one in _by_layer(t)]
+    kv = [transfer for transfer in plan.transfers if cohort_of(transfer.pieces[0].name) is not None]
+    parameters = [one for t in plan.transfers if cohort_of(t.pieces[0].name) is None for one in _by_layer(t)]
     arriving = np.zeros((layers + 1, len(devices)), dtype=np.int64)
     for row, transfer in parameters:
         arriving[min(row, layers), column[transfer.target]] += transfer.bytes
@@ -107,8 +108,9 @@ def within_memory(
             early.append(transfer)
         else:
             late.append((rank[row], replace(transfer, phase=Phase.FINAL)))
-    kv = [transfer for transfer in plan.transfers if transfer.phase is Phase.FINAL]
     late.sort(key=lambda entry: entry[0])
+    early += [transfer for transfer in kv if transfer.phase is Phase.PRECOPY]
+    kv = [transfer for transfer in kv if transfer.phase is Phase.FINAL]
     transfers = (*early, *kv, *(transfer for _, transfer in late))
     worst = int(np.max(order.peak - free, initial=0))
     return replace(

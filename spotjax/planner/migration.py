@@ -2,6 +2,7 @@
 
 Every missing box is cut where its holders differ (``missing``), each part gets a holder to come from (``sources``), and
 parts are put in order: parameters first, which move while decoding goes on, then KV, each with the front layers first.
+KV pages that are full may move early too.
 A bound on memory (``memory``) puts some parameters off until after the stop.
 In-place slices never move.
 """
@@ -16,7 +17,7 @@ from spotjax.meshes.slices import ArraySlice
 from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of
 from spotjax.planner.links import Direction, Link, Links
 from spotjax.planner.memory import within_memory
-from spotjax.planner.missing import Gaps, Part, order, split
+from spotjax.planner.missing import Gaps, Part, order, split, with_full_pages_early
 from spotjax.planner.plan import MigrationPlan, Phase, SliceMove, Transfer
 from spotjax.planner.sources import choose_sources, lower_bound
 
@@ -31,6 +32,7 @@ def plan_migration(
     holdings: Holdings,
     links: Links,
     room: Mapping[DeviceRef, int] | None = None,
+    full_pages: Mapping[str, int] | None = None,
 ) -> MigrationPlan:
     """Finds a source for everything that the target devices need and do not have.
 
@@ -39,6 +41,8 @@ def plan_migration(
       holdings: what every device has now.
       links: bandwidths of the instances that hold or need something.
       room: free bytes of every target device; None plans as if there were enough. See ``memory``.
+      full_pages: by cohort, KV pages that decoding no longer writes to (``KvCohort.full_pages``): they move before the
+        stop. None leaves all KV for after it.
 
     Raises:
       PlanError: a target stands on a dying or gone instance, or the type of an instance is not given.
@@ -51,7 +55,9 @@ def plan_migration(
     missing = list(gaps.parts(wanted))
     nowhere = {_cohort(part) for part in missing if not gaps.holders[part.holders]}
     lost = frozenset(cohort for cohort in nowhere if cohort is not None)
-    parts = sorted(split([part for part in missing if _cohort(part) not in lost], TRANSFERS), key=order)
+    early = full_pages or {}
+    kept = (part for part in missing if _cohort(part) not in lost)
+    parts = sorted(split([one for p in kept for one in with_full_pages_early(p, early)], TRANSFERS), key=order)
     transfers, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
     moving = sum(part.bytes for part in parts)
     loaded = sum(transfer.bytes for transfer in transfers if transfer.source is None)

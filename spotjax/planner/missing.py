@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from math import ceil, inf
 
 from spotjax.meshes.instance import DeviceRef
-from spotjax.meshes.slices import ArraySlice, Index, intersect, subtract
+from spotjax.meshes.slices import ArraySlice, Boxes, Index, intersect, remainder, subtract
 from spotjax.meshes.stacks import is_layered
-from spotjax.planner.holdings import Boxes, Holdings, StackedNeeds, cohort_of, remainder
+from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
 from spotjax.planner.plan import Phase
 from spotjax.planner.reuse import Classes, parameters_held
+
+PAGES = 2
+"""The axis of pages in a stack of KV."""
 
 Holders = tuple[DeviceRef, ...]
 """Devices that all have something in full, in order; none, and only a checkpoint may have it."""
@@ -156,6 +159,31 @@ def _cut(box: Index, boxes: Sequence[Index]) -> Iterator[tuple[Index, list[Index
     yield box, meeting
 
 
+def with_full_pages_early(part: Part, full_pages: Mapping[str, int]) -> Iterator[Part]:
+    """A part cut so that KV pages that decoding no longer writes to may move before the stop.
+
+    Args:
+      part: of parameters, or of one cohort's KV.
+      full_pages: by cohort, how many of its pages, which are numbered first.
+    """
+    cohort = cohort_of(part.pieces[0].name)
+    if cohort is None:
+        yield part
+        return
+    element_bytes = part.bytes // sum(piece.size for piece in part.pieces)
+    full = full_pages.get(cohort, 0)
+    for phase, pages in ((Phase.PRECOPY, (0, full)), (Phase.FINAL, (full, 1 << 62))):
+        cut = [
+            ArraySlice(piece.name, box)
+            for piece in part.pieces
+            for box in [intersect(piece.index, (*piece.index[:PAGES], pages, *piece.index[PAGES + 1 :]))]
+            if box is not None
+        ]
+        if cut:
+            size = sum(piece.size for piece in cut) * element_bytes
+            yield Part(tuple(cut), part.target, size, phase, part.holders)
+
+
 def split(parts: Sequence[Part], most: int) -> list[Part]:
     """The parts cut finely enough to share out evenly: by array, or by runs of layers where that makes over ``most``.
 
@@ -197,8 +225,8 @@ def _runs(part: Part, run: int, alone: bool) -> Iterator[Part]:
             yield Part(tuple(pieces), part.target, size, part.phase, part.holders)
 
 
-def order(part: Part) -> tuple[bool, float, str, Index, DeviceRef]:
-    """Sorts parameters before KV and front layers first, so that front stages are complete first."""
+def order(part: Part) -> tuple[bool, bool, float, str, Index, DeviceRef]:
+    """Sorts what moves before the stop, parameters before KV, and front layers, hence stages, first."""
     name, index = part.pieces[0]
     depth = index[0][0] if is_layered(name) else -1 if name == "embedding" else inf
-    return part.phase is Phase.FINAL, depth, name, index, part.target
+    return part.phase is Phase.FINAL, cohort_of(name) is not None, depth, name, index, part.target

@@ -127,7 +127,7 @@ class MigrationPlan:
             at = depth(name)
             if late and not is_kv:
                 at = rank[int(min(at, len(rank) - 2))]
-            return late, late and not is_kv, at, name, index, move.target
+            return late, is_kv != late, at, name, index, move.target
 
         return tuple(sorted((move for transfer in self.transfers for move in transfer.moves()), key=order))
 

@@ -33,7 +33,7 @@ class Sample:
 
     Attributes:
       stage, tensor, work: what ran.
-      seconds: median of several calls.
+      seconds: shortest of several calls.
     """
 
     stage: Stage

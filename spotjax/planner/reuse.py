@@ -17,9 +17,9 @@ from scipy.optimize import linear_sum_assignment
 
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
-from spotjax.meshes.slices import Index
+from spotjax.meshes.slices import Boxes, Index
 from spotjax.planner.assignment import Weights
-from spotjax.planner.holdings import Boxes, Holdings, StackedNeeds
+from spotjax.planner.holdings import Holdings, StackedNeeds
 
 Group = tuple[Position, ...]
 """The M tensor shards of one stage of one replica."""

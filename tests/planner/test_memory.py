@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from planner_cases import Change, changes, fleet, llama, placed
 
 from spotjax.meshes.shape import MeshShape
-from spotjax.meshes.slices import ArraySlice
+from spotjax.meshes.slices import ArraySlice, covered, remainder
 from spotjax.meshes.stacks import depth, in_stack
-from spotjax.planner.holdings import Holdings, cohort_of, covered, needs_of, remainder
+from spotjax.planner.holdings import Holdings, cohort_of, needs_of
 from spotjax.planner.links import Links
 from spotjax.planner.matcher import match
 from spotjax.planner.memory import bounded_order

@@ -211,6 +211,26 @@ def test_needs_by_array_make_the_same_plan_as_needs_by_stack(change: Change) -> 
     assert sum(part.bytes_moved for part in parts) == plan.bytes_moved
 
 
+@given(changes())
+def test_full_pages_of_kv_move_early_and_all_else_of_it_late(change: Change) -> None:
+    needs, plan = planned(change)
+    full = {cohort.name: cohort.full_pages // 2 for cohort in change.cohorts}
+    early = plan_migration(needs, change.holdings, Links.of(change.instances), full_pages=full)
+    assert (early.bytes_moved, early.bytes_loaded, early.lost) == (plan.bytes_moved, plan.bytes_loaded, plan.lost)
+    for move in early.moves:
+        cohort = cohort_of(move.slice.name)
+        if cohort is not None:
+            start, stop = move.slice.index[1]
+            assert stop <= full[cohort] if move.phase is Phase.PRECOPY else start >= full[cohort]
+    kinds = [(list(Phase).index(move.phase), cohort_of(move.slice.name) is not None) for move in early.moves]
+    assert kinds == sorted(kinds)
+
+
+def test_full_pages_are_those_that_are_filled_to_the_end() -> None:
+    cohort = KvCohort(0, 0, (LiveSequence(0, 3, 9), LiveSequence(1, 1, 3), LiveSequence(2, 2, 8)), 4)
+    assert (cohort.pages, cohort.full_pages) == (6, 4)
+
+
 def test_needs_of_layers_that_do_not_follow_each_other_are_refused() -> None:
     with pytest.raises(PlanError, match=r"needs of layers\.\*\.x must be one index range in successive layers"):
         StackedNeeds.of({"layers.0.x": ((0, 1),), "layers.2.x": ((0, 1),)})
