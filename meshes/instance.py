@@ -47,7 +47,7 @@ class InstanceType:
 
 
 class InstanceState(StrEnum):
-    """Life of an instance, in order; ``gone`` is final."""
+    """Life of an instance, in order; one that is gone may join again under its name, with nothing in memory."""
 
     JOINING = "joining"
     READY = "ready"

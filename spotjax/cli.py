@@ -16,7 +16,7 @@ examples:
   spotjax serve                                     serve the small model that comes with Spotjax
   spotjax generate "Once upon a time" --max-tokens 64 --temperature 0
   spotjax status --watch                            instances, mesh and requests, live
-  spotjax preempt i-1 --grace 5                     take an instance away, as a cloud would
+  spotjax preempt instance-1 --grace 5                     take an instance away, as a cloud would
 """
 
 

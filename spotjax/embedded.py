@@ -105,7 +105,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
         kv_pages=limits.pages - 1,
         step_tokens=config.prefill_tokens,
     )
-    wanted = None if config.mesh == "auto" else MeshShape.parse(config.mesh)
+    wanted = pinned_mesh(config.mesh, spec)
     planning = Planning(spec, demand, wanted)
     kind = instance_type(config, spec, limits, devices)
     members = Membership(Instance(name, kind) for name in devices)
@@ -189,6 +189,22 @@ def resolve_limits(config: ServeConfig, spec: ModelSpec) -> tuple[ServiceLimits,
         replica=lambda depth: Limits(config.max_batch, config.prefill_tokens, depth, buckets.prefill_fits),
     )
     return limits, buckets
+
+
+def pinned_mesh(setting: str, spec: ModelSpec) -> MeshShape | None:
+    """The mesh that ``mesh`` names, None for ``auto``.
+
+    Raises:
+      ConfigError: the model cannot be divided like that.
+    """
+    if setting == "auto":
+        return None
+    mesh, c = MeshShape.parse(setting), spec.config
+    if c.heads % mesh.tensor:
+        raise ConfigError(f"mesh {mesh}: the tensor degree must divide the model's {c.heads} query heads")
+    if mesh.stage > c.layers:
+        raise ConfigError(f"mesh {mesh}: the model's {c.layers} layers cannot fill {mesh.stage} stages")
+    return mesh
 
 
 def instance_type(

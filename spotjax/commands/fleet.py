@@ -23,8 +23,8 @@ def add_commands(commands: Commands) -> None:
         "preempt",
         run_preempt,
         "take an instance away, for a drill",
-        "  spotjax preempt i-1 --grace 5      with five seconds' notice\n"
-        "  spotjax preempt i-1                at once, unannounced\n",
+        "  spotjax preempt instance-1 --grace 5      with five seconds' notice\n"
+        "  spotjax preempt instance-1                at once, unannounced\n",
     )
     preempt.add_argument("instance", metavar="INSTANCE", help="its name, as spotjax status shows it")
     preempt.add_argument(

@@ -151,7 +151,11 @@ class Executables:
         """The function from memory or disk, if it is there."""
         portable = self._portable.get(key)
         if portable is not None:
-            return portable.load(devices)
+            try:
+                return portable.load(devices)
+            except (RuntimeError, KeyError, TypeError, AttributeError) as problem:
+                log.warning("%s does not load on other devices and is compiled for them: %s", key[0], problem)
+                return None
         content = self._cache.get(repr(key)) if self._cache is not None else None
         if self._cache is None or content is None:
             return None
