@@ -51,7 +51,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     max_batch: Annotated[int, Meta(ge=1, description="sequences decoded at once by one replica")] = 32
     prefill_tokens: Annotated[int, Meta(ge=1, description="token budget of one prefill step")] = 256
     page_size: Annotated[int, Meta(ge=1, description="token positions in one page of KV")] = 16
-    kv_pages: Annotated[int, Meta(ge=0, description="pages of KV in one replica; 0: room for max_batch sequences of 512 positions")] = 0
+    kv_pages: Annotated[
+        int, Meta(ge=0, description="pages of KV in one replica; 0: room for max_batch sequences of 512 positions")
+    ] = 0
     queue_limit: Annotated[int, Meta(ge=1, description="waiting requests from which on new ones are refused")] = 1024
     retain_seconds: Annotated[float, Meta(ge=0, description="how long a finished request can be resumed")] = 600.0
     drain_seconds: Annotated[

@@ -101,23 +101,25 @@ async def test_a_stream_survives_preemptions_and_the_server_drains(programs: Pat
 
 @pytest.mark.timeout(600)
 async def test_two_hundred_streams_complete_and_cancelled_ones_free_their_pages(programs: Path) -> None:
-    async with serving(programs, "--no-fuse", "--retain-seconds", "0") as server:
-        async with AsyncSpotjaxClient(server.address) as client:
-            resident = []
-            for turn in range(3):
-                async with asyncio.timeout(2 * DONE_SECONDS):
-                    outcomes = await asyncio.gather(
-                        *(_stream(client, f"{turn}-{row}", 48, cancel=row % 2 == 1) for row in range(STREAMS))
-                    )
-                finished = [outcome for row, outcome in enumerate(outcomes) if row % 2 == 0]
-                assert all(reason is FinishReason.LENGTH and count == 48 for reason, count in finished)
-                status = await client.status()
-                assert status.requests_running == 0 and status.queued == 0
-                assert all(replica.pages_used == 0 and replica.running == 0 for replica in status.replicas)
-                resident.append(server.memory())
-            # the first turn also loads programs; from then on nothing may pile up
-            growth = resident[2] - resident[1]
-            assert growth < 100 * 2**20, f"memory grew by {growth / 2**20:.0f} MiB"
+    async with (
+        serving(programs, "--no-fuse", "--retain-seconds", "0") as server,
+        AsyncSpotjaxClient(server.address) as client,
+    ):
+        resident = []
+        for turn in range(3):
+            async with asyncio.timeout(2 * DONE_SECONDS):
+                outcomes = await asyncio.gather(
+                    *(_stream(client, f"{turn}-{row}", 48, cancel=row % 2 == 1) for row in range(STREAMS))
+                )
+            finished = [outcome for row, outcome in enumerate(outcomes) if row % 2 == 0]
+            assert all(reason is FinishReason.LENGTH and count == 48 for reason, count in finished)
+            status = await client.status()
+            assert status.requests_running == 0 and status.queued == 0
+            assert all(replica.pages_used == 0 and replica.running == 0 for replica in status.replicas)
+            resident.append(server.memory())
+        # the first turn also loads programs; from then on nothing may pile up
+        growth = resident[2] - resident[1]
+        assert growth < 100 * 2**20, f"memory grew by {growth / 2**20:.0f} MiB"
 
 
 async def _stream(
