@@ -1,4 +1,4 @@
-"""Sampling on the device against a slow reference in numpy, and the promise that a draw depends on its counters alone."""
+"""Sampling on the device against a slow reference in numpy; a draw depends on its counters alone."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_penalties_and_bias_equal_a_loop_over_tokens(
 
 def test_as_many_biases_as_allowed_all_count() -> None:
     vocab = MAX_LOGIT_BIAS + 50
-    sampling = SamplingParams(temperature=0, logit_bias={token: -100.0 for token in range(MAX_LOGIT_BIAS)})
+    sampling = SamplingParams(temperature=0, logit_bias=dict.fromkeys(range(MAX_LOGIT_BIAS), -100.0))
     packed = pack_controls([state(sampling)], Variant.FULL, POSITIONS)
     found = np.asarray(function("penalise")(jnp.ones((1, vocab)), jnp.asarray(packed)))[0]
     np.testing.assert_array_equal(found, [-99.0] * MAX_LOGIT_BIAS + [1.0] * 50)
