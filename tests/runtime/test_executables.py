@@ -1,0 +1,251 @@
+"""Executables: compiled once, loaded anywhere, kept on disk, compiled again when the disk holds rubbish."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from serving_cases import BUCKETS, build_stage, shared_heads
+
+from spotjax.meshes.sharding import stage_mesh
+from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.executables import Devices, Executables
+from spotjax.runtime.program_cache import ProgramCache
+
+SHAPE = StepShape(1, 1, 8)
+
+
+def lower_sum(devices: Devices) -> jax.stages.Lowered:
+    """Adds over all devices, and donates its argument."""
+    mesh = stage_mesh(devices)
+    spec = jax.sharding.PartitionSpec("tensor")
+    at = jax.sharding.NamedSharding(mesh, spec)
+    total = jax.shard_map(lambda x: x + jax.lax.psum(x, "tensor"), mesh=mesh, in_specs=spec, out_specs=spec)
+    argument = jax.ShapeDtypeStruct((4 * len(devices),), jnp.float32, sharding=at)
+    return jax.jit(total, donate_argnums=0, out_shardings=at).lower(argument)
+
+
+def argument(devices: Devices) -> jax.Array:
+    at = jax.sharding.NamedSharding(stage_mesh(devices), jax.sharding.PartitionSpec("tensor"))
+    return jax.device_put(np.arange(4 * len(devices), dtype=np.float32), at)
+
+
+def expected(count: int) -> np.ndarray:
+    rows = np.arange(4 * count, dtype=np.float32).reshape(count, 4)
+    return (rows + rows.sum(0)).ravel()
+
+
+def group(*numbers: int) -> Devices:
+    return tuple(jax.devices()[number] for number in numbers)
+
+
+@pytest.mark.parametrize(("first", "second"), [((0,), (5,)), ((0, 1), (6, 3)), ((0, 1, 2), (2, 0, 7))])
+def test_a_function_is_compiled_once_and_gives_the_same_on_other_devices(
+    first: tuple[int, ...], second: tuple[int, ...]
+) -> None:
+    executables = Executables()
+    for devices in (group(*first), group(*second), group(*first)):
+        call = executables.get(("sum", len(devices)), devices, lower_sum)
+        result = call(argument(devices))
+        np.testing.assert_array_equal(result, expected(len(devices)))
+        assert (
+            tuple(part.device for part in sorted(result.addressable_shards, key=lambda s: s.index[0].start or 0))
+            == devices
+        )
+    assert executables.compiled == 1
+    executables.close()
+
+
+def test_donation_works_on_the_devices_it_was_not_compiled_for() -> None:
+    executables = Executables()
+    for devices in (group(0, 1), group(4, 5)):
+        given = jnp.copy(argument(devices))  # memory of the device's own, not of a numpy array
+        pointers = [part.data.unsafe_buffer_pointer() for part in given.addressable_shards]
+        result = executables.get(("sum", 2), devices, lower_sum)(given)
+        assert given.is_deleted()
+        assert [part.data.unsafe_buffer_pointer() for part in result.addressable_shards] == pointers
+    executables.close()
+
+
+def test_a_step_donates_its_pages_on_retargeted_devices() -> None:
+    model, weights = shared_heads()
+    rows, pages = np.array([[0, 1, 5]], np.int32), np.zeros((1, 8), np.int32)
+    pages[0, 0] = 1
+    logits = []
+    for devices in (jax.devices()[:2], jax.devices()[4:6]):
+        stage = build_stage(model, weights, devices, stages=1, number=0)
+        before = [part.data.unsafe_buffer_pointer() for part in stage.pages[0].keys.addressable_shards]
+        kept = stage.pages[0]
+        logits.append(np.asarray(stage.run(SHAPE, rows, pages, None)))
+        assert kept.keys.is_deleted() and kept.values.is_deleted()
+        assert [part.data.unsafe_buffer_pointer() for part in stage.pages[0].keys.addressable_shards] == before
+    np.testing.assert_array_equal(logits[0], logits[1])
+
+
+def test_threads_that_ask_at_once_share_one_compilation() -> None:
+    executables = Executables()
+    start = threading.Barrier(6)
+
+    def ask(number: int) -> jax.stages.Compiled:
+        start.wait()
+        return executables.get(("sum", 1), group(number % 3), lower_sum)
+
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(ask, range(6)))
+    assert executables.compiled == 1
+    assert all(found[number] is found[number + 3] for number in range(3))
+    executables.close()
+
+
+def test_background_compilation_is_there_afterwards_and_counted_apart() -> None:
+    executables = Executables()
+    assert executables.get_if_ready(("sum", 2), group(0, 1)) is None
+    executables.request(("sum", 2), group(0, 1), lower_sum)
+    executables.request(("sum", 2), group(2, 3), lower_sum)
+    executables.wait_for_background()
+    assert (executables.compiled, executables.compiled_in_background) == (0, 1)
+    for devices in (group(0, 1), group(2, 3)):
+        call = executables.get_if_ready(("sum", 2), devices)
+        assert call is not None
+        np.testing.assert_array_equal(call(argument(devices)), expected(2))
+    executables.close()
+
+
+def test_background_compilation_that_fails_costs_speed_not_service(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(devices: Devices) -> jax.stages.Lowered:
+        raise ValueError("no such operation")
+
+    executables = Executables()
+    with caplog.at_level(logging.ERROR):
+        executables.request(("broken",), group(0), fail)
+        executables.wait_for_background()
+    assert "background compilation of broken failed" in caplog.text
+    assert executables.get_if_ready(("broken",), group(0)) is None
+    executables.request(("sum", 1), group(0), lower_sum)
+    executables.wait_for_background()
+    assert executables.get_if_ready(("sum", 1), group(0)) is not None
+    executables.close()
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    for compiled in (1, 0):
+        executables = Executables(ProgramCache(tmp_path, "subject"))
+        for devices in (group(3, 1), group(0, 2)):
+            result = executables.get(("sum", 2), devices, lower_sum)(argument(devices))
+            np.testing.assert_array_equal(result, expected(2))
+        assert executables.compiled == compiled
+        executables.close()
+
+
+SECOND_PROCESS = """
+import sys
+import numpy as np
+from test_executables import Executables, ProgramCache, Path, argument, expected, group, lower_sum
+executables = Executables(ProgramCache(Path(sys.argv[1]), "subject"))
+np.testing.assert_array_equal(executables.get(("sum", 2), group(4, 6), lower_sum)(argument(group(4, 6))), expected(2))
+print(executables.compiled)
+"""
+
+
+def test_another_process_compiles_nothing(tmp_path: Path) -> None:
+    executables = Executables(ProgramCache(tmp_path, "subject"))
+    executables.get(("sum", 2), group(0, 1), lower_sum)
+    executables.close()
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-c", SECOND_PROCESS, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": places},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.returncode) == ("0", 0), done.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b"rubbish", None], ids=["empty", "rubbish", "cut short"])
+def test_a_damaged_program_is_compiled_again_with_a_warning(
+    tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    executables = Executables(ProgramCache(tmp_path, "subject"))
+    executables.get(("sum", 1), group(0), lower_sum)
+    executables.close()
+    (entry,) = tmp_path.iterdir()
+    whole = entry.read_bytes()
+    entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    again = Executables(ProgramCache(tmp_path, "subject"))
+    with caplog.at_level(logging.WARNING):
+        result = again.get(("sum", 1), group(2), lower_sum)(argument(group(2)))
+    np.testing.assert_array_equal(result, expected(1))
+    assert again.compiled == 1 and "unusable and will be compiled again" in caplog.text
+    again.close()
+    third = Executables(ProgramCache(tmp_path, "subject"))
+    third.get(("sum", 1), group(1), lower_sum)
+    assert third.compiled == 0
+    third.close()
+
+
+def test_programs_of_other_subjects_are_not_taken(tmp_path: Path) -> None:
+    ProgramCache(tmp_path, "one model").put("key", b"program")
+    assert ProgramCache(tmp_path, "one model").get("key") == b"program"
+    assert ProgramCache(tmp_path, "another model").get("key") is None
+    assert ProgramCache(tmp_path, "one model").get("other key") is None
+
+
+def test_the_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
+    ProgramCache(tmp_path / "programs", "subject").put("key", b"program")
+    assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_directory_that_cannot_be_written_costs_the_next_start_time_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "programs"
+    cache = ProgramCache(directory, "subject")
+    directory.rmdir()
+    directory.write_text("not a directory")
+    with caplog.at_level(logging.WARNING):
+        cache.put("key", b"program")
+        assert cache.get("key") is None
+    assert "cannot write the program cache" in caplog.text
+
+
+def test_fused_stages_give_what_single_layers_give() -> None:
+    model, weights = shared_heads()
+    rows, pages = np.array([[0, 1, 5]], np.int32), np.zeros((1, 8), np.int32)
+    pages[0, 0] = 1
+    single, fused = (build_stage(model, weights, jax.devices()[:2], stages=1, number=0) for _ in range(2))
+    expected_logits = np.asarray(single.run(SHAPE, rows, pages, None))
+    assert not fused.has_block(SHAPE)
+    model.executables.wait_for_background()
+    assert fused.has_block(SHAPE)
+    np.testing.assert_allclose(fused.run(SHAPE, rows, pages, None), expected_logits, atol=1e-5)
+    for layer, content in fused.pages.items():
+        for ours, theirs in zip(content, single.pages[layer], strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_every_step_of_the_scheduler_finds_a_shape() -> None:
+    find = partial(BUCKETS.shape, fine=True)
+    for rows in range(1, BUCKETS.max_batch + 1):
+        for pages in range(1, BUCKETS.max_pages + 1):
+            for shape in (BUCKETS.shape(rows, 1, pages), find(rows, 1, pages)):
+                assert shape.rows >= rows and shape.span == 1 and shape.pages >= pages
+            assert BUCKETS.shape(rows, 1, pages) in BUCKETS.all_shapes()
+    for span in range(2, BUCKETS.prefill_tokens + 1):
+        assert BUCKETS.prefill_fits([span])
+        assert BUCKETS.shape(1, span, 1) in BUCKETS.all_shapes()
+    with pytest.raises(ValueError, match="no step shape holds"):
+        BUCKETS.shape(BUCKETS.max_batch + 1, 1, 1)
+    with pytest.raises(ValueError, match="no step shape holds"):
+        BUCKETS.shape(1, BUCKETS.prefill_tokens + 1, 1)
