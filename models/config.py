@@ -1,4 +1,4 @@
-"""The shapes and constants of a Llama-family decoder. Plain data, no jax; read from Hugging Face or GGUF metadata elsewhere."""
+"""The shapes and constants of a Llama-family decoder. Plain data, no jax; metadata formats are read elsewhere."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class KeyValueStore(Protocol):
     """Where one layer keeps keys and values."""
 
     def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Takes (B, T, K, H) of the current positions; returns the pages to attend to and what is visible, see ``attend``."""
+        """Takes (B, T, K, H) of the current positions; returns what ``attend`` takes: keys, values, visible."""
         ...
 
 
@@ -88,7 +88,7 @@ def normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """(B, T, in) times (in, ...) as one plain matrix product; blocked layouts are 5-10 times slower on CPU."""
-    flat = x @ kernel.reshape(kernel.shape[0], -1)
+    flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
     return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 

@@ -1,6 +1,6 @@
 """A model without its weights: every parameter's name, shape and logical axes. Enough to plan and to simulate; no jax.
 
-Arrays are named ``embedding``, ``layers.<n>.<module>.<array>``, ``norm.scale`` and ``head``; KV of layer n is ``kv.<n>``.
+Arrays are named ``embedding``, ``layers.<n>.<module>.<array>``, ``norm.scale`` and ``head``; KV of layer n ``kv.<n>``.
 """
 
 from __future__ import annotations

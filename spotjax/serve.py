@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(config: ServeConfig) -> int:
-    """Serves until a signal; returns the exit code: 0 after draining, 128 + number after a second signal, 1 on failure."""
+    """Serves until a signal; returns the exit code: 0 once drained, 128 + number on a second signal, 1 on failure."""
     logs.set_up(config.log_level, config.log_format)
     return asyncio.run(serve(config))
 

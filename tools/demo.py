@@ -87,12 +87,12 @@ def _address(lines: queue.Queue[str | None], log: list[str]) -> str:
 
 
 def generate(server: str, prompt: str, tokens: int, preempt: tuple[str, float] | None) -> Generation:
-    """Streams a greedy text; with ``preempt`` takes that instance away, with that grace, a third of the way through."""
+    """Streams a text; with ``preempt`` takes that instance away, with that grace, a third of the way through."""
     done = Generation()
     drill: threading.Thread | None = None
     with SpotjaxClient(server) as client, SpotjaxClient(server) as operator:
         console.print(f"[bold]{escape(prompt)}[/bold]", end="")
-        for delta in client.generate(prompt, max_tokens=tokens, temperature=0.0, ignore_eos=True):
+        for delta in client.generate(prompt, max_tokens=tokens, temperature=0.8, seed=1, ignore_eos=True):
             done.times.append(time.monotonic())
             done.tokens += delta.tokens
             done.text += delta.text
@@ -115,8 +115,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--prompt", default="ROMEO:\nBut soft, what light through yonder window breaks?\n")
-    parser.add_argument("--tokens", type=int, default=240)
+    parser.add_argument("--prompt", default="ROMEO.\nBut soft, what light through yonder window breaks?\n")
+    parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--instance", default="instance-1", help="the one that is taken away")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds of notice; 0 takes it unannounced")
     parser.add_argument("--svg", type=Path, help="file for a picture of what was printed")
