@@ -180,9 +180,9 @@ class Controller:
 
     async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:
         """See ``FleetService.preempt``."""
-        self._members.require_alive(instance)
-        if grace_seconds <= 0:
-            self._lose(instance, "without notice")
+        joining = self._members.require_alive(instance).state is InstanceState.JOINING
+        if joining or grace_seconds <= 0:
+            self._lose(instance, "before it joined" if joining else "without notice")
             return await self._finish(self._reconfigurer.reconfigure())
         self._members.set_state(instance, InstanceState.NOTICED)
         message = f"instance {instance} will be taken in {grace_seconds:g} s"

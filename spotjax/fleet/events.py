@@ -50,8 +50,7 @@ class EventLog:
                 yield event
             if self._closed and (not self._history or self._history[-1][0] <= seen):
                 return
-            if changed is self._changed:
-                await changed.wait()
+            await changed.wait()
 
     def _wake(self) -> None:
         self._changed.set()

@@ -126,7 +126,7 @@ class RequestTable:
                         seen[choice] = len(state.tokens)
                     if state.finish is not None:
                         open_choices.discard(choice)
-                if open_choices and changed is accepted.changed:
+                if open_choices:
                     await changed.wait()
         finally:
             accepted.readers -= 1

@@ -51,12 +51,13 @@ class Bench:
         decodable = any(s.missing == 1 and len(s.pages) >= scheduler.pages.needed(s.state.length) for s in idle)
         prefillable = any(s.missing > 1 for s in idle)
         states = {s.key: s.state for s in scheduler.sequences()}
+        preempted = scheduler.preempted
         flying = {span.sequence for batch in self.in_flight for span in batch.spans}
 
         batch = scheduler.schedule()
 
         assert {s.key: s.state for s in scheduler.sequences()} == states, "scheduling changes no state and loses nobody"
-        running = len(before.keys() | scheduler.running.keys())
+        running = len(scheduler.running) + scheduler.preempted - preempted
         self.note_preempted(before.keys() - scheduler.running.keys())
         assert sorted(s.key for s in scheduler.waiting) == [s.key for s in scheduler.waiting], (
             "first come, first served"

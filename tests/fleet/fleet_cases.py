@@ -73,7 +73,7 @@ class PureCluster:
         assert prepared is not None, "prepare comes before switch"
         assert not any(pipeline.in_flight for pipeline in self.pipelines), "a step is in flight"
         shape = prepared.placement.shape
-        fresh = [PurePipeline(PAGE_SIZE, shape.stage, lambda: self._random.randrange(4)) for _ in range(shape.data)]
+        fresh = [PurePipeline(PAGE_SIZE, shape.stage, self._delay) for _ in range(shape.data)]
         for transfer in transfers:
             assert self.lost.isdisjoint(self._homes[transfer.old]), "KV is read from a lost instance"
             for old, new in transfer.pages:
@@ -104,9 +104,12 @@ class PureCluster:
     async def close(self) -> None:
         self.closed = True
 
+    def _delay(self) -> int:
+        return self._random.choice((0, 1, 2, 9))
+
     async def _work(self, preparation: Preparation) -> None:
         before = set(self.lost)
-        await turns(self._random.randrange(6))
+        await turns(self._random.randrange(12))
         self._fault()
         sources = {move.source.instance for move in preparation.plan.moves if move.source is not None}
         targets = {device.instance for device in preparation.needs}

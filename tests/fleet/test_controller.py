@@ -118,7 +118,7 @@ async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], 
     submit()
     for operation in operations:
         operate(operation)
-        await turns(random.randrange(30))
+        await turns(random.choice((0, 1, 2, 8, 30)))
         for replica in controller._dispatcher.replicas:
             replica.scheduler.check()
     for outcome in await asyncio.gather(*changes, return_exceptions=True):
@@ -276,17 +276,77 @@ async def test_an_instance_noticed_during_a_change_is_not_part_of_the_new_mesh()
     assert service.members.require_alive("i1") and ready(service) == ["i0", "i1"]
 
 
-async def test_an_idle_instance_that_is_lost_and_back_at_once_is_filled_again() -> None:
-    service = await started(2, alive=2)
-    controller = service.controller
-    gone, back = asyncio.create_task(controller.preempt("i0", 0)), None
-    await turns(1)
-    back = asyncio.create_task(controller.add(1))
-    await asyncio.gather(gone, back)
+async def test_an_instance_that_is_lost_and_back_during_a_change_is_filled_again() -> None:
+    """Its devices are empty, whatever the mesh had there, and a replica without work did not even notice."""
+    service = await started(3, alive=2)
+    original = service.cluster.prepare
+    meanwhile: list[asyncio.Task[Reconfiguration]] = []
+
+    async def prepare(preparation):  # type: ignore[no-untyped-def]
+        traffic = await original(preparation)
+        if not meanwhile:
+            meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 0)))
+            await turns(2)
+            meanwhile.append(asyncio.create_task(service.controller.add(1)))
+            await turns(2)
+        return traffic
+
+    service.cluster.prepare = prepare  # type: ignore[method-assign]
+    await service.controller.preempt("i1", 0)
+    await asyncio.gather(*meanwhile)
+    assert ready(service) == ["i0"]
     service.submit("r", max_tokens=9)
     await finish(service)
     service.check_complete()
+
+
+async def test_kv_is_not_read_from_an_instance_that_was_lost_and_is_back_while_decoding_stopped() -> None:
+    service = await started(2)
+    for n in range(4):
+        service.submit(f"r{n}", max_tokens=30, ignore_eos=True, seed=n)
+    await until(service, lambda: len(service.log.states("r3")[0].tokens) > 3)
+    dispatcher, meanwhile = service.controller._dispatcher, []
+    original = dispatcher.stop
+
+    async def stop() -> None:
+        await original()
+        if not meanwhile:
+            meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 0)))
+            await turns(2)
+            meanwhile.append(asyncio.create_task(service.controller.add(1)))
+            await turns(2)
+
+    dispatcher.stop = stop  # type: ignore[method-assign]
+    await service.controller.preempt("i0", 1000)
+    await asyncio.gather(*meanwhile)
+    dispatcher.stop = original  # type: ignore[method-assign]
+    await finish(service)
+    service.check_complete()
     assert ready(service) == ["i0", "i1"]
+
+
+async def test_an_instance_noticed_before_it_joined_never_does() -> None:
+    service = await started(2, alive=1)
+    original = service.cluster.prepare
+    meanwhile: list[asyncio.Task[Reconfiguration]] = []
+
+    async def prepare(preparation):  # type: ignore[no-untyped-def]
+        meanwhile.append(asyncio.create_task(service.controller.add(1)))
+        await turns(2)
+        assert service.members.having(InstanceState.JOINING) == ("i0",)
+        meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 1000)))
+        await turns(2)
+        service.cluster.prepare = original  # type: ignore[method-assign]
+        return await original(preparation)
+
+    await service.controller.preempt("i0", 0)
+    service.cluster.prepare = prepare  # type: ignore[method-assign]
+    service.members.set_state("i1", InstanceState.READY)
+    service.cluster.join("i1")
+    await service.controller._reconfigurer.reconfigure()
+    await asyncio.gather(*meanwhile)
+    assert ready(service) == ["i1"]
+    await finish(service)
 
 
 async def test_a_change_goes_on_when_its_caller_goes_away() -> None:
