@@ -55,9 +55,10 @@ def plan_migration(
     missing = list(gaps.parts(wanted))
     nowhere = {_cohort(part) for part in missing if not gaps.holders[part.holders]}
     lost = frozenset(cohort for cohort in nowhere if cohort is not None)
-    early = full_pages or {}
-    kept = (part for part in missing if _cohort(part) not in lost)
-    parts = sorted(split([one for p in kept for one in with_full_pages_early(p, early)], TRANSFERS), key=order)
+    kept = [part for part in missing if _cohort(part) not in lost]
+    if full_pages:
+        kept = [one for part in kept for one in with_full_pages_early(part, full_pages)]
+    parts = sorted(split(kept, TRANSFERS), key=order)
     transfers, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
     moving = sum(part.bytes for part in parts)
     loaded = sum(transfer.bytes for transfer in transfers if transfer.source is None)
