@@ -300,53 +300,33 @@ async def test_an_instance_that_is_lost_and_back_during_a_change_is_filled_again
     service.check_complete()
 
 
-async def test_kv_is_not_read_from_an_instance_that_was_lost_and_is_back_while_decoding_stopped() -> None:
-    service = await started(2)
-    for n in range(4):
+@pytest.mark.parametrize("noticed", [False, True])
+async def test_nothing_is_read_from_an_instance_that_was_lost_and_is_back_while_decoding_stopped(noticed: bool) -> None:
+    service = await started(3)
+    for n in range(6):
         service.submit(f"r{n}", max_tokens=30, ignore_eos=True, seed=n)
-    await until(service, lambda: len(service.log.states("r3")[0].tokens) > 3)
+    await until(service, lambda: len(service.log.states("r5")[0].tokens) > 3)
+    assert len(service.cluster.pipelines) == 3
     dispatcher, meanwhile = service.controller._dispatcher, []
     original = dispatcher.stop
 
     async def stop() -> None:
         await original()
         if not meanwhile:
-            meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 0)))
-            await turns(2)
-            meanwhile.append(asyncio.create_task(service.controller.add(1)))
-            await turns(2)
+            for change in (service.controller.preempt("i0", 0), service.controller.add(1)):
+                meanwhile.append(asyncio.create_task(change))
+                await turns(2)
+            assert service.members.having(InstanceState.JOINING) == ("i0",)
+            if noticed:  # and that again before it could join
+                meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 1000)))
+                await turns(2)
 
     dispatcher.stop = stop  # type: ignore[method-assign]
     await service.controller.preempt("i0", 1000)
     await asyncio.gather(*meanwhile)
-    dispatcher.stop = original  # type: ignore[method-assign]
     await finish(service)
     service.check_complete()
-    assert ready(service) == ["i0", "i1"]
-
-
-async def test_an_instance_noticed_before_it_joined_never_does() -> None:
-    service = await started(2, alive=1)
-    original = service.cluster.prepare
-    meanwhile: list[asyncio.Task[Reconfiguration]] = []
-
-    async def prepare(preparation):  # type: ignore[no-untyped-def]
-        meanwhile.append(asyncio.create_task(service.controller.add(1)))
-        await turns(2)
-        assert service.members.having(InstanceState.JOINING) == ("i0",)
-        meanwhile.append(asyncio.create_task(service.controller.preempt("i0", 1000)))
-        await turns(2)
-        service.cluster.prepare = original  # type: ignore[method-assign]
-        return await original(preparation)
-
-    await service.controller.preempt("i0", 0)
-    service.cluster.prepare = prepare  # type: ignore[method-assign]
-    service.members.set_state("i1", InstanceState.READY)
-    service.cluster.join("i1")
-    await service.controller._reconfigurer.reconfigure()
-    await asyncio.gather(*meanwhile)
-    assert ready(service) == ["i1"]
-    await finish(service)
+    assert ready(service) == (["i1", "i2"] if noticed else ["i0", "i1", "i2"])
 
 
 async def test_a_change_goes_on_when_its_caller_goes_away() -> None:
