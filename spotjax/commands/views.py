@@ -87,7 +87,7 @@ def reconfiguration_text(report: Reconfiguration) -> str:
     return (
         f"mesh {before} -> {after}, epoch {report.epoch}\n"
         f"{shown_bytes(report.bytes_in_place)} stayed in place, {shown_bytes(report.bytes_moved)} moved, "
-        f"{shown_bytes(report.bytes_loaded)} loaded; {report.requests_kept} sequences went on with their KV, "
+        f"{shown_bytes(report.bytes_loaded)} loaded; {report.requests_kept} running sequences kept their KV, "
         f"{report.requests_recomputed} recompute it\n"
         f"paused for {report.pause_seconds:.3f} s after {report.precopy_seconds:.3f} s of copying during decoding"
     )

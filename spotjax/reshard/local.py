@@ -28,7 +28,7 @@ from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.pipeline import LocalPipeline
 from spotjax.runtime.stage import Stage
-from spotjax.runtime.warmup import Progress, warm
+from spotjax.runtime.warmup import Progress, Step, load, warm
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -181,7 +181,11 @@ class LocalCluster:
             for layer in range(*stage.layers):
                 if self._stage_in_place(preparation, d, layer, stage) is None:
                     stage.pages[layer] = stage.empty_pages()
+        load(self.model, [stage.devices for stage in stages.values()], self._recent_steps())
         return _Prepared(preparation, store, stages), traffic
+
+    def _recent_steps(self) -> list[Step]:
+        return [step for pipeline in self.pipelines for step in pipeline.recent]
 
     def _build_stage(self, placement: Placement, store: ShardStore, data: int, number: int) -> Stage:
         """A stage over buffers that are in place, without KV."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,9 @@ from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.sampling import pack_controls, unpack, variant_for
 from spotjax.runtime.stage import Stage
+from spotjax.runtime.warmup import Step
+
+RECENT_STEPS = 16
 
 
 class LocalPipeline:
@@ -36,6 +40,8 @@ class LocalPipeline:
     def __init__(self, model: CompiledModel, buckets: Buckets, stages: Sequence[Stage], *, fuse: bool) -> None:
         self.stages = tuple(stages)
         self._model, self._buckets, self._fuse = model, buckets, fuse
+        self.recent: deque[Step] = deque(maxlen=RECENT_STEPS)
+        """What the last steps ran, oldest first; whoever goes on elsewhere will soon need the same."""
         self._entry = threading.Lock()
         self._threads = ThreadPoolExecutor(len(self.stages), thread_name_prefix="pipeline")
         self._lost: str | None = None
@@ -94,6 +100,7 @@ class LocalPipeline:
         assert out is not None
         states = _sampling_states(batch.spans)
         variant = variant_for([state.sampling for state in states if state is not None])
+        self.recent.append((self._buckets.shape(*_extents(batch.spans)), variant))
         padded = [*states, *[None] * (shape.rows - len(states))]
         controls = pack_controls(padded, variant, self._buckets.max_positions)
         logits = out.addressable_shards[0].data  # every shard holds all logits
@@ -103,13 +110,18 @@ class LocalPipeline:
 
     def _shape(self, spans: Sequence[Span]) -> StepShape:
         """A close-fitting shape for decode steps once it is compiled for whole stages, else one compiled at boot."""
-        extents = (len(spans), max(len(span.tokens) for span in spans), max(len(span.pages) for span in spans))
+        extents = _extents(spans)
         if self._fuse and extents[1] == 1:
             close = self._buckets.shape(*extents, fine=True)
             ready = [stage.has_block(close) for stage in self.stages]  # a list: every stage is asked
             if all(ready):
                 return close
         return self._buckets.shape(*extents)
+
+
+def _extents(spans: Sequence[Span]) -> tuple[int, int, int]:
+    """Rows, positions per row and pages per row of a step before padding."""
+    return len(spans), max(len(span.tokens) for span in spans), max(len(span.pages) for span in spans)
 
 
 def _pack(spans: Sequence[Span], shape: StepShape) -> tuple[np.ndarray, np.ndarray]:

@@ -5,14 +5,16 @@ Only whole stages are fused later, in the background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from spotjax.runtime.buckets import Buckets
+from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.sampling import Variant
 
+Step = tuple[StepShape, Variant]
+"""What a step runs: its padded shape, and how tokens are drawn."""
 Progress = Callable[[int, int], None]
 """Told (done, total)."""
 
@@ -30,6 +32,16 @@ def warm(
         for done, _ in enumerate(pool.map(lambda call: call(), work), start=1):
             if progress is not None:
                 progress(done, len(work))
+
+
+def load(model: CompiledModel, groups: Sequence[Devices], steps: Iterable[Step]) -> None:
+    """Makes what these steps run ready on the device groups, so that no step has to wait for it there."""
+    for shape, variant in dict.fromkeys(steps):
+        for devices in groups:
+            model.embed(devices, shape.rows, shape.span)
+            model.layer(devices, shape)
+            model.logits(devices, shape.rows, shape.span)
+            model.sample(devices[0], variant, shape.rows)
 
 
 def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator[Callable[[], object]]:
