@@ -1,8 +1,9 @@
-"""Machines that clouds offer, as instance types: what they have and cost. Published figures; prices change.
+"""Machines that clouds offer, as instance types: what they have and cost, roughly. Check them before you rely on them.
 
-Peak FLOP/s are of dense matrix products in the number format that the machine serves best (float32 for T4 as SpotServe
-used it, bfloat16 or float16 tensor cores else). Prices: AWS us-east-1 on demand; the spot price of g4dn.12xlarge is the
-one in SpotServe's artifact, the others are typical ones of their kind, about 40 % of on demand.
+Approximate list figures: peak FLOP/s are of dense matrix products in the number format that the machine serves best
+(float32 for T4 as SpotServe used it, bfloat16 or float16 tensor cores else), memory is what is usable of it, prices are
+those of AWS us-east-1 on demand. Only g4dn.12xlarge has a source: its devices, network and both prices are in SpotServe's
+artifact. The other types are from memory, and their spot prices simply about 40 % of on demand. Look up what you rent.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ INSTANCE_TYPES = {
         InstanceType("p5.48xlarge", 8, 80 * _GIB, 9.89e14, 3.35e12, 4.5e11, 4e11, 5e-5, 39.3, 98.32),
     )
 }
-"""By name: devices, memory, FLOP/s, memory, link and network bandwidth, latency, spot and on-demand price."""
+"""By name: devices, memory, FLOP/s, memory, link and network bandwidth, latency, spot and on-demand price (USD/h)."""
 
 
 def instance_type(name: str) -> InstanceType:
