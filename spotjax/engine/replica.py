@@ -61,13 +61,26 @@ class Replica:
                     break
                 in_flight.add(asyncio.create_task(self._step(batch)))
             if in_flight:
-                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
-                for step in done:
-                    step.result()
+                in_flight = await self._progress(in_flight)
             elif self._stopping:
                 return
             else:
                 await self._wake.wait()
+
+    async def _progress(self, in_flight: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
+        """Waits for a step to come back, or for something new while there is room for it. Returns those in flight."""
+        waiting = set(in_flight)
+        if len(in_flight) < self.pipeline.depth and not self._stopping:
+            waiting.add(asyncio.create_task(self._woken()))
+        done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting - in_flight:
+            task.cancel()
+        for step in done:
+            step.result()
+        return pending & in_flight
+
+    async def _woken(self) -> None:
+        await self._wake.wait()
 
     async def _step(self, batch: Batch) -> None:
         """One decoding step: run, commit, deliver. What a lost instance computed is dropped, never committed."""

@@ -223,6 +223,8 @@ class Controller:
                 f"prompt ({len(request.prompt)}) and max_tokens ({request.sampling.max_tokens}) together must be at "
                 f"most {longest} tokens, got {asked}",
             )
+        if request.n > self._limits.queue:
+            raise InvalidRequest("n", f"must be at most {self._limits.queue}, the length of the queue, got {request.n}")
         if self._dispatcher.waiting + request.n > self._limits.queue:
             raise Overloaded(
                 f"{self._dispatcher.waiting} sequences are waiting, at most {self._limits.queue} may; try again later",

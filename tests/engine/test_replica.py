@@ -85,6 +85,19 @@ async def test_as_many_steps_are_in_flight_as_the_pipeline_has_stages() -> None:
     await loop
 
 
+async def test_an_arrival_does_not_wait_for_a_step_while_there_is_room_for_another() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, depth=2, delay=lambda: 50))
+    service.submit(0, prompt=1)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(5)
+    assert service.pipeline.in_flight == {0}
+    service.submit(1, prompt=1)
+    await turns(5)
+    assert service.pipeline.in_flight == {0, 1}
+    service.replica.stop()
+    await loop
+
+
 async def test_stopping_commits_the_steps_in_flight_and_starts_no_other() -> None:
     service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
     sequence = service.submit(0)
