@@ -2,7 +2,7 @@
 
 Approximate list figures: peak FLOP/s are of dense matrix products in the number format that the machine serves best
 (float32 for T4 as SpotServe used it, bfloat16 or float16 tensor cores else), memory is what is usable of it, prices are
-those of AWS us-east-1 on demand. Only g4dn.12xlarge has a source: its devices, network and both prices are in SpotServe's
+those of AWS us-east-1 on demand. Only g4dn.12xlarge has a source: devices, network and both prices are in SpotServe's
 artifact. The other types are from memory, and their spot prices simply about 40 % of on demand. Look up what you rent.
 """
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from spotjax.meshes.instance import Instance
     from spotjax.meshes.placement import Placement
     from spotjax.models.spec import ModelSpec
+    from spotjax.planner.capacity import Capacity
     from spotjax.planner.demand import Demand
     from spotjax.planner.holdings import LiveSequence
     from spotjax.planner.links import Links
@@ -43,6 +44,7 @@ class Study:
       model, latencies: names of the model and of where latencies come from.
       spec, instances: what was planned for; noticed instances included.
       decision: the configuration.
+      capacity: what to request or release for the load; None without one, and where the mesh is given.
       before, placement: the old mesh, if any, and the new one.
       kept_bytes: bytes of its needs that the device of each position already has, and all that it needs.
       plan, links: the migration and what it goes over.
@@ -54,6 +56,7 @@ class Study:
     spec: ModelSpec
     instances: Sequence[Instance]
     decision: Decision
+    capacity: Capacity | None
     before: Placement | None
     placement: Placement
     kept_bytes: Mapping[Any, tuple[int, int]]
@@ -85,6 +88,7 @@ def add_commands(commands: Commands) -> None:
         metavar="P",
         help="prefer shapes that lose little if one instance goes",
     )
+    add("--available", type=int, default=8, metavar="COUNT", help="more of the first type to be had (default: 8)")
     add("--mesh", metavar="DxPxM", help="take this mesh if it fits")
     add("--profile", metavar="SOURCE", help="latencies: roofline, published, or a file of spotjax profile")
     add(
@@ -105,6 +109,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     study = make_study(arguments)
     if arguments.json:
+        from spotjax.commands.plan_json import as_plain
+
         print_json(as_plain(study))
     else:
         from rich.console import Console
@@ -129,6 +135,7 @@ def make_study(arguments: argparse.Namespace) -> Study:
     """
     from spotjax.meshes.instance_types import parse_instances
     from spotjax.meshes.shape import MeshShape
+    from spotjax.planner.capacity import plan_capacity
     from spotjax.planner.demand import Demand
     from spotjax.planner.goal import Goal
     from spotjax.planner.load import Load
@@ -136,6 +143,8 @@ def make_study(arguments: argparse.Namespace) -> Study:
 
     spec = model_spec(arguments.model)
     instances = parse_instances(arguments.instances)
+    if arguments.available < 0:
+        raise ConfigError(f"--available must not be negative, got {arguments.available}")
     try:
         demand = Demand(batch=arguments.batch, prompt=arguments.prompt, output=arguments.output)
         load = None if arguments.rate is None else Load(arguments.rate, arguments.cv**2, arguments.service_cv**2)
@@ -149,9 +158,13 @@ def make_study(arguments: argparse.Namespace) -> Study:
         wanted = MeshShape.parse(arguments.mesh) if arguments.mesh else None
         source, latency = latency_source(arguments.profile, arguments.model, spec, instances)
         decision = choose_shape(spec, instances, demand, wanted, goal=goal, latency=latency)
+        capacity = None
+        if load is not None and wanted is None:
+            offered, more = instances[0].type, arguments.available
+            capacity = plan_capacity(spec, instances, demand, goal, offered, more, latency=latency)
     except ValueError as problem:
         raise ConfigError(str(problem)) from problem
-    return _migrate(arguments, source, spec, instances, demand, decision)
+    return _migrate(arguments, source, spec, instances, demand, decision, capacity)
 
 
 def _migrate(
@@ -161,6 +174,7 @@ def _migrate(
     instances: Sequence[Instance],
     demand: Demand,
     decision: Decision,
+    capacity: Capacity | None,
 ) -> Study:
     from spotjax.meshes.instance import Instance, InstanceState
     from spotjax.meshes.placement import Placement
@@ -190,7 +204,7 @@ def _migrate(
     }
     placement = Placement(before.epoch + 1 if before else 0, decision.shape, decision.layers, devices)
     return Study(
-        arguments.model, source, spec, everybody, decision, before, placement, kept, plan, links,
+        arguments.model, source, spec, everybody, decision, capacity, before, placement, kept, plan, links,
         sum(len(cohort.sequences) for cohort in inheritance.cohorts), len(inheritance.recomputed),
     )  # fmt: skip
 
@@ -264,43 +278,3 @@ def read_state(path: Path) -> Placement:
         )
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ConfigError(f"{path} holds no placement: {problem!r}; take --json of spotjax plan or status") from problem
-
-
-def as_plain(study: Study) -> dict[str, Any]:
-    """What ``--json`` prints; ``--from`` reads its placement."""
-    from spotjax.planner.plan import Phase
-
-    plan = study.plan
-
-    def configuration(candidate: Any) -> dict[str, Any]:
-        names = (
-            "batch",
-            "throughput",
-            "rate",
-            "latency",
-            "seconds",
-            "percentile_seconds",
-            "cost_per_hour",
-            "instances",
-        )
-        values = {name: getattr(candidate, name) for name in (*names, "reason")}
-        finite = {name: None if value == float("inf") else value for name, value in values.items()}
-        return {"shape": str(candidate.shape), **finite, "bytes_per_device": candidate.memory.total}
-
-    return {
-        "model": study.model,
-        "latencies": study.latencies,
-        "chosen": configuration(study.decision),
-        "runner_ups": [configuration(loser) for loser in study.decision.runner_ups],
-        "placement": study.placement,
-        "migration": {
-            "bytes_in_place": plan.bytes_in_place,
-            "bytes_moved": plan.bytes_moved,
-            "bytes_loaded": plan.bytes_loaded,
-            "seconds": {str(phase): plan.seconds(phase) for phase in Phase},
-            "lower_bound_seconds": {str(phase): plan.lower_bound_seconds[phase] for phase in Phase},
-            "sequences_kept": study.kept,
-            "sequences_recomputed": study.recomputed,
-            "lost_cohorts": plan.lost,
-        },
-    }

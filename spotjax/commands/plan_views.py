@@ -29,7 +29,7 @@ def study_view(study: Study) -> RenderableType:
     parameters = shown_bytes(study.spec.parameter_bytes)
     ready = sum(instance.state is InstanceState.READY for instance in study.instances)
     headline = f"[bold]{escape(study.model)}[/bold]  {parameters} of parameters  {ready} instances  ({study.latencies})"
-    return Group(headline, *configurations(study), mesh(study), *migration(study))
+    return Group(headline, *configurations(study), *instance_delta(study), mesh(study), *migration(study))
 
 
 def configurations(study: Study) -> Iterator[RenderableType]:
@@ -48,6 +48,25 @@ def configurations(study: Study) -> Iterator[RenderableType]:
     idle = [i.name for i in study.instances if i.state is InstanceState.READY and i.name not in used]
     if idle:
         yield f"not needed: {', '.join(idle)}"
+
+
+def instance_delta(study: Study) -> Iterator[str]:
+    """What to request or to release for the load."""
+    capacity = study.capacity
+    if capacity is None:
+        return
+    target, offered = capacity.target, study.instances[0].type.name
+    delta = []
+    if capacity.request_spot:
+        delta.append(
+            f"request {capacity.request_spot} x {offered} as spot and {capacity.request_on_demand} on demand at once, "
+            f"for {target.shape} on {target.instances} instances: {target.reason}"
+        )
+    if capacity.release:
+        delta.append(f"release {', '.join(capacity.release)}")
+    if capacity.spares:
+        delta.append(f"keep {capacity.spares} as {'spare' if capacity.spares == 1 else 'spares'}")
+    yield f"[bold]instance delta:[/bold] {'; '.join(delta) or 'none, all are in use and enough'}"
 
 
 def _row(candidate: Candidate) -> list[str]:

@@ -31,12 +31,14 @@ class Capacity:
       request_spot: spot instances to request.
       request_on_demand: on-demand instances to request at the same time; released again when spot ones come.
       release: names of instances to give back, in order.
+      spares: instances that are kept although the target does not use them.
     """
 
     target: Decision
     request_spot: int
     request_on_demand: int
     release: tuple[str, ...]
+    spares: int = 0
 
 
 def plan_capacity(
@@ -78,4 +80,5 @@ def plan_capacity(
     # On demand first, then the dearest; of equals the last, so that the order of the fleet stays.
     order = sorted(range(len(there)), key=lambda number: (not there[number].on_demand, -there[number].price, -number))
     surplus = max(0, -missing - spares)
-    return Capacity(target, 0, 0, tuple(there[number].name for number in order[:surplus]))
+    release = tuple(there[number].name for number in order[:surplus])
+    return Capacity(target, 0, 0, release, spares=-missing - surplus)

@@ -47,6 +47,30 @@ def test_targets_ceilings_and_meshes_are_taken_into_account(capsys) -> None:
     assert code == 1 and "the ceiling is 1.00" in problem
 
 
+def test_with_a_load_the_instances_to_request_or_to_release_are_told(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    few = ("--model", "gpt-20b", "--rate", "1.5", "--instances", "4xg4dn.12xlarge")
+    capacity = json.loads(run(capsys, *few, "--json")[1])["capacity"]
+    missing = capacity["target"]["instances"] - 4
+    assert capacity["request_spot"] == capacity["request_on_demand"] == missing > 0
+    assert capacity["release"] == [] and capacity["target"]["rate"] > 1.5
+    assert f"request {missing} x g4dn.12xlarge as spot and {missing} on demand at once" in run(capsys, *few)[1]
+
+    many = ("--model", "gpt-20b", "--rate", "0.35", "--instances", "14xg4dn.12xlarge", "--cost-ceiling", "12")
+    capacity = json.loads(run(capsys, *many, "--json")[1])["capacity"]
+    assert capacity["target"]["instances"] == 6 and capacity["spares"] == 2 and capacity["request_spot"] == 0
+    assert capacity["release"] == [f"i-{n}" for n in range(13, 7, -1)]
+    assert "release i-13, i-12, i-11, i-10, i-9, i-8; keep 2 as spares" in run(capsys, *many)[1]
+
+
+def test_what_can_be_had_bounds_the_request_and_nothing_is_requested_without_a_load(capsys) -> None:
+    load = ("--model", "gpt-20b", "--rate", "1.5", "--instances", "4xg4dn.12xlarge", "--json")
+    assert json.loads(run(capsys, *load, "--available", "2")[1])["capacity"]["request_spot"] == 2
+    unloaded = ("--model", "gpt-20b", "--instances", "4xg4dn.12xlarge", "--json")
+    assert json.loads(run(capsys, *unloaded)[1])["capacity"] is None
+    assert json.loads(run(capsys, *load, "--mesh", "1x3x4")[1])["capacity"] is None
+
+
 def test_models_without_published_tables_use_the_roofline_or_a_recorded_profile(capsys, tmp_path) -> None:
     instances = ("--model", "llama-3-70b", "--instances", "4xp5.48xlarge", "--json")
     assert json.loads(run(capsys, *instances)[1])["latencies"] == "analytic roofline"
@@ -67,6 +91,7 @@ def test_models_without_published_tables_use_the_roofline_or_a_recorded_profile(
         (("--instances", "2xbanana"), "no instance type is known as 'banana'"),
         (("--instances", "2xg4dn.12xlarge", "--mesh", "1x1"), "a mesh shape is"),
         (("--instances", "4xg4dn.12xlarge", "--batch", "0"), "batch must be at least 1"),
+        (("--instances", "4xg4dn.12xlarge", "--available", "-1"), "--available must not be negative"),
         (("--instances", "4xg4dn.12xlarge", "--rate", "-1"), "rate must not be negative"),
         (("--instances", "4xg4dn.12xlarge", "--from", "/nonexistent/state.json"), "holds no placement"),
     ],

@@ -38,7 +38,7 @@ def test_surplus_is_released_on_demand_first_and_spares_are_kept() -> None:
     instances = [*fleet_of(5), Instance("dear", OFFERED, on_demand=True)]
     capacity = planned(instances, 0.1 * ONE)
     kept = capacity.target.instances + SPARES
-    assert capacity.request_spot == 0
+    assert capacity.request_spot == 0 and capacity.spares == SPARES
     assert capacity.release[0] == "dear" and len(capacity.release) == 6 - kept
     assert capacity.release[1:] == tuple(f"i{n}" for n in range(4, 4 - len(capacity.release) + 1, -1))
 
