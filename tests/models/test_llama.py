@@ -87,7 +87,7 @@ def test_parameters_are_exactly_those_of_the_spec(config: LlamaConfig) -> None:
 
 
 def test_biases_start_at_zero_and_norms_at_one() -> None:
-    model = Llama(replace(EVERYTHING, layers=1), rngs=nnx.Rngs(3))
+    model = nnx.jit(lambda: Llama(replace(EVERYTHING, layers=1), rngs=nnx.Rngs(3)))()
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = str(path[-1])
         if name.endswith("bias"):
