@@ -185,7 +185,8 @@ class LocalCluster:
         return _Prepared(preparation, store, stages), traffic
 
     def _recent_steps(self) -> list[Step]:
-        return [step for pipeline in self.pipelines for step in pipeline.recent]
+        # copied first: pipelines add to it meanwhile
+        return [step for pipeline in self.pipelines for step in tuple(pipeline.recent)]
 
     def _build_stage(self, placement: Placement, store: ShardStore, data: int, number: int) -> Stage:
         """A stage over buffers that are in place, without KV."""
