@@ -4,8 +4,8 @@
 
 About a minute on two idle cores, most of it compiling; ``--models`` adds the third model, half a minute more.
 
-Three predictions: the analytic roofline with this device's measured peaks; a profile fitted to stages of at most half of
-the layers and at most four, for each of its samples when that is left out; and the same profile for the whole model,
+Three predictions: the analytic roofline with this device's measured peaks; a profile fitted to stages of at most half
+of the layers and at most four, for each of its samples when that is left out; and the same profile for the whole model,
 which it has not seen.
 """
 
