@@ -23,7 +23,7 @@ class InstanceType:
 
     Attributes:
       name: the provider's name for it, or one of our own for local devices.
-      devices: devices in one instance; ``tensor`` parallelism stays inside it.
+      devices: devices in one instance.
       memory_bytes: memory of one device.
       flops: floating-point operations per second of one device.
       memory_bandwidth: bytes per second between a device and its memory.
@@ -32,6 +32,7 @@ class InstanceType:
       network_latency: seconds for a small message between two instances.
       spot_price: USD per hour, preemptible.
       on_demand_price: USD per hour, not preemptible.
+      tensor_instances: instances of this type that one tensor group may span; 1 keeps ``tensor`` inside an instance.
     """
 
     name: str
@@ -44,6 +45,14 @@ class InstanceType:
     network_latency: float = 1e-4
     spot_price: float = 0.0
     on_demand_price: float = 0.0
+    tensor_instances: int = 1
+
+    def span(self, tensor: int) -> int:
+        """Instances that a tensor group of that degree takes: part of one or several whole ones; 0 if it cannot be."""
+        if tensor <= self.devices:
+            return 1
+        whole, rest = divmod(tensor, self.devices)
+        return 0 if rest or whole > self.tensor_instances else whole
 
 
 class InstanceState(StrEnum):

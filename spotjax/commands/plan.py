@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,7 @@ def add_commands(commands: Commands) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="model to plan for")
     add("--instances", required=True, metavar="COUNTxTYPE,...", help="instances, such as 7xg4dn.12xlarge")
+    add("--tensor-instances", type=int, default=1, metavar="COUNT", help="that a tensor group may span (default: 1)")
     add("--rate", type=float, metavar="PER_SECOND", help="requests that arrive; without it throughput decides")
     add("--cv", type=float, default=1.0, metavar="X", help="coefficient of variation of arrivals (default: 1, Poisson)")
     add("--service-cv", type=float, default=0.0, metavar="X", help="the same of request lengths (default: 0)")
@@ -142,7 +143,13 @@ def make_study(arguments: argparse.Namespace) -> Study:
     from spotjax.planner.optimizer import choose_shape
 
     spec = model_spec(arguments.model)
-    instances = parse_instances(arguments.instances)
+    across = arguments.tensor_instances
+    if across < 1:
+        raise ConfigError(f"--tensor-instances must be at least 1, got {across}")
+    instances = tuple(
+        replace(instance, type=replace(instance.type, tensor_instances=across))
+        for instance in parse_instances(arguments.instances)
+    )
     if arguments.available < 0:
         raise ConfigError(f"--available must not be negative, got {arguments.available}")
     try:

@@ -159,4 +159,8 @@ def _all_reduce_seconds(size: int, tensor: int, kind: InstanceType) -> float:
 
 
 def _all_gather_seconds(size: int, tensor: int, kind: InstanceType) -> float:
-    return COLLECTIVE_SECONDS + (tensor - 1) / tensor * size / kind.link_bandwidth
+    """Over the slowest link of the ring, which is the network's where the group spans instances."""
+    latency, bandwidth = COLLECTIVE_SECONDS, kind.link_bandwidth
+    if tensor > kind.devices:
+        latency, bandwidth = latency + kind.network_latency, min(bandwidth, kind.network_bandwidth)
+    return latency + (tensor - 1) / tensor * size / bandwidth

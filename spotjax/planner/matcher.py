@@ -2,8 +2,9 @@
 
 Maximum-weight bipartite matching (Kuhn 1955) on exact reusable bytes of parameters and KV, on two levels as in
 SpotServe (Miao et al. 2024): the M positions of a stage group on the M devices of a place, then groups on places. A
-place is M devices of one instance, so that tensor collectives stay inside it. At equal bytes, the group that has the
-most to receive for the network of its instance gets the least: the copying is over earlier.
+place is M devices of one instance, so that tensor collectives stay inside it; where the type lets a group span k whole
+instances, the group is matched in k parts of M / k positions in a row, on any instances. At equal bytes, the group that
+has the most to receive for the network of its instance gets the least: the copying is over earlier.
 
 With one place to an instance, or M = 1, the bytes in place are the most possible. An instance of more than M devices is
 cut into places of devices that hold the same arrays today, which keeps today's tensor groups together; groups are then
@@ -39,18 +40,23 @@ def match(
 ) -> dict[Position, DeviceRef]:
     """A device of ``hosts`` for every position, so that the bytes of ``needs`` already in place are the most.
 
+    A group spans instances where M is more than the devices of one, and only if all hosts are of one type.
+
     Ties keep order: positions in (d, p, m) order on hosts in the order given, on devices by index.
 
     Raises:
-      NotEnoughPlaces: the hosts offer fewer than D * P places of M devices.
+      NotEnoughPlaces: the hosts offer fewer places than there are groups, or parts of groups.
     """
+    kinds = {host.type for host in hosts}
+    width = shape.tensor // max(1, kinds.pop().span(shape.tensor)) if len(kinds) == 1 else shape.tensor
     groups = [
-        tuple(Position(d, p, m) for m in range(shape.tensor)) for d in range(shape.data) for p in range(shape.stage)
+        tuple(Position(d, p, m) for m in range(first, first + width))
+        for d in range(shape.data)
+        for p in range(shape.stage)
+        for first in range(0, shape.tensor, width)
     ]
     places = [
-        (number, devices)
-        for number, host in enumerate(hosts)
-        for devices in _places(host.devices, shape.tensor, holdings)
+        (number, devices) for number, host in enumerate(hosts) for devices in _places(host.devices, width, holdings)
     ]
     if len(places) < len(groups):
         raise NotEnoughPlaces(len(groups), len(places))
@@ -60,8 +66,8 @@ def match(
     on: list[list[int]] = [[] for _ in hosts]
     for group, place in enumerate(assign(weights, _receiving(weights, wanted, groups, places, hosts, holdings))):
         on[places[place][0]].append(group)
-    if any(len(host.devices) >= 2 * shape.tensor for host in hosts):
-        _exchange(on, [len(host.devices) // shape.tensor for host in hosts], reuse)
+    if any(len(host.devices) >= 2 * width for host in hosts):
+        _exchange(on, [len(host.devices) // width for host in hosts], reuse)
     matching: dict[Position, DeviceRef] = {}
     for host, here in enumerate(on):
         if here:

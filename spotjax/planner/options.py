@@ -1,11 +1,12 @@
 """Every configuration C = (D, P, M, B) that fits the instances, with what it would do: a table. Chooses nothing.
 
 Unlike SpotServe, tensor degrees are all divisors of the query heads and layers split unevenly, so instances that a
-power of two leaves idle are used. ``tensor`` stays inside an instance.
+power of two leaves idle are used. ``tensor`` stays inside an instance unless its type lets groups span several.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -32,21 +33,28 @@ class Hosts:
 
     Attributes:
       instances: in that order.
-      places: groups of M devices that they and those before them offer.
+      span: instances that a group of M devices takes; all hosts are of one type if it is more than one.
+      parts: groups of M / span devices that they and those before them offer.
       price: USD per hour that they and those before them cost.
     """
 
     instances: tuple[Instance, ...]
-    places: NDArray[np.int64]
+    span: int
+    parts: NDArray[np.int64]
     price: Floats
 
     @classmethod
-    def of(cls, instances: Iterable[Instance], tensor: int) -> Hosts:
-        """Those that have so many devices."""
-        able = [instance for instance in instances if instance.type.devices >= tensor]
-        able.sort(key=lambda host: host.price / (host.type.devices // tensor))
-        places = np.cumsum([host.type.devices // tensor for host in able], dtype=np.int64)
-        return cls(tuple(able), places, np.cumsum([host.price for host in able], dtype=np.float64))
+    def of(cls, instances: Iterable[Instance], tensor: int, span: int) -> Hosts:
+        """Sorts them by price."""
+        width = tensor // span
+        able = sorted(instances, key=lambda host: host.price / (host.type.devices // width))
+        parts = np.cumsum([host.type.devices // width for host in able], dtype=np.int64)
+        return cls(tuple(able), span, parts, np.cumsum([host.price for host in able], dtype=np.float64))
+
+    @property
+    def places(self) -> int:
+        """Groups of M devices that all of them offer."""
+        return int(self.parts[-1]) // self.span
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,31 +145,45 @@ def options(
     kinds = tuple(dict.fromkeys(instance.type for instance in ready))
     models = {kind: latency(kind) for kind in kinds}
     hosts_of: dict[tuple[int, frozenset[InstanceType]], Hosts] = {}
-    for tensor in tensor_degrees(spec, max((kind.devices for kind in kinds), default=0)):
+    for tensor in tensor_degrees(spec, max((kind.devices * kind.tensor_instances for kind in kinds), default=0)):
         for stages in range(1, min(spec.config.layers, places_offered(ready, tensor)) + 1):
             layers, one = split_layers(spec.config.layers, stages), MeshShape(1, stages, tensor)
             for batch in batches:
                 memory = memory_need(spec, one, layers, replace(demand, batch=batch))
-                fitting = [kind for kind in kinds if kind.devices >= tensor and kind.memory_bytes >= memory.total]
+                fitting = [kind for kind in kinds if kind.span(tensor) and kind.memory_bytes >= memory.total]
                 steps = {kind: step_seconds(models[kind], one, layers, batch, demand.context) for kind in fitting}
                 fitting = sorted((k for k in fitting if steps[k] < np.inf), key=lambda kind: (steps[kind], kind.name))
-                counted = 0
-                for slowest in fitting:
-                    fast = frozenset(kind for kind in fitting if steps[kind] <= steps[slowest])
-                    if (tensor, fast) not in hosts_of:
-                        hosts_of[tensor, fast] = Hosts.of((i for i in ready if i.type in fast), tensor)
-                    hosts = hosts_of[tensor, fast]
-                    replicas = int(hosts.places[-1]) // stages
-                    if replicas > counted:
-                        step, reach = steps[slowest], range(counted + 1, replicas + 1)
-                        service = _service_seconds(models[slowest], one, layers, batch, demand, step)
-                        yield Option(layers, tensor, batch, hosts, reach, step, service, memory)
-                        counted = replicas
+                for together in _carriers(fitting, tensor):
+                    counted = 0
+                    for slowest in together:
+                        fast = frozenset(kind for kind in together if steps[kind] <= steps[slowest])
+                        if (tensor, fast) not in hosts_of:
+                            able = (instance for instance in ready if instance.type in fast)
+                            hosts_of[tensor, fast] = Hosts.of(able, tensor, slowest.span(tensor))
+                        hosts = hosts_of[tensor, fast]
+                        replicas = hosts.places // stages
+                        if replicas > counted:
+                            step, reach = steps[slowest], range(counted + 1, replicas + 1)
+                            service = _service_seconds(models[slowest], one, layers, batch, demand, step)
+                            yield Option(layers, tensor, batch, hosts, reach, step, service, memory)
+                            counted = replicas
+
+
+def _carriers(kinds: Sequence[InstanceType], tensor: int) -> list[list[InstanceType]]:
+    """Kinds that may carry a mesh together: those with whole groups in an instance; each other one by itself."""
+    inside = [kind for kind in kinds if kind.span(tensor) == 1]
+    return [inside, *([kind] for kind in kinds if kind.span(tensor) > 1)]
 
 
 def places_offered(instances: Sequence[Instance], tensor: int) -> int:
-    """How many disjoint groups of ``tensor`` devices the instances offer; a group never crosses instances."""
-    return sum(instance.type.devices // tensor for instance in instances)
+    """How many disjoint groups of ``tensor`` devices the instances offer, across instances where their type says so."""
+    counts = Counter(instance.type for instance in instances)
+    return sum(_places_of(kind, count, tensor) for kind, count in counts.items())
+
+
+def _places_of(kind: InstanceType, count: int, tensor: int) -> int:
+    span = kind.span(tensor)
+    return count // span if span > 1 else count * (kind.devices // tensor)
 
 
 def _service_seconds(
@@ -179,10 +201,10 @@ def _spent(option: Option) -> tuple[Floats, Floats, Floats]:
     Places are filled in order of the hosts; a replica is lost with any of the instances that it stands on, and each
     instance in use is as likely to go.
     """
-    stages = len(option.layers)
+    parts = len(option.layers) * option.hosts.span
     replica = np.arange(option.replicas.stop - 1)
-    first = np.searchsorted(option.hosts.places, replica * stages, side="right")
-    last = np.searchsorted(option.hosts.places, (replica + 1) * stages - 1, side="right")
+    first = np.searchsorted(option.hosts.parts, replica * parts, side="right")
+    last = np.searchsorted(option.hosts.parts, (replica + 1) * parts - 1, side="right")
     touched = np.cumsum(last - first + 1)[option.replicas.start - 1 :]
     end = last[option.replicas.start - 1 :]
     used = end.astype(np.float64) + 1

@@ -105,7 +105,7 @@ def what_would_fit(spec: ModelSpec, ready: Sequence[Instance], demand: Demand) -
         return "no instance is ready; add at least one"
     shapes = [
         MeshShape(1, stages, tensor)
-        for tensor in tensor_degrees(spec, max(instance.type.devices for instance in ready))
+        for tensor in tensor_degrees(spec, max(i.type.devices * i.type.tensor_instances for i in ready))
         for stages in range(1, spec.config.layers + 1)
     ]
     needs = {shape: memory_need(spec, shape, split_layers(spec.config.layers, shape.stage), demand) for shape in shapes}
@@ -113,7 +113,7 @@ def what_would_fit(spec: ModelSpec, ready: Sequence[Instance], demand: Demand) -
         (shape.stage * shape.tensor, shape, kind)
         for kind in dict.fromkeys(instance.type for instance in ready)
         for shape in shapes
-        if shape.tensor <= kind.devices and needs[shape].total <= kind.memory_bytes
+        if kind.span(shape.tensor) and needs[shape].total <= kind.memory_bytes
     ]
     if not short:
         shape = min(shapes, key=lambda shape: (needs[shape].total, shape.devices))

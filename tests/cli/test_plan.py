@@ -71,6 +71,15 @@ def test_what_can_be_had_bounds_the_request_and_nothing_is_requested_without_a_l
     assert json.loads(run(capsys, *load, "--mesh", "1x3x4")[1])["capacity"] is None
 
 
+def test_tensor_groups_span_instances_if_asked_to(capsys) -> None:
+    plan = ("--model", "gpt-20b", "--instances", "4xg4dn.12xlarge", "--json", "--mesh", "1x2x8")
+    chosen = json.loads(run(capsys, *plan, "--tensor-instances", "2")[1])
+    assert chosen["chosen"]["shape"] == "1x2x8" and chosen["chosen"]["instances"] == 4
+    by_instance = [device["instance"] for device in chosen["placement"]["devices"]]
+    assert by_instance == [f"i-{n}" for n in range(4) for _ in range(4)]
+    assert json.loads(run(capsys, *plan)[1])["chosen"]["shape"] != "1x2x8"
+
+
 def test_models_without_published_tables_use_the_roofline_or_a_recorded_profile(capsys, tmp_path) -> None:
     instances = ("--model", "llama-3-70b", "--instances", "4xp5.48xlarge", "--json")
     assert json.loads(run(capsys, *instances)[1])["latencies"] == "analytic roofline"
@@ -91,6 +100,7 @@ def test_models_without_published_tables_use_the_roofline_or_a_recorded_profile(
         (("--instances", "2xbanana"), "no instance type is known as 'banana'"),
         (("--instances", "2xg4dn.12xlarge", "--mesh", "1x1"), "a mesh shape is"),
         (("--instances", "4xg4dn.12xlarge", "--batch", "0"), "batch must be at least 1"),
+        (("--instances", "4xg4dn.12xlarge", "--tensor-instances", "0"), "--tensor-instances must be at least 1"),
         (("--instances", "4xg4dn.12xlarge", "--available", "-1"), "--available must not be negative"),
         (("--instances", "4xg4dn.12xlarge", "--rate", "-1"), "rate must not be negative"),
         (("--instances", "4xg4dn.12xlarge", "--from", "/nonexistent/state.json"), "holds no placement"),
