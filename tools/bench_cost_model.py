@@ -2,7 +2,8 @@
 
     python -m spotjax.tools.bench_cost_model --json cost_model.json
 
-About a minute on two idle cores, most of it compiling; ``--models`` adds the third model, half a minute more.
+Takes 98 s on two cores at a load of 4, less on idle ones, most of it compiling. Two of the three models are measured
+unless ``--models tiny 11M 58M`` asks for all.
 
 Three predictions: the analytic roofline with this device's measured peaks; a profile fitted to stages of at most half
 of the layers and at most four, for each of its samples when that is left out; and the same profile for the whole model,
