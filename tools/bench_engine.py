@@ -32,7 +32,6 @@ from spotjax.config import ServeConfig
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
 from spotjax.meshes.slices import whole
-from spotjax.models.attention import attend  # noqa: F401  (the model's own; named here since it is what is measured)
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.llama import embed, logits
 from spotjax.models.rope import rotations
