@@ -106,7 +106,7 @@ async def test_thirty_losses_and_arrivals_leave_no_arrays_and_no_threads(program
     run = Run(server, "reference")
     run.start()
     expected = await run.outputs()
-    counts: list[tuple[int, int]] = []
+    counts: list[int] = []
     for number in range(30):
         run = Run(server, f"run-{number}", kinds=("greedy", "seeded"))
         run.start()
@@ -117,9 +117,13 @@ async def test_thirty_losses_and_arrivals_leave_no_arrays_and_no_threads(program
         assert not gone(server)
         if number % 10 == 9:
             gc.collect()
-            counts.append((len(jax.live_arrays()), threading.active_count()))
-    assert counts[2][0] <= counts[0][0], "arrays are left behind"
-    assert counts[2][1] <= counts[0][1], "threads are left behind"
+            counts.append(len(jax.live_arrays()))
+            # pools start threads when they need them, so what counts is that retired pipelines' threads are gone
+            threads = [thread for thread in threading.enumerate() if thread.name.startswith("pipeline")]
+            assert len(threads) <= sum(pipeline.depth for pipeline in server.cluster.pipelines), (
+                "threads are left behind"
+            )
+    assert counts[2] <= counts[0], "arrays are left behind"
     await server.close()
 
 
