@@ -119,8 +119,9 @@ class HostTime:
             result = dispatch(batch)
             begin = time.perf_counter()
             result.block_until_ready()
-            self.waiting += time.perf_counter() - begin
-            self.steps += 1
+            if all(len(span.tokens) == 1 for span in batch.spans):
+                self.waiting += time.perf_counter() - begin
+                self.steps += 1
             return result
 
         pipeline._dispatch = timed  # type: ignore[method-assign]
