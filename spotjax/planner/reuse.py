@@ -8,7 +8,7 @@ of its predecessor: those pairs, few too, are kept apart and added where they oc
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 
 import numpy as np
@@ -93,11 +93,6 @@ class Reuse:
         self._table = _class_table(needed, held) * holdings.element_bytes
         self._kv = _kv_blocks(needs, groups, hosts, holdings)
         self._most: dict[bytes, int] = {}
-
-    @property
-    def with_kv(self) -> Iterable[tuple[int, int]]:
-        """Pairs of a group and a host that has KV for it."""
-        return self._kv.keys()
 
     def block(self, group: int, host: int) -> Weights:
         """For every position of the group (row) on every device of the host (column)."""

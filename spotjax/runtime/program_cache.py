@@ -50,9 +50,10 @@ class ProgramCache:
     def put(self, key: str, content: bytes) -> None:
         """Keeps a program. A full or read-only disk costs the next start time, nothing else."""
         try:
-            with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as file:
-                file.write(content)
-            os.replace(file.name, self._path(key))
+            with tempfile.TemporaryDirectory(dir=self._directory) as unfinished:
+                written = Path(unfinished, "program")
+                written.write_bytes(content)
+                os.replace(written, self._path(key))
         except OSError as problem:
             log.warning("cannot write the program cache: %s", problem)
 
