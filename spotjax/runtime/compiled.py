@@ -22,11 +22,12 @@ from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, replicated, sta
 from spotjax.models.llama import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.controls import Variant, controls_width
 from spotjax.runtime.executables import Devices, Executables
 from spotjax.runtime.functions import StageFunctions
 from spotjax.runtime.kv import LayerPages, StepInput, read_pages, write_pages
 from spotjax.runtime.program_cache import ProgramCache
-from spotjax.runtime.sampling import Variant, controls_width, sample
+from spotjax.runtime.sampling import sample
 
 Call = Callable[..., Any]
 PAGES_PER_MOVE = 16

@@ -15,13 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from spotjax.engine.batch import Batch, Span, StepResult
-from spotjax.engine.request import RequestState
+from spotjax.engine.batch import Batch, StepResult
 from spotjax.errors import InstanceLost
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
-from spotjax.runtime.sampling import pack_controls, unpack, variant_for
 from spotjax.runtime.stage import Stage
+from spotjax.runtime.step import pack_step, step_shape, unpack_result
 from spotjax.runtime.warmup import Step
 
 RECENT_STEPS = 16
@@ -70,12 +69,7 @@ class LocalPipeline:
             self._check_alive()
             raise
         self._check_alive()
-        states = _sampling_states(batch.spans)
-        sampled = unpack(read, states)
-        return StepResult(
-            batch.step,
-            {span.sequence: token for span, token in zip(batch.spans, sampled, strict=False) if token is not None},
-        )
+        return unpack_result(batch, read)
 
     def lose(self, instance: str) -> None:
         """Makes every step that has not been read fail with InstanceLost."""
@@ -92,47 +86,27 @@ class LocalPipeline:
     def _dispatch(self, batch: Batch) -> jax.Array:
         """Starts the step on all stages and draws tokens from the logits; nothing is waited for."""
         self._check_alive()
-        shape = self._shape(batch.spans)
-        rows, pages = _pack(batch.spans, shape)
+        common = step_shape(batch, self._buckets, fine=False)
+        step = pack_step(batch, self._buckets, self._fused_shape(batch, common) or common)
         out: jax.Array | None = None
         for stage in self.stages:
-            out = stage.run(shape, rows, pages, out)
+            out = stage.run(step.shape, step.rows, step.pages, out)
         assert out is not None
-        states = _sampling_states(batch.spans)
-        variant = variant_for([state.sampling for state in states if state is not None])
-        self.recent.append((self._buckets.shape(*_extents(batch.spans)), variant))
-        padded = [*states, *[None] * (shape.rows - len(states))]
-        controls = pack_controls(padded, variant, self._buckets.max_positions)
+        self.recent.append((common, step.variant))
         logits = out.addressable_shards[0].data  # every shard holds all logits
         device = self.stages[-1].devices[0]
-        drawn: jax.Array = self._model.sample(device, variant, shape.rows)(logits, jax.device_put(controls, device))
+        sample = self._model.sample(device, step.variant, step.shape.rows)
+        drawn: jax.Array = sample(logits, jax.device_put(step.controls, device))
         return drawn
 
-    def _shape(self, spans: Sequence[Span]) -> StepShape:
-        """A close-fitting shape for decode steps once it is compiled for whole stages, else one compiled at boot."""
-        extents = _extents(spans)
-        if self._fuse and extents[1] == 1:
-            close = self._buckets.shape(*extents, fine=True)
-            ready = [stage.has_block(close) for stage in self.stages]  # a list: every stage is asked
-            if all(ready):
-                return close
-        return self._buckets.shape(*extents)
+    def _fused_shape(self, batch: Batch, common: StepShape) -> StepShape | None:
+        """A close-fitting shape for decode steps once all stages are compiled whole for it; asks for that if not.
 
-
-def _extents(spans: Sequence[Span]) -> tuple[int, int, int]:
-    """Rows, positions per row and pages per row of a step before padding."""
-    return len(spans), max(len(span.tokens) for span in spans), max(len(span.pages) for span in spans)
-
-
-def _pack(spans: Sequence[Span], shape: StepShape) -> tuple[np.ndarray, np.ndarray]:
-    """The padded step input, see ``kv.StepInput``."""
-    rows = np.zeros((shape.rows, 2 + shape.span), np.int32)
-    pages = np.zeros((shape.rows, shape.pages), np.int32)
-    for row, span in enumerate(spans):
-        rows[row, : 2 + len(span.tokens)] = (span.start, len(span.tokens), *span.tokens)
-        pages[row, : len(span.pages)] = span.pages
-    return rows, pages
-
-
-def _sampling_states(spans: Sequence[Span]) -> list[RequestState | None]:
-    return [span.state if span.samples else None for span in spans]
+        Args:
+          common: the shape compiled at boot that holds the batch.
+        """
+        if not self._fuse or common.span > 1:
+            return None
+        close = step_shape(batch, self._buckets, fine=True)
+        ready = [stage.has_block(close) for stage in self.stages]  # a list: every stage is asked
+        return close if all(ready) else None

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.controls import Variant
 from spotjax.runtime.executables import Devices
-from spotjax.runtime.sampling import Variant
 
 Step = tuple[StepShape, Variant]
 """What a step runs: its padded shape, and how tokens are drawn."""

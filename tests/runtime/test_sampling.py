@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from spotjax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, RequestState, Sampled, SamplingParams
-from spotjax.runtime.sampling import Controls, Variant, _filter, _penalise, pack_controls, sample, unpack, variant_for
+from spotjax.runtime.controls import Variant, pack_controls, unpack, variant_for
+from spotjax.runtime.sampling import Controls, _filter, _penalise, sample
 
 VOCAB, POSITIONS, ROWS = 40, 32, 6
 
