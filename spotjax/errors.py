@@ -17,6 +17,11 @@ The tree:
         UnknownInstance      no instance of that name is part of the fleet
         NoSpareDevices       more instances were asked for than there are devices left
         InstanceLost         the machine that was to do the work is gone
+        PeerUnreachable      an instance cannot be reached by another one; names it
+      TransportError
+        ConnectionLost       the other side is gone, silent, or not one to talk to
+        TransferRefused      the peer has not, or does not give, what was asked for
+        ChecksumMismatch     bytes arrived other than they were sent
 
 Messages say what was wrong, with which value, and what to do. The API maps each class to one gRPC status.
 """
@@ -102,3 +107,31 @@ class NoSpareDevices(FleetError):
 
 class InstanceLost(FleetError):
     """The machine that was to do the work is gone."""
+
+
+class PeerUnreachable(FleetError):
+    """One instance cannot reach another.
+
+    Attributes:
+      instance: the one that cannot be reached.
+    """
+
+    def __init__(self, instance: str, problem: object) -> None:
+        super().__init__(f"instance {instance} cannot be reached: {problem}")
+        self.instance = instance
+
+
+class TransportError(SpotjaxError):
+    """Something about the connection to another process stands in the way."""
+
+
+class ConnectionLost(TransportError):
+    """The other side is gone, silent, or refused the connection."""
+
+
+class TransferRefused(TransportError):
+    """The peer has not, or does not give, what was asked for; its own words."""
+
+
+class ChecksumMismatch(TransportError):
+    """Bytes arrived other than they were sent, several times over."""
