@@ -1,16 +1,10 @@
-"""Every setting of a server: one struct whose fields are also its flags, its environment and the keys of its file.
+"""Every setting of a server, in which mode it has a meaning, and which mode the settings come to.
 
-``kv_pages`` is ``--kv-pages``, ``SPOTJAX_KV_PAGES`` and ``kv_pages = ...`` in the TOML file that ``--config`` names.
-A flag beats the environment, which beats the file, which beats the default. Unknown names are refused.
+Where they come from is in ``spotjax.settings``.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
-import tomllib
-from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
@@ -18,46 +12,124 @@ from msgspec import Meta
 
 from spotjax.errors import ConfigError
 
-PREFIX = "SPOTJAX_"
-OTHER_VARIABLES = frozenset({"SPOTJAX_CACHE"})
-"""Variables that are no settings of a server: the directory for fetched models."""
+ADDRESS = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):\d{1,5}"
+HOST = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+)"
+MESH = r"(auto|[1-9]\d*x[1-9]\d*x[1-9]\d*)"
+NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+DEFAULT_LISTEN = "127.0.0.1:8470"
+DEFAULT_INSTANCES = 4
+TLS = ("tls_certificate", "tls_key", "tls_authority")
 
-ADDRESS = r"^(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):\d{1,5}$"
-MESH = r"^(auto|[1-9]\d*x[1-9]\d*x[1-9]\d*)$"
+Mode = Literal["embedded", "controller", "worker"]
+
+# Where a setting has a meaning. "workers" is a controller that starts workers on its own machine; they get the setting.
+SERVING = {"where": ("embedded", "controller")}
+EMBEDDED = {"where": ("embedded",)}
+CONTROLLER = {"where": ("controller",)}
+WORKER = {"where": ("worker",)}
+FLEET = {"where": ("controller", "worker")}
+MACHINE = {"where": ("embedded", "worker", "workers")}
+WORKERS = {"where": ("worker", "workers")}
+EVERYWHERE = {"where": ("embedded", "controller", "worker")}
+SHOWN = {
+    ("embedded",): "for embedded mode",
+    ("controller",): "for a controller",
+    ("worker",): "for a worker",
+    ("controller", "worker"): "for fleet mode",
+    ("embedded", "controller"): "not for a worker",
+    ("worker", "workers"): "for workers",
+    ("embedded", "worker", "workers"): "not for a controller without workers of its own",
+    ("embedded", "controller", "worker"): "",
+}
+"""What help says of them."""
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of a server. ``load`` checks them."""
+    """Settings of a server. ``spotjax.settings.load`` checks them."""
 
     model: Annotated[
         str,
-        Meta(min_length=1, description="tiny, the name of a fetched model, a directory, a .gguf file or hf://org/name"),
+        Meta(
+            min_length=1,
+            description="tiny, the name of a fetched model, a directory, a .gguf file or hf://org/name",
+            extra=SERVING,
+        ),
     ] = "tiny"
-    listen: Annotated[str, Meta(pattern=ADDRESS, description="HOST:PORT to serve gRPC on; port 0 takes a free one")] = (
-        "127.0.0.1:8470"
-    )
-    instances: Annotated[int, Meta(ge=1, description="instances that the local devices are divided into")] = 4
-    devices_per_instance: Annotated[int, Meta(ge=1, description="devices of each instance")] = 2
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=f"^({ADDRESS})?$",
+            description="HOST:PORT to serve gRPC on; port 0 takes a free one; without --instances, wait for workers "
+            f"there; empty: {DEFAULT_LISTEN}",
+            extra=SERVING,
+        ),
+    ] = ""
+    join: Annotated[
+        str,
+        Meta(pattern=f"^({ADDRESS})?$", description="HOST:PORT of the controller to work for", extra=WORKER),
+    ] = ""
+    workers: Annotated[
+        int,
+        Meta(
+            ge=0, le=1024, description="workers to start on this machine, as processes of their own", extra=CONTROLLER
+        ),
+    ] = 0
+    name: Annotated[
+        str,
+        Meta(
+            pattern=f"^({NAME})?$",
+            description="of this instance, unique in the fleet; empty: made from the host's name",
+            extra=WORKER,
+        ),
+    ] = ""
+    instances: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description=f"instances that the local devices are divided into, in one process; 0: {DEFAULT_INSTANCES}",
+            extra=EMBEDDED,
+        ),
+    ] = 0
+    devices_per_instance: Annotated[int, Meta(ge=1, description="devices of each instance", extra=MACHINE)] = 2
     mesh: Annotated[
-        str, Meta(pattern=MESH, description="DATAxSTAGExTENSOR such as 2x2x1; auto lets the planner choose")
+        str,
+        Meta(
+            pattern=f"^{MESH}$",
+            description="DATAxSTAGExTENSOR such as 2x2x1; auto lets the planner choose",
+            extra=SERVING,
+        ),
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        Meta(description="of parameters and KV; auto: float32 on CPU, bfloat16 on accelerators"),
+        Meta(description="of parameters and KV; auto: float32 on CPU, bfloat16 on accelerators", extra=SERVING),
     ] = "auto"
     max_model_len: Annotated[
-        int, Meta(ge=0, description="positions for prompt and output; 0: the model's own limit, at most 4096")
+        int,
+        Meta(
+            ge=0,
+            description="positions for prompt and output; 0: the model's own limit, at most 4096",
+            extra=SERVING,
+        ),
     ] = 0
-    max_batch: Annotated[int, Meta(ge=1, description="sequences decoded at once by one replica")] = 32
-    prefill_tokens: Annotated[int, Meta(ge=1, description="token budget of one prefill step")] = 256
-    page_size: Annotated[int, Meta(ge=1, description="token positions in one page of KV")] = 16
+    max_batch: Annotated[int, Meta(ge=1, description="sequences decoded at once by one replica", extra=SERVING)] = 32
+    prefill_tokens: Annotated[int, Meta(ge=1, description="token budget of one prefill step", extra=SERVING)] = 256
+    page_size: Annotated[int, Meta(ge=1, description="token positions in one page of KV", extra=SERVING)] = 16
     kv_pages: Annotated[
-        int, Meta(ge=0, description="pages of KV in one replica; 0: room for max_batch sequences of 512 positions")
+        int,
+        Meta(
+            ge=0,
+            description="pages of KV in one replica; 0: room for max_batch sequences of 512 positions",
+            extra=SERVING,
+        ),
     ] = 0
-    queue_limit: Annotated[int, Meta(ge=1, description="waiting requests from which on new ones are refused")] = 1024
-    retain_seconds: Annotated[float, Meta(ge=0, description="how long a finished request can be resumed")] = 600.0
+    queue_limit: Annotated[
+        int, Meta(ge=1, description="waiting requests from which on new ones are refused", extra=SERVING)
+    ] = 1024
+    retain_seconds: Annotated[
+        float, Meta(ge=0, description="how long a finished request can be resumed", extra=SERVING)
+    ] = 600.0
     drain_seconds: Annotated[
-        float, Meta(ge=0, description="how long running requests may go on after SIGTERM or Ctrl-C")
+        float, Meta(ge=0, description="how long running requests may go on after SIGTERM or Ctrl-C", extra=SERVING)
     ] = 30.0
     instance_memory_bytes: Annotated[
         int,
@@ -65,94 +137,142 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             ge=0,
             description="memory of one instance's devices together; 0: what the devices report, on virtual devices so "
             "much that the model needs several of them",
+            extra=MACHINE,
         ),
     ] = 0
-    fuse: Annotated[bool, Meta(description="compile whole stages in the background")] = True
+    fuse: Annotated[bool, Meta(description="compile whole stages in the background", extra=SERVING)] = True
     compilation_cache: Annotated[
-        str, Meta(description="directory for compiled programs; empty: one in the user's cache directory; off: none")
+        str,
+        Meta(
+            description="directory for compiled programs; empty: one in the user's cache directory; off: none",
+            extra=MACHINE,
+        ),
+    ] = ""
+    parameter_store: Annotated[
+        str,
+        Meta(
+            description="directory in which parameters outlive a worker's process; empty: in shared memory; off: none",
+            extra=WORKERS,
+        ),
+    ] = ""
+    data_listen: Annotated[
+        str,
+        Meta(
+            pattern=f"^{ADDRESS}$",
+            description="HOST:PORT for activations, parameters and KV of other processes; port 0 takes a free one",
+            extra=FLEET,
+        ),
+    ] = "127.0.0.1:0"
+    advertise: Annotated[
+        str,
+        Meta(
+            pattern=f"^({HOST})?$",
+            description="host at which others reach --data-listen; empty: its own",
+            extra=FLEET,
+        ),
+    ] = ""
+    lease_seconds: Annotated[
+        float, Meta(ge=0.2, le=60, description="silence after which a worker counts as lost", extra=CONTROLLER)
+    ] = 2.0
+    grace_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=3600,
+            description="how long a worker's machine still lives after SIGTERM: its notice to the fleet",
+            extra=WORKERS,
+        ),
+    ] = 25.0
+    kv_backup: Annotated[
+        bool,
+        Meta(
+            description="copy finished KV to another instance's host memory, for losses without notice",
+            extra=CONTROLLER,
+        ),
+    ] = True
+    kv_backup_bandwidth: Annotated[
+        int,
+        Meta(ge=0, description="bytes per second that each worker may spend on that; 0: no limit", extra=CONTROLLER),
+    ] = 100_000_000
+    price_class: Annotated[
+        Literal["spot", "on_demand"], Meta(description="whether the machine can be taken away", extra=WORKER)
+    ] = "spot"
+    zone: Annotated[
+        str, Meta(pattern=f"^({NAME})?$", description="where the machine is, such as europe-west4-a", extra=WORKER)
+    ] = ""
+    tls_certificate: Annotated[
+        str,
+        Meta(description="PEM file with this process's certificate: mutual TLS on all connections", extra=EVERYWHERE),
+    ] = ""
+    tls_key: Annotated[str, Meta(description="PEM file with its private key", extra=EVERYWHERE)] = ""
+    tls_authority: Annotated[
+        str, Meta(description="PEM file with the authority that signed everybody's certificates", extra=EVERYWHERE)
     ] = ""
     log_level: Annotated[
-        Literal["debug", "info", "warning", "error"], Meta(description="least severity that is logged")
+        Literal["debug", "info", "warning", "error"],
+        Meta(description="least severity that is logged", extra=EVERYWHERE),
     ] = "info"
     log_format: Annotated[
-        Literal["text", "json"], Meta(description="log lines for people or for machines, on standard error")
+        Literal["text", "json"],
+        Meta(description="log lines for people or for machines, on standard error", extra=EVERYWHERE),
     ] = "text"
+
+    @property
+    def address(self) -> str:
+        """Where gRPC is served."""
+        return self.listen or DEFAULT_LISTEN
+
+    @property
+    def embedded_instances(self) -> int:
+        """Instances of embedded mode."""
+        return self.instances or DEFAULT_INSTANCES
 
 
 TYPES: dict[str, Any] = get_type_hints(ServeConfig, include_extras=True)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--config`` and a flag for every setting."""
-    parser.add_argument("--config", metavar="FILE", type=Path, help="TOML file with settings, such as kv_pages = 512")
-    for setting in msgspec.structs.fields(ServeConfig):
-        kind, meta = get_args(TYPES[setting.name])
-        options: dict[str, Any] = {"dest": setting.name, "default": None}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif choices := get_args(kind):
-            options["choices"] = choices
-        else:
-            options["metavar"] = kind.__name__.upper()
-        shown = "" if setting.default == "" else f" (default: {shown_value(setting.default)})"
-        help_text = f"{meta.description}{shown}".replace("%", "%%")
-        parser.add_argument(f"--{setting.name.replace('_', '-')}", help=help_text, **options)
+def mode(config: ServeConfig) -> Mode:
+    """What the process is: an embedded server, the controller of a fleet, or a worker of one."""
+    if config.join:
+        return "worker"
+    if config.workers or (config.listen and not config.instances):
+        return "controller"
+    return "embedded"
 
 
-def load(arguments: argparse.Namespace, environment: Mapping[str, str]) -> ServeConfig:
-    """The settings that flags, environment and file come to.
+def refuse_contradictions(config: ServeConfig) -> None:
+    """Raises ConfigError for settings that are not at their defaults, but have no meaning beside the others.
 
-    Raises:
-      ConfigError: the file cannot be read, a name is unknown, or a value is out of range; names it.
+    The message names both. A setting at its default changes nothing, so it passes.
     """
-    settings: dict[str, Any] = {}
-    if arguments.config is not None:
-        settings |= from_file(arguments.config)
-    settings |= from_environment(environment)
-    for name in TYPES:
-        if (value := getattr(arguments, name)) is not None:
-            settings[name] = checked(name, value, f"--{name.replace('_', '-')}")
-    return ServeConfig(**settings)
+    chosen = mode(config)
+    cause = f"workers ({config.workers})" if config.workers else f"listen ({config.listen}) without instances"
+    reason = {
+        "worker": f"beside join ({config.join}), which makes this a worker",
+        "controller": f"beside {cause}, which makes this a controller",
+        "embedded": "in an embedded server; join or workers, or listen without instances, would make it a fleet's",
+    }[chosen]
+    roles = {chosen, "workers"} if config.workers else {chosen}
+    for setting in msgspec.structs.fields(ServeConfig):
+        value, where = getattr(config, setting.name), where_of(setting.name)
+        if value != setting.default and not roles.intersection(where):
+            raise ConfigError(f"{setting.name} ({value}) has no meaning {reason}; it is {SHOWN[where]}")
+    if any(getattr(config, name) for name in TLS) and (missing := [n for n in TLS if not getattr(config, n)]):
+        there = [name for name in TLS if name not in missing]
+        raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs all of {', '.join(TLS)}")
+    if chosen != "embedded" and not config.advertise and is_any(config.data_listen):
+        raise ConfigError(
+            f"data_listen ({config.data_listen}) is every address of this machine; advertise must say which one of "
+            "them the others can reach"
+        )
 
 
-def from_file(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file."""
-    try:
-        table = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {path} as TOML: {error}") from error
-    refuse_unknown(table, TYPES, str(path))
-    return {name: checked(name, value, f"{name} in {path}", strict=True) for name, value in table.items()}
+def where_of(name: str) -> tuple[str, ...]:
+    """The modes in which a setting has a meaning."""
+    meta = get_args(TYPES[name])[1]
+    return tuple(meta.extra["where"])
 
 
-def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Settings of ``SPOTJAX_*`` variables."""
-    ours = {name for name in environment if name.startswith(PREFIX)} - OTHER_VARIABLES
-    settings = {f"{PREFIX}{name.upper()}": name for name in TYPES}
-    refuse_unknown(sorted(ours), settings, "the environment")
-    return {settings[name]: checked(settings[name], environment[name], name) for name in sorted(ours)}
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises ConfigError for the first name that is not known."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-            raise ConfigError(f"unknown setting {name} in {where}; {hint}")
-
-
-def checked(name: str, value: Any, source: str, strict: bool = False) -> Any:
-    """The value of a setting; text is converted unless ``strict``. Raises ConfigError naming the source."""
-    try:
-        return msgspec.convert(value, TYPES[name], strict=strict)
-    except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {error}, got {value!r}") from error
-
-
-def shown_value(value: Any) -> str:
-    """A default as help shows it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def is_any(address: str) -> bool:
+    """Whether ``HOST:PORT`` means all of a machine's addresses."""
+    return address.rpartition(":")[0] in ("0.0.0.0", "[::]")

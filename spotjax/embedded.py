@@ -87,7 +87,7 @@ async def start(config: ServeConfig) -> EmbeddedServer:
       CheckpointError: the model cannot be loaded.
       NoFeasibleShape: the model does not fit the instances.
     """
-    devices = local_instances(config.instances, config.devices_per_instance)
+    devices = local_instances(config.embedded_instances, config.devices_per_instance)
     model = await asyncio.to_thread(open_model, config.model)
     return await serve_model(config, model, devices)
 

@@ -1,4 +1,4 @@
-"""Runs a server: listens, loads the model, serves until a signal, drains.
+"""Runs a server: listens, loads the model or waits for workers, serves until a signal, drains. Or runs a worker.
 
 ``python -m spotjax.serve`` is ``spotjax serve``.
 """
@@ -13,9 +13,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import grpc
+
+from spotjax import local_workers
+from spotjax.api.credentials import server_credentials
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.config import ServeConfig
+from spotjax.config import ServeConfig, mode
 from spotjax.fleet.status import FleetStatus
 from spotjax.telemetry import logs
 
@@ -34,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: ServeConfig) -> int:
     """Serves until a signal; returns the exit code: 0 once drained, 128 + number on a second signal, 1 on failure."""
+    local_workers.die_with_parent()
     logs.set_up(config.log_level, config.log_format)
     return asyncio.run(serve(config))
 
@@ -45,22 +50,25 @@ async def serve(config: ServeConfig) -> int:
       ConfigError: the address cannot be bound, or the settings do not go together.
       CheckpointError: the model cannot be loaded.
     """
+    warn_of_reach(config)
+    if mode(config) == "worker":
+        from spotjax.worker import process  # imports jax
+
+        return await process.run(config)
     signals = Signals()
-    server = ApiServer()
-    address = f"{host_of(config.listen)}:{await server.start(config.listen)}"
+    server = ApiServer(credentials=credentials(config))
+    address = f"{host_of(config.address)}:{await server.start(config.address)}"
     log.info("listening", extra={"address": address})
-    if not is_loopback(config.listen):
-        log.warning("anybody who can reach this address can use it: there is no authentication yet")
     try:
         loading = asyncio.create_task(start(config, server, address))
         if not await finishes_before(loading, signals.first):
             return 0
-        embedded = loading.result()
+        started = loading.result()
         try:
             asked = asyncio.create_task(signals.first.wait())
-            await asyncio.wait({asked, embedded.failure}, return_when=asyncio.FIRST_COMPLETED)
-            if embedded.failure.done():
-                log.critical("the engine failed; the server ends", exc_info=embedded.failure.exception())
+            await asyncio.wait({asked, started.failure}, return_when=asyncio.FIRST_COMPLETED)
+            if started.failure.done():
+                log.critical("the engine failed; the server ends", exc_info=started.failure.exception())
                 return 1
             log.info("draining", extra={"seconds": config.drain_seconds})
             draining = asyncio.create_task(server.drain(config.drain_seconds))
@@ -72,16 +80,22 @@ async def serve(config: ServeConfig) -> int:
                 log.warning("requests were left unfinished", extra={"seconds": config.drain_seconds})
             return 0
         finally:
-            await embedded.close()
+            await started.close()
     finally:
         await server.stop()
 
 
 async def start(config: ServeConfig, server: ApiServer, address: str) -> Any:
-    """Loads the model and begins to serve it. Returns the embedded server."""
-    from spotjax import embedded  # imports jax, which the settings above must come before
+    """Begins to serve the model. Returns the embedded server, or the fleet's."""
+    started: Any
+    if mode(config) == "controller":
+        from spotjax import fleet_server
 
-    started = await embedded.start(config)
+        started = await fleet_server.start(config, server, address)
+    else:
+        from spotjax import embedded  # imports jax, which a controller must not
+
+        started = await embedded.start(config)
     model = ServedModel(started.model_name, started.tokenizer, started.max_model_len)
     await server.attach(started.service, model)
     print(f"spotjax is serving {model.name} on {address} ({mesh_of(started.service.status())})", flush=True)
@@ -119,6 +133,22 @@ async def finishes_before(task: asyncio.Task[Any], event: asyncio.Event) -> bool
         if not task.done():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+
+def credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
+    """Mutual TLS if the settings name certificates."""
+    if not config.tls_certificate:
+        return None
+    return server_credentials(config.tls_certificate, config.tls_key, config.tls_authority)
+
+
+def warn_of_reach(config: ServeConfig) -> None:
+    """Logs a warning if too many can reach this process, or too few."""
+    local = is_loopback(config.join or config.address)
+    if not local and not config.tls_certificate:
+        log.warning("anybody who can reach these connections can use them: give --tls-certificate and its like")
+    if mode(config) != "embedded" and not local and not config.workers and is_loopback(config.data_listen):
+        log.warning("workers on other machines cannot reach data_listen", extra={"data_listen": config.data_listen})
 
 
 def mesh_of(status: FleetStatus) -> str:

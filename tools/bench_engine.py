@@ -204,7 +204,7 @@ async def compare(model: Model, batch: int, repeats: int) -> dict[str, Any]:
 async def pauses(model: Model, mesh: str, streams: int, seed: int) -> list[dict[str, Any]]:
     """Largest gap between two tokens of running streams, over their median gap, for one event of each kind."""
     config = ServeConfig(model=model.name, mesh=mesh)
-    devices = embedded.local_instances(config.instances, config.devices_per_instance)
+    devices = embedded.local_instances(config.embedded_instances, config.devices_per_instance)
     server = await embedded.serve_model(config, model, devices)
     service, executables = server.service, server.cluster.model.executables
     rng = np.random.default_rng(seed)

@@ -56,7 +56,7 @@ class Generation:
 @contextmanager
 def running_server(model: str) -> Iterator[str]:
     """A server process of its own on a free port; yields its address."""
-    command = [sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--model", model]
+    command = [sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4", "--model", model]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None and server.stderr is not None
         lines: queue.Queue[str | None] = queue.Queue()

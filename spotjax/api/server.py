@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -39,12 +40,20 @@ class ApiServer:
     ``spotjax.v1.Generation`` are SERVING while requests are served and new ones taken.
     """
 
-    def __init__(self, readiness_interval: float = 0.2) -> None:
+    def __init__(
+        self,
+        readiness_interval: float = 0.2,
+        handlers: Sequence[grpc.GenericRpcHandler] = (),
+        credentials: grpc.ServerCredentials | None = None,
+    ) -> None:
         """A server without a model.
 
         Args:
           readiness_interval: seconds between two looks at whether the service is ready.
+          handlers: of services besides ``spotjax.v1``'s.
+          credentials: of the server; without them it takes plaintext only, with them none.
         """
+        self._credentials = credentials
         self._backend = Backend()
         self._interval = readiness_interval
         self._health = health.aio.HealthServicer()
@@ -56,6 +65,11 @@ class ApiServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
+        self.add_handlers(handlers)
+
+    def add_handlers(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Answers other services' calls too, from now on; also while the server runs."""
+        self._server.add_generic_rpc_handlers(tuple(handlers))
 
     async def start(self, listen: str) -> int:
         """Listens on ``HOST:PORT``; port 0 takes a free one. Returns the port.
@@ -64,7 +78,10 @@ class ApiServer:
           ConfigError: the address cannot be bound.
         """
         try:
-            port = self._server.add_insecure_port(listen)
+            if self._credentials is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, self._credentials)
         except RuntimeError as error:
             raise ConfigError(f"cannot listen on {listen}: it is in use or not an address of this machine") from error
         await self._show_readiness()

@@ -188,7 +188,8 @@ async def test_no_server_is_said_with_how_to_start_one(command_line: CommandLine
     code, _, err = await command_line.run(*command)
     assert code == 1
     address = command_line.address
-    assert err == f"spotjax: no Spotjax server answers at {address}; start one with: spotjax serve --listen {address}\n"
+    start = f"spotjax serve --instances 4 --listen {address}"
+    assert err == f"spotjax: no Spotjax server answers at {address}; start one with: {start}\n"
 
 
 async def test_ctrl_c_exits_130_quietly_and_ends_the_request(

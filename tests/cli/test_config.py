@@ -2,20 +2,21 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotjax import config
-from spotjax.config import ServeConfig
+from spotjax import settings
+from spotjax.config import TYPES, ServeConfig, mode
 from spotjax.errors import ConfigError
 
 
 def load(flags: list[str] | None = None, environment: dict[str, str] | None = None) -> ServeConfig:
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
-    return config.load(parser.parse_args(flags or []), environment or {})
+    settings.add_flags(parser)
+    return settings.load(parser.parse_args(flags or []), environment or {})
 
 
 def written(directory: Path, text: str) -> list[str]:
@@ -32,17 +33,31 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
     file = written(tmp_path, "kv_pages = 1\nmax_batch = 1\npage_size = 1\n")
     environment = {"SPOTJAX_KV_PAGES": "2", "SPOTJAX_MAX_BATCH": "2", "HOME": "/", "SPOTJAX_CACHE": "/c"}
     loaded = load([*file, "--kv-pages", "3"], environment)
-    assert (loaded.kv_pages, loaded.max_batch, loaded.page_size, loaded.instances) == (3, 2, 1, 4)
+    assert (loaded.kv_pages, loaded.max_batch, loaded.page_size, loaded.queue_limit) == (3, 2, 1, 1024)
 
 
-def test_every_setting_can_come_from_each_source(tmp_path: Path) -> None:
-    values = {
-        "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
-        "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
-        "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
-        "compilation_cache": "off", "log_level": "debug", "log_format": "json",
-    }  # fmt: skip
-    assert set(values) == set(config.TYPES)
+EMBEDDED = {
+    "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
+    "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
+    "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
+    "compilation_cache": "off", "log_level": "debug", "log_format": "json",
+}  # fmt: skip
+CONTROLLER = {
+    "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
+    "kv_backup_bandwidth": 5,
+}  # fmt: skip
+WORKER = {
+    "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
+    "zone": "europe-west4-a", "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
+}  # fmt: skip
+
+
+def test_every_setting_is_tried() -> None:
+    assert {*EMBEDDED, *CONTROLLER, *WORKER} == set(TYPES)
+
+
+@pytest.mark.parametrize("values", [EMBEDDED, CONTROLLER, WORKER])
+def test_every_setting_can_come_from_each_source(tmp_path: Path, values: dict[str, Any]) -> None:
     expected = ServeConfig(**values)
     flags = []
     for name, value in values.items():
@@ -66,7 +81,12 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("instances", "0"), ("instances", "two"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
+        ("instances", "-1"), ("instances", "two"), ("workers", "-1"), ("workers", "1025"), ("join", "host"),
+        ("name", "a b"),         ("name", "-a"), ("lease_seconds", "0.1"), ("lease_seconds", "61"),
+        ("grace_seconds", "-1"), ("zone", "a/b"),
+        ("grace_seconds", "3601"), ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
+        ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"),
+        ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
         ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"), ("log_format", "xml"), ("model", ""),
     ],
@@ -99,11 +119,17 @@ def test_a_file_that_is_not_settings_is_refused(tmp_path: Path, text: str) -> No
 
 def test_help_names_every_setting_with_its_default() -> None:
     parser = argparse.ArgumentParser()
-    config.add_flags(parser)
+    settings.add_flags(parser)
     text = " ".join(parser.format_help().split())
-    for name in config.TYPES:
+    for name in TYPES:
         assert f"--{name.replace('_', '-')}" in text
-    for default in ("default: 127.0.0.1:8470", "default: 1024", "default: on", "default: 600"):
+    for default in (
+        "empty: 127.0.0.1:8470",
+        "default: 1024",
+        "0: 4 (for embedded mode; default: 0)",
+        "default: on",
+        "default: 600",
+    ):
         assert default in text
 
 
@@ -115,4 +141,57 @@ def test_any_environment_loads_or_is_refused_by_name(variables: dict[str, str]) 
     except ConfigError as error:
         assert any(name in str(error) for name in environment)
     else:
-        assert all(name.removeprefix("SPOTJAX_").lower() in {*config.TYPES, "cache"} for name in environment)
+        assert all(name.removeprefix("SPOTJAX_").lower() in {*TYPES, "cache", "parent"} for name in environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        ([], "embedded"),
+        (["--instances", "2"], "embedded"),
+        (["--listen", "127.0.0.1:0", "--instances", "2"], "embedded"),
+        (["--listen", "127.0.0.1:0"], "controller"),
+        (["--workers", "4"], "controller"),
+        (["--workers", "4", "--listen", "127.0.0.1:0", "--devices-per-instance", "1"], "controller"),
+        (["--join", "127.0.0.1:1"], "worker"),
+        (["--join", "127.0.0.1:1", "--data-listen", "0.0.0.0:0", "--advertise", "10.0.0.1"], "worker"),
+    ],
+)
+def test_the_settings_choose_the_mode(flags: list[str], chosen: str) -> None:
+    assert mode(load(flags)) == chosen
+
+
+def test_what_is_not_given_means_four_instances_on_the_default_address() -> None:
+    assert (load().address, load().embedded_instances) == ("127.0.0.1:8470", 4)
+    assert load(["--instances", "2", "--listen", "h:1"]).embedded_instances == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "second"),
+    [
+        (["--join", "h:1", "--workers", "2"], "workers", "join"),
+        (["--join", "h:1", "--listen", "h:2"], "listen", "join"),
+        (["--join", "h:1", "--instances", "2"], "instances", "join"),
+        (["--join", "h:1", "--model", "m"], "model", "join"),
+        (["--join", "h:1", "--no-kv-backup"], "kv_backup", "join"),
+        (["--workers", "2", "--instances", "2"], "instances", "workers"),
+        (["--workers", "2", "--name", "n"], "name", "workers"),
+        (["--listen", "h:1", "--zone", "z"], "zone", "listen"),
+        (["--listen", "h:1", "--devices-per-instance", "4"], "devices_per_instance", "listen"),
+        (["--listen", "h:1", "--compilation-cache", "off"], "compilation_cache", "listen"),
+        (["--name", "n"], "name", "embedded"),
+        (["--lease-seconds", "5"], "lease_seconds", "embedded"),
+        (["--tls-key", "k"], "tls_key", "tls_certificate and tls_authority"),
+        (["--tls-key", "k", "--tls-certificate", "c"], "tls_certificate and tls_key", "tls_authority"),
+        (["--join", "h:1", "--data-listen", "0.0.0.0:0"], "data_listen", "advertise"),
+        (["--workers", "1", "--data-listen", "[::]:0"], "data_listen", "advertise"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_naming_both(flags: list[str], first: str, second: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{first} .*{second}"):
+        load(flags)
+
+
+def test_a_setting_at_its_default_contradicts_nothing() -> None:
+    environment = {"SPOTJAX_JOIN": "", "SPOTJAX_WORKERS": "0", "SPOTJAX_INSTANCES": "0", "SPOTJAX_LISTEN": ""}
+    assert load(environment=environment) == ServeConfig()

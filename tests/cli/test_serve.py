@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from typing import Any
@@ -31,20 +33,38 @@ async def start(config):
         failure=failure,
     )
 
-sys.modules["spotjax.embedded"] = embedded = types.ModuleType("spotjax.embedded")
-embedded.start = start
-import spotjax
-spotjax.embedded = embedded
+async def start_fleet(config, server, address):
+    assert isinstance(server, ApiServer) and address.startswith("127.0.0.1:")
+    print("a controller", flush=True)
+    return await start(config)
+
+async def run(config):
+    print("working for", config.join, flush=True)
+    return 7
+
+def replace(name, **functions):
+    sys.modules[name] = module = types.ModuleType(name)
+    vars(module).update(functions)
+    package, _, last = name.rpartition(".")
+    setattr(importlib.import_module(package), last, module)
+
+import importlib
+from spotjax.api.server import ApiServer
+replace("spotjax.embedded", start=start)
+replace("spotjax.fleet_server", start=start_fleet)
+replace("spotjax.worker.process", run=run)
 from spotjax.serve import main
 sys.exit(main())
 """
 
 
 @contextlib.asynccontextmanager
-async def server(*flags: str, before: str = "pass") -> AsyncIterator[asyncio.subprocess.Process]:
+async def server(
+    *flags: str, before: str = "pass", where: tuple[str, ...] = ("--listen", "127.0.0.1:0", "--instances", "2")
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """The server process, with the scripted service in place of a model."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM.format(before=before), "--listen", "127.0.0.1:0", *flags,
+        sys.executable, "-c", PROGRAM.format(before=before), *where, *flags,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -88,6 +108,37 @@ async def test_it_says_where_it_serves_and_drains_on_a_signal(number: signal.Sig
             assert len(tokens) == 16
         await line_with(process.stdout, "^closed$")
         assert await process.wait() == 0
+
+
+@pytest.mark.parametrize("where", [("--listen", "127.0.0.1:0"), ("--workers", "2", "--listen", "127.0.0.1:0")])
+async def test_a_controller_serves_and_drains_like_an_embedded_server(where: tuple[str, ...]) -> None:
+    async with server(where=where) as process:
+        await line_with(process.stdout, "^a controller$")
+        await line_with(process.stdout, "^spotjax is serving tiny on")
+        process.send_signal(signal.SIGTERM)
+        await line_with(process.stdout, "^closed$")
+        assert await process.wait() == 0
+
+
+async def test_a_worker_listens_nowhere_and_ends_as_its_process_says() -> None:
+    async with server(where=("--join", "127.0.0.1:5")) as process:
+        out, err = await process.communicate()
+        assert (process.returncode, out, err) == (7, b"working for 127.0.0.1:5\n", b"")
+
+
+async def test_data_that_workers_cannot_reach_is_warned_about() -> None:
+    async with server(where=("--join", "10.0.0.1:5")) as process:
+        await line_with(process.stderr, "warning .*cannot reach data_listen data_listen=127.0.0.1:0")
+    async with server(where=("--join", "10.0.0.1:5", "--data-listen", "10.0.0.2:0")) as process:
+        _, err = await process.communicate()
+        assert b"anybody who can reach" in err and b"data_listen" not in err
+
+
+def test_a_controller_loads_no_jax() -> None:
+    modules = ["cli", "serve", "local_workers", "settings", "async_client"]
+    modules += ["fleet_server"] if importlib.util.find_spec("spotjax.fleet_server") else []
+    program = f"import sys, {', '.join(f'spotjax.{name}' for name in modules)}; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 async def test_draining_ends_after_its_time_with_0() -> None:
@@ -135,14 +186,14 @@ async def test_a_model_that_cannot_be_loaded_is_one_clear_line() -> None:
 
 
 async def test_wrong_settings_exit_with_2() -> None:
-    async with server("--instances", "0") as process:
+    async with server("--instances", "-1") as process:
         await line_with(process.stderr, "^spotjax: --instances: ")
         assert await process.wait() == 2
 
 
 async def test_an_address_beyond_this_machine_is_warned_about() -> None:
-    async with server("--listen", "0.0.0.0:0", "--log-format", "json") as process:
-        found = await line_with(process.stderr, r"there is no authentication yet")
+    async with server("--log-format", "json", where=("--listen", "0.0.0.0:0", "--instances", "2")) as process:
+        found = await line_with(process.stderr, r"anybody who can reach")
         assert '"level":"warning"' in found.string
 
 

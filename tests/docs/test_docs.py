@@ -16,9 +16,10 @@ from google.protobuf import json_format, symbol_database
 from google.protobuf.descriptor import Descriptor
 from grpc_health.v1 import health_pb2
 
-from spotjax import cli, config
+from spotjax import cli, settings
 from spotjax.api.errors import STATUS
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
+from spotjax.config import TYPES, ServeConfig
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMENTS}
 each_document = pytest.mark.parametrize("name", TEXTS)
@@ -121,19 +122,19 @@ def test_every_make_target_exists(name: str) -> None:
 
 @each_document
 def test_every_variable_is_a_setting(name: str) -> None:
-    known = {f"{config.PREFIX}{setting.upper()}" for setting in config.TYPES} | config.OTHER_VARIABLES
+    known = {f"{settings.PREFIX}{setting.upper()}" for setting in TYPES} | settings.OTHER_VARIABLES
     assert set(re.findall(r"\bSPOTJAX_[A-Z_]*[A-Z]\b", TEXTS[name])) <= known
 
 
 def test_operations_names_every_setting_in_all_three_spellings_with_its_default() -> None:
     text = TEXTS["docs/operations.md"]
-    defaults = config.ServeConfig()
-    for setting in config.TYPES:
+    defaults = ServeConfig()
+    for setting in TYPES:
         flag, default = f"--{setting.replace('_', '-')}", getattr(defaults, setting)
         row = next((line for line in text.splitlines() if line.startswith(f"| `{flag}`")), "")
         assert f"`SPOTJAX_{setting.upper()}` | `{setting}` |" in row, setting
         shown = row.split(" | ")[3].strip("` ")
-        assert shown == (config.shown_value(default) or "empty"), setting
+        assert shown == (settings.shown_value(default) or "empty"), setting
 
 
 def test_operations_names_every_kind_of_event() -> None:
@@ -161,7 +162,7 @@ def test_settings_in_toml_examples_load(tmp_path: Path) -> None:
         for number, code in enumerate(blocks(text, "toml")):
             path = tmp_path / f"{number}.toml"
             path.write_text(code)
-            assert config.from_file(path), name
+            assert settings.from_file(path), name
 
 
 def message_of(method: str) -> Descriptor:

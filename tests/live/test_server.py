@@ -57,7 +57,8 @@ async def serving(programs: Path, *flags: str) -> AsyncIterator[Server]:
     """A server process; killed at the end if it still runs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SPOTJAX_"))}
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--compilation-cache", str(programs), *flags,
+        sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4",
+        "--compilation-cache", str(programs), *flags,
         stdout=asyncio.subprocess.PIPE, env={**environment, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert process.stdout is not None
