@@ -104,9 +104,9 @@ class AsyncSpotjaxClient:
         """A snapshot of instances, mesh and load."""
         return status_from(await self._call(self._fleet.Status, fleet_pb2.StatusRequest()))
 
-    async def watch(self) -> AsyncGenerator[FleetEvent, None]:
-        """Recent events, then new ones; ends when the server stops."""
-        call = self._fleet.Watch(fleet_pb2.WatchRequest())
+    async def watch(self, follow: bool = True) -> AsyncGenerator[FleetEvent, None]:
+        """Recent events, then, to ``follow``, new ones until the server stops."""
+        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow))
         try:
             async for message in call:
                 yield event_from(message)
@@ -119,6 +119,12 @@ class AsyncSpotjaxClient:
         """Takes an instance away; returns when it is gone."""
         request = built(fleet_pb2.PreemptRequest, instance=instance, grace_seconds=grace_seconds)
         return reconfiguration_from(await self._call(self._fleet.Preempt, request))
+
+    async def drain(self, instance: str) -> Reconfiguration:
+        """Moves the mesh off an instance without a deadline and lets it leave; returns when it may be switched off."""
+        return reconfiguration_from(
+            await self._call(self._fleet.Drain, built(fleet_pb2.DrainRequest, instance=instance))
+        )
 
     async def add(self, count: int = 1) -> Reconfiguration:
         """Lets instances join; returns when they serve."""

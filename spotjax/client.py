@@ -109,9 +109,9 @@ class SpotjaxClient:
         """A snapshot of instances, mesh and load."""
         return status_from(self._call(self._fleet.Status, fleet_pb2.StatusRequest()))
 
-    def watch(self) -> Generator[FleetEvent, None, None]:
-        """Recent events, then new ones; ends when the server stops."""
-        call = self._fleet.Watch(fleet_pb2.WatchRequest())
+    def watch(self, follow: bool = True) -> Generator[FleetEvent, None, None]:
+        """Recent events, then, to ``follow``, new ones until the server stops."""
+        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow))
         try:
             yield from map(event_from, call)
         except grpc.RpcError as failure:
@@ -123,6 +123,10 @@ class SpotjaxClient:
         """Takes an instance away; returns when it is gone."""
         request = built(fleet_pb2.PreemptRequest, instance=instance, grace_seconds=grace_seconds)
         return reconfiguration_from(self._call(self._fleet.Preempt, request))
+
+    def drain(self, instance: str) -> Reconfiguration:
+        """Moves the mesh off an instance without a deadline and lets it leave; returns when it may be switched off."""
+        return reconfiguration_from(self._call(self._fleet.Drain, built(fleet_pb2.DrainRequest, instance=instance)))
 
     def add(self, count: int = 1) -> Reconfiguration:
         """Lets instances join; returns when they serve."""

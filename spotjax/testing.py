@@ -13,7 +13,15 @@ from dataclasses import replace
 
 from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.request import FinishReason
-from spotjax.errors import Draining, InvalidRequest, NoSpareDevices, Overloaded, UnknownInstance, UnknownRequest
+from spotjax.errors import (
+    Draining,
+    InvalidRequest,
+    NoFeasibleShape,
+    NoSpareDevices,
+    Overloaded,
+    UnknownInstance,
+    UnknownRequest,
+)
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.layout import split_layers
@@ -155,6 +163,10 @@ class ScriptedService:
             uptime_seconds=1.5,
         )
 
+    def recent(self) -> Sequence[FleetEvent]:
+        """All events."""
+        return tuple(self._events)
+
     async def watch(self) -> AsyncIterator[FleetEvent]:
         """Events from the first on."""
         seen = 0
@@ -169,10 +181,19 @@ class ScriptedService:
 
     async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:
         """Takes an instance away without waiting; the mesh loses replicas until it fits."""
-        if self._states.get(instance, InstanceState.GONE) is InstanceState.GONE:
-            raise UnknownInstance(f"no instance {instance!r} is alive; there are {', '.join(self._alive()) or 'none'}")
+        self._require_alive(instance)
         self._states[instance] = InstanceState.GONE
         self._record("lost", f"{instance} is gone", instance=instance, seconds=grace_seconds)
+        return self._reconfigure()
+
+    async def release(self, instance: str) -> Reconfiguration:
+        """Lets an instance leave if a mesh fits without it."""
+        self._require_alive(instance)
+        state, self._states[instance] = self._states[instance], InstanceState.GONE
+        if self._place(0) is None:
+            self._states[instance] = state
+            raise NoFeasibleShape(f"no mesh fits without {instance}")
+        self._record("draining", f"{instance} may leave", instance=instance)
         return self._reconfigure()
 
     async def add(self, count: int) -> Reconfiguration:
@@ -234,6 +255,10 @@ class ScriptedService:
 
     def _running(self) -> int:
         return sum(not state.finished for state in self.requests.values())
+
+    def _require_alive(self, instance: str) -> None:
+        if self._states.get(instance, InstanceState.GONE) is InstanceState.GONE:
+            raise UnknownInstance(f"no instance {instance!r} is alive; there are {', '.join(self._alive()) or 'none'}")
 
     def _alive(self) -> list[str]:
         return [name for name, state in self._states.items() if state is not InstanceState.GONE]

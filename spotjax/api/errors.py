@@ -117,7 +117,9 @@ def error_from(failure: grpc.RpcError, server: str) -> Exception:
         if kind.__name__ == name:
             return kind(details)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(f"no Spotjax server answers at {server}; start one with: spotjax serve --instances 4 --listen {server}")
+        return Unavailable(
+            f"no Spotjax server answers at {server}; start one with: spotjax serve --instances 4 --listen {server}"
+        )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return TimeoutError(f"{server} did not finish before the deadline")
     return SpotjaxError(f"{server} answered {code.name}: {details}")

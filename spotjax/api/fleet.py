@@ -29,8 +29,12 @@ class FleetServicer(pb_grpc.FleetServicer):
 
     @rpc
     async def Watch(self, request: pb.WatchRequest, context: Context) -> None:
-        """Streams events until the client leaves or the server stops."""
+        """Streams events until the client leaves or the server stops, or only recent ones."""
         service, _ = self._backend.get()
+        if request.recent_only:
+            for event in service.recent():
+                await context.write(event_to(event))
+            return
         events = service.watch()
         try:
             async for event in events:
@@ -43,11 +47,17 @@ class FleetServicer(pb_grpc.FleetServicer):
     async def Preempt(self, request: pb.PreemptRequest, context: Context) -> pb.Reconfiguration:
         """Takes an instance away."""
         service, _ = self._backend.get()
-        if not request.instance:
-            raise InvalidRequest("instance", "must name an instance")
+        require_instance(request)
         if not 0 <= request.grace_seconds <= MAX_GRACE_SECONDS:
             raise InvalidRequest("grace_seconds", f"must be in [0, {MAX_GRACE_SECONDS}], got {request.grace_seconds:g}")
         return reconfiguration_to(await service.preempt(request.instance, request.grace_seconds))
+
+    @rpc
+    async def Drain(self, request: pb.DrainRequest, context: Context) -> pb.Reconfiguration:
+        """Moves off an instance and lets it leave."""
+        service, _ = self._backend.get()
+        require_instance(request)
+        return reconfiguration_to(await service.release(request.instance))
 
     @rpc
     async def Add(self, request: pb.AddRequest, context: Context) -> pb.Reconfiguration:
@@ -56,3 +66,9 @@ class FleetServicer(pb_grpc.FleetServicer):
         if not 1 <= request.count <= MAX_ADDED:
             raise InvalidRequest("count", f"must be in [1, {MAX_ADDED}], got {request.count}")
         return reconfiguration_to(await service.add(request.count))
+
+
+def require_instance(request: pb.PreemptRequest | pb.DrainRequest) -> None:
+    """Refuses a request that names none."""
+    if not request.instance:
+        raise InvalidRequest("instance", "must name an instance")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
+from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, PriceClass, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
@@ -16,6 +16,12 @@ STATES = {
     InstanceState.GONE: pb.INSTANCE_STATE_GONE,
 }
 STATES_BACK = {number: state for state, number in STATES.items()}
+
+PRICE_CLASSES: dict[PriceClass, pb.PriceClass] = {
+    "spot": pb.PRICE_CLASS_SPOT,
+    "on_demand": pb.PRICE_CLASS_ON_DEMAND,
+}
+PRICE_CLASSES_BACK = {number: price_class for price_class, number in PRICE_CLASSES.items()}
 
 STATUS_FIELDS = (
     "model",
@@ -89,6 +95,9 @@ def instance_to(instance: InstanceStatus) -> pb.InstanceStatus:
             index: pb.Position(data=data, stage=stage, tensor=tensor)
             for index, (data, stage, tensor) in instance.positions.items()
         },
+        zone=instance.zone,
+        price_class=PRICE_CLASSES[instance.price_class],
+        address=instance.address,
     )
 
 
@@ -100,6 +109,9 @@ def instance_from(message: pb.InstanceStatus) -> InstanceStatus:
         state=STATES_BACK[message.state],
         devices=message.devices,
         positions={index: position_from(position) for index, position in sorted(message.positions.items())},
+        zone=message.zone,
+        price_class=PRICE_CLASSES_BACK[message.price_class],
+        address=message.address,
     )
 
 

@@ -1,4 +1,4 @@
-"""``spotjax status``, ``events``, ``preempt`` and ``add``."""
+"""``spotjax status``, ``events``, ``preempt``, ``drain`` and ``add``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def add_commands(commands: Commands) -> None:
     status = add_command(commands, "status", run_status, "show instances, mesh and requests")
     status.add_argument("--watch", action="store_true", help="keep showing, until Ctrl-C")
     status.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="between updates (default: 1)")
-    events = add_command(commands, "events", run_events, "show what happens to the fleet, until the server stops")
+    events = add_command(commands, "events", run_events, "show what happened to the fleet")
+    events.add_argument("--follow", action="store_true", help="then show what happens, until the server stops")
     preempt = add_command(
         commands,
         "preempt",
@@ -30,9 +31,17 @@ def add_commands(commands: Commands) -> None:
     preempt.add_argument(
         "--grace", type=float, default=0.0, metavar="SECONDS", help="notice, 0 to 3600; 0 gives none (default: 0)"
     )
+    drain = add_command(
+        commands,
+        "drain",
+        run_drain,
+        "let an instance leave: move the mesh off it, however long that takes",
+        "  spotjax drain instance-1                  then it can be switched off\n",
+    )
+    drain.add_argument("instance", metavar="INSTANCE", help="its name, as spotjax status shows it")
     add = add_command(commands, "add", run_add, "let instances join")
     add.add_argument("count", metavar="COUNT", type=int, nargs="?", default=1, help="how many (default: 1)")
-    for parser in (status, events, preempt, add):
+    for parser in (status, events, preempt, drain, add):
         add_client_flags(parser)
 
 
@@ -68,7 +77,7 @@ def run_events(arguments: argparse.Namespace) -> int:
     from spotjax.commands.views import event_line
 
     with SpotjaxClient(arguments.server) as client:
-        for event in client.watch():
+        for event in client.watch(arguments.follow):
             print_json(event) if arguments.json else print(event_line(event), flush=True)
     return 0
 
@@ -82,6 +91,18 @@ def run_preempt(arguments: argparse.Namespace) -> int:
     with SpotjaxClient(arguments.server) as client:
         report = client.preempt(arguments.instance, arguments.grace)
     print_json(report) if arguments.json else print(f"{arguments.instance} is gone\n{reconfiguration_text(report)}")
+    return 0
+
+
+def run_drain(arguments: argparse.Namespace) -> int:
+    """Runs ``spotjax drain``."""
+    from spotjax.client import SpotjaxClient
+    from spotjax.commands.output import print_json
+    from spotjax.commands.views import reconfiguration_text
+
+    with SpotjaxClient(arguments.server) as client:
+        report = client.drain(arguments.instance)
+    print_json(report) if arguments.json else print(f"{arguments.instance} has left\n{reconfiguration_text(report)}")
     return 0
 
 

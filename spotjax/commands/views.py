@@ -34,15 +34,21 @@ def status_view(status: FleetStatus) -> RenderableType:
 
 
 def instances_table(status: FleetStatus) -> Table:
-    """One row for each instance."""
+    """One row for each instance; where it is and what it is rented as only if that is known of any."""
+    machines = any(instance.zone or instance.address for instance in status.instances)
     table = Table(title="instances", title_justify="left")
     for heading in ("name", "type", "state", "devices", "positions (data, stage, tensor)"):
+        table.add_column(heading)
+    for heading in ("zone", "price", "address") if machines else ():
         table.add_column(heading)
     for instance in status.instances:
         held = ", ".join(f"{index}: {tuple(at)}" for index, at in sorted(instance.positions.items()))
         colour = COLOURS[instance.state]
         state = f"[{colour}]{instance.state}[/{colour}]"
-        table.add_row(instance.name, instance.type, state, str(instance.devices), held)
+        machine = (instance.zone, instance.price_class.replace("_", "-"), instance.address) if machines else ()
+        table.add_row(
+            *map(escape, (instance.name, instance.type)), state, str(instance.devices), held, *map(escape, machine)
+        )
     return table
 
 
@@ -76,9 +82,10 @@ def devices_of(placement: Placement, data: int, stage: int) -> str:
 
 
 def event_line(event: FleetEvent) -> str:
-    """``12:00:00 epoch 2 switch: ...`` in local time."""
+    """``12:00:00 epoch 2 lost instance-1: ...`` in local time."""
     when = time.strftime("%H:%M:%S", time.localtime(event.time))
-    return f"{when} epoch {event.epoch} {event.kind}: {event.message}"
+    instance = f" {event.fields['instance']}" if "instance" in event.fields else ""
+    return f"{when} epoch {event.epoch} {event.kind}{instance}: {event.message}"
 
 
 def reconfiguration_text(report: Reconfiguration) -> str:

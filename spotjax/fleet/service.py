@@ -51,6 +51,10 @@ class FleetService(Protocol):
         """A snapshot."""
         ...
 
+    def recent(self) -> Sequence[FleetEvent]:
+        """Recent events, the oldest first."""
+        ...
+
     def watch(self) -> AsyncIterator[FleetEvent]:
         """Recent events, then new ones as they happen; ends when the server stops."""
         ...
@@ -60,6 +64,15 @@ class FleetService(Protocol):
 
         Raises:
           UnknownInstance: no such instance is alive.
+        """
+        ...
+
+    async def release(self, instance: str) -> Reconfiguration:
+        """Moves the mesh off an instance without a deadline and lets it leave. Returns when it is gone.
+
+        Raises:
+          UnknownInstance: no such instance is alive.
+          NoFeasibleShape: no mesh fits without it; nothing has changed.
         """
         ...
 

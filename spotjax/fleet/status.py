@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
+
+
+PriceClass = Literal["spot", "on_demand"]
+"""Whether a machine can be taken away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,9 @@ class InstanceStatus:
       state: where it is in its life.
       devices: number of devices.
       positions: mesh positions that its devices hold, by device index; devices without one are spare.
+      zone: where the machine is; empty if it was not told.
+      price_class: what it was rented as.
+      address: HOST:PORT at which other instances reach it; empty for devices of this process.
     """
 
     name: str
@@ -26,6 +34,9 @@ class InstanceStatus:
     state: InstanceState
     devices: int
     positions: Mapping[int, tuple[int, int, int]] = field(default_factory=dict)
+    zone: str = ""
+    price_class: PriceClass = "spot"
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

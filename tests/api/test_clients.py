@@ -19,6 +19,7 @@ from spotjax.engine.request import FinishReason
 from spotjax.errors import (
     Draining,
     InvalidRequest,
+    NoFeasibleShape,
     NoSpareDevices,
     Overloaded,
     SpotjaxError,
@@ -211,6 +212,9 @@ async def test_the_fleet_is_seen_as_the_service_sees_it(running: Running, client
     assert report.before.shape.data == 2 and report.after.shape.data == 1
     assert await client.status() == running.service.status()
     assert (await client.add()).after.shape.data == 2
+    assert (await client.drain("i-2")).after.shape.data == 1
+    with pytest.raises(NoFeasibleShape):
+        await client.drain("i-0")
     assert [model.name for model in await client.models()] == ["scripted"]
 
 
@@ -223,6 +227,11 @@ async def test_watch_gives_recent_events_and_ends_with_the_server(running: Runni
         if event.kind == "switch":
             await running.service.stop()
     assert kinds == ["ready", "lost", "switch"]
+
+
+async def test_recent_events_can_be_had_without_following(running: Running, client: Any) -> None:
+    await running.service.preempt("i-0", 0.0)
+    assert [event.kind async for event in client.watch(follow=False)] == ["ready", "lost", "switch"]
 
 
 def test_a_gap_in_the_tokens_is_an_error_not_a_loss() -> None:

@@ -6,6 +6,7 @@ from scripted_server import Running
 
 from spotjax.api.fleet_messages import status_from
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
+from spotjax.meshes.instance import InstanceState
 
 Code = grpc.StatusCode
 
@@ -28,6 +29,17 @@ async def test_preempt_answers_with_what_the_change_did(running: Running) -> Non
     assert not status.HasField("placement") and status_from(status) == running.service.status()
 
 
+async def test_drain_answers_when_the_instance_has_left_and_refuses_the_last_one(running: Running) -> None:
+    report = await running.fleet.Drain(pb.DrainRequest(instance="i-1"))
+    assert (report.before.shape.data, report.after.shape.data) == (2, 1)
+    before = running.service.status()
+    assert before.instances[1].state is InstanceState.GONE
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await running.fleet.Drain(pb.DrainRequest(instance="i-0"))
+    assert failure.value.code() is Code.FAILED_PRECONDITION
+    assert running.service.status() == before
+
+
 async def test_add_answers_when_the_instances_serve(running: Running) -> None:
     report = await running.fleet.Add(pb.AddRequest(count=1))
     assert report.after.shape.data == 3
@@ -46,6 +58,8 @@ async def test_add_answers_when_the_instances_serve(running: Running) -> None:
             "grace_seconds",
         ),
         ("Preempt", pb.PreemptRequest(instance="i-9"), Code.NOT_FOUND, None),
+        ("Drain", pb.DrainRequest(), Code.INVALID_ARGUMENT, "instance"),
+        ("Drain", pb.DrainRequest(instance="i-9"), Code.NOT_FOUND, None),
         ("Add", pb.AddRequest(), Code.INVALID_ARGUMENT, "count"),
         ("Add", pb.AddRequest(count=1025), Code.INVALID_ARGUMENT, "count"),
         ("Add", pb.AddRequest(count=2), Code.FAILED_PRECONDITION, None),
@@ -71,3 +85,9 @@ async def test_watch_streams_recent_and_new_events_until_the_service_stops(runni
     await running.service.stop()
     assert (await call.read()).kind == "switch"
     assert await call.read() is grpc.aio.EOF
+
+
+async def test_watch_ends_after_the_recent_events_if_asked(running: Running) -> None:
+    await running.service.preempt("i-0", 2.0)
+    kinds = [event.kind async for event in running.fleet.Watch(pb.WatchRequest(recent_only=True))]
+    assert kinds == ["ready", "lost", "switch"]

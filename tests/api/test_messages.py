@@ -1,5 +1,7 @@
 """Nothing is lost between dataclasses and messages, and the checked-in stubs are those of the protos."""
 
+from typing import get_args
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +19,7 @@ from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.engine.generation import Delta, Usage
 from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import PlanError, SpotjaxError
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
+from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, PriceClass, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
@@ -50,7 +52,10 @@ deltas = st.builds(
     usage=st.none() | st.builds(Usage, count, count),
 )
 positions = st.dictionaries(count, st.builds(Position, count, count, count), max_size=3)
-instances = st.builds(InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions)
+price_classes = st.sampled_from(get_args(PriceClass))
+instances = st.builds(
+    InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions, names, price_classes, names
+)
 statuses = st.builds(
     FleetStatus,
     model=names,

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,16 +151,53 @@ async def test_preempt_and_add_print_what_the_change_did(command_line: CommandLi
     assert json.loads(out)["before"]["shape"] == "2x2x1"
 
 
+async def test_drain_prints_what_the_change_did(command_line: CommandLine) -> None:
+    code, out, _ = await command_line.run("drain", "i-1")
+    assert code == 0 and out.startswith("i-1 has left\nmesh 2x2x1 -> 1x2x1, epoch 2\n")
+    code, out, err = await command_line.run("drain", "i-0", "--json")
+    assert (code, out, err) == (1, "", "spotjax: no mesh fits without i-0\n")
+    await command_line.run("add")
+    _, out, _ = await command_line.run("drain", "i-0", "--json")
+    assert json.loads(out)["after"]["shape"] == "1x2x1"
+
+
+async def test_status_says_where_machines_are_if_it_knows(
+    command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, out, _ = await command_line.run("status")
+    assert "zone" not in out and "price" not in out
+    status = command_line.service.status()
+    machine = replace(status.instances[0], zone="zone-a", price_class="on_demand", address="h:9")
+    status = replace(status, instances=(machine, *status.instances[1:]))
+    monkeypatch.setattr(command_line.service, "status", lambda: status)
+    monkeypatch.setenv("COLUMNS", "160")
+    _, out, _ = await command_line.run("status")
+    assert all(shown in out for shown in ("zone-a", "on-demand", "spot", "h:9"))
+    _, out, _ = await command_line.run("status", "--json")
+    shown = json.loads(out)["instances"][0]
+    assert (shown["zone"], shown["price_class"], shown["address"]) == ("zone-a", "on_demand", "h:9")
+
+
+async def test_recent_events_are_shown_and_that_is_all(command_line: CommandLine) -> None:
+    await command_line.service.preempt("i-0", 0)
+    code, out, _ = await command_line.run("events")
+    assert code == 0 and [line.split(maxsplit=1)[1] for line in out.splitlines()] == [
+        "epoch 1 ready: serving on 2x2x1",
+        "epoch 1 lost i-0: i-0 is gone",
+        "epoch 2 switch: epoch 2",
+    ]
+
+
 @pytest.mark.parametrize("form", [[], ["--json"]])
-async def test_events_are_shown_until_the_server_stops(command_line: CommandLine, form: list[str]) -> None:
+async def test_events_are_followed_until_the_server_stops(command_line: CommandLine, form: list[str]) -> None:
     await command_line.service.preempt("i-0", 0)
     await command_line.service.stop()
-    code, out, _ = await command_line.run("events", *form)
+    code, out, _ = await command_line.run("events", "--follow", *form)
     assert code == 0 and len(out.splitlines()) == 3
     if form:
         assert [json.loads(line)["kind"] for line in out.splitlines()] == ["ready", "lost", "switch"]
     else:
-        assert "epoch 1 lost: i-0 is gone" in out
+        assert "epoch 1 lost i-0: i-0 is gone" in out
 
 
 @pytest.mark.parametrize(
@@ -168,6 +206,7 @@ async def test_events_are_shown_until_the_server_stops(command_line: CommandLine
         (["generate", "x", "--top-p", "2"], "sampling.top_p: must be in (0, 1], got 2"),
         (["generate", "x", "--model", "gpt"], "this server serves 'scripted'"),
         (["preempt", "i-9"], "no instance 'i-9' is alive; there are i-0, i-1"),
+        (["drain", "i-9"], "no instance 'i-9' is alive; there are i-0, i-1"),
         (["add", "7"], "7 instances were asked for"),
         (["add", "99999999999"], "count: Value out of range"),
         (["generate", "x", "-n", "99999999999"], "n: Value out of range"),
@@ -181,7 +220,7 @@ async def test_an_error_is_one_clear_line(command_line: CommandLine, arguments: 
 
 
 @pytest.mark.parametrize(
-    "command", [["generate", "x"], ["chat", "x"], ["status"], ["events"], ["preempt", "i"], ["add"]]
+    "command", [["generate", "x"], ["chat", "x"], ["status"], ["events"], ["preempt", "i"], ["drain", "i"], ["add"]]
 )
 async def test_no_server_is_said_with_how_to_start_one(command_line: CommandLine, command: list[str]) -> None:
     await command_line.server.stop()
@@ -259,7 +298,9 @@ def test_logprobs_in_text_output_are_refused_not_ignored(capsys: pytest.CaptureF
     assert "--json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "chat", "status", "events", "preempt", "add", "fetch"])
+@pytest.mark.parametrize(
+    "command", ["serve", "generate", "chat", "status", "events", "preempt", "drain", "add", "fetch"]
+)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])

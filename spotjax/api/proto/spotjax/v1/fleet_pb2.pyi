@@ -15,20 +15,31 @@ class InstanceState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INSTANCE_STATE_NOTICED: _ClassVar[InstanceState]
     INSTANCE_STATE_DRAINING: _ClassVar[InstanceState]
     INSTANCE_STATE_GONE: _ClassVar[InstanceState]
+
+class PriceClass(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PRICE_CLASS_UNSPECIFIED: _ClassVar[PriceClass]
+    PRICE_CLASS_SPOT: _ClassVar[PriceClass]
+    PRICE_CLASS_ON_DEMAND: _ClassVar[PriceClass]
 INSTANCE_STATE_UNSPECIFIED: InstanceState
 INSTANCE_STATE_JOINING: InstanceState
 INSTANCE_STATE_READY: InstanceState
 INSTANCE_STATE_NOTICED: InstanceState
 INSTANCE_STATE_DRAINING: InstanceState
 INSTANCE_STATE_GONE: InstanceState
+PRICE_CLASS_UNSPECIFIED: PriceClass
+PRICE_CLASS_SPOT: PriceClass
+PRICE_CLASS_ON_DEMAND: PriceClass
 
 class StatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class WatchRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("recent_only",)
+    RECENT_ONLY_FIELD_NUMBER: _ClassVar[int]
+    recent_only: bool
+    def __init__(self, recent_only: _Optional[bool] = ...) -> None: ...
 
 class PreemptRequest(_message.Message):
     __slots__ = ("instance", "grace_seconds")
@@ -37,6 +48,12 @@ class PreemptRequest(_message.Message):
     instance: str
     grace_seconds: float
     def __init__(self, instance: _Optional[str] = ..., grace_seconds: _Optional[float] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ("instance",)
+    INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    instance: str
+    def __init__(self, instance: _Optional[str] = ...) -> None: ...
 
 class AddRequest(_message.Message):
     __slots__ = ("count",)
@@ -123,7 +140,7 @@ class Position(_message.Message):
     def __init__(self, data: _Optional[int] = ..., stage: _Optional[int] = ..., tensor: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("name", "type", "state", "devices", "positions")
+    __slots__ = ("name", "type", "state", "devices", "positions", "zone", "price_class", "address")
     class PositionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -136,12 +153,18 @@ class InstanceStatus(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
+    PRICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     name: str
     type: str
     state: InstanceState
     devices: int
     positions: _containers.MessageMap[int, Position]
-    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ...) -> None: ...
+    zone: str
+    price_class: PriceClass
+    address: str
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("data", "running", "waiting", "pages_used", "pages_total")

@@ -50,6 +50,11 @@ class FleetStub:
                 request_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.PreemptRequest.SerializeToString,
                 response_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/spotjax.v1.Fleet/Drain',
+                request_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
+                response_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
+                _registered_method=True)
         self.Add = channel.unary_unary(
                 '/spotjax.v1.Fleet/Add',
                 request_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.AddRequest.SerializeToString,
@@ -69,7 +74,7 @@ class FleetServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Recent events, then new ones as they happen; ends when the server stops.
+        """Recent events, then new ones as they happen until the server stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -79,6 +84,16 @@ class FleetServicer:
         """Takes an instance away, for drills. Answers when it is gone.
 
         NOT_FOUND: no such instance is alive.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Moves the mesh off an instance, however long it takes, and lets it leave. Answers when it may be switched off.
+
+        NOT_FOUND: no such instance is alive.
+        FAILED_PRECONDITION: no mesh fits without it; nothing has changed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +124,11 @@ def add_FleetServicer_to_server(servicer, server):
             'Preempt': grpc.unary_unary_rpc_method_handler(
                     servicer.Preempt,
                     request_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.PreemptRequest.FromString,
+                    response_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.DrainRequest.FromString,
                     response_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.SerializeToString,
             ),
             'Add': grpc.unary_unary_rpc_method_handler(
@@ -198,6 +218,33 @@ class Fleet:
             target,
             '/spotjax.v1.Fleet/Preempt',
             spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.PreemptRequest.SerializeToString,
+            spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spotjax.v1.Fleet/Drain',
+            spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.DrainRequest.SerializeToString,
             spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
             options,
             channel_credentials,
