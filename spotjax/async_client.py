@@ -30,11 +30,16 @@ from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 class AsyncSpotjaxClient:
     """An asyncio client, for one event loop."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, retries: int = 8) -> None:
+    def __init__(
+        self, server: str = DEFAULT_SERVER, retries: int = 8, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         """Connects at the first call; arguments are those of ``SpotjaxClient``."""
         self.server = server
         self._retries = retries
-        self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(server, credentials, options=OPTIONS)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)

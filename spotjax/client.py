@@ -36,16 +36,22 @@ from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 class SpotjaxClient:
     """A blocking client; several threads may share it."""
 
-    def __init__(self, server: str = DEFAULT_SERVER, retries: int = 8) -> None:
+    def __init__(
+        self, server: str = DEFAULT_SERVER, retries: int = 8, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         """Connects at the first call.
 
         Args:
           server: ``HOST:PORT``.
           retries: how often in a row a broken stream is taken up again before giving up; 8 take about 17 seconds.
+          credentials: for a server with TLS, see ``spotjax.api.credentials``; without them the connection is plaintext.
         """
         self.server = server
         self._retries = retries
-        self._channel = grpc.insecure_channel(server, options=OPTIONS)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(server, options=OPTIONS)
+        else:
+            self._channel = grpc.secure_channel(server, credentials, options=OPTIONS)
         self._generation = generation_pb2_grpc.GenerationStub(self._channel)
         self._fleet = fleet_pb2_grpc.FleetStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)

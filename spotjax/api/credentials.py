@@ -6,30 +6,25 @@ from pathlib import Path
 
 import grpc
 
-from spotjax.errors import ConfigError
+from spotjax.transport.security import Tls
 
 
 def server_credentials(certificate: str, key: str, authority: str) -> grpc.ServerCredentials:
     """Credentials of a server that refuses clients without a certificate of the authority; arguments are PEM files.
 
     Raises:
-      ConfigError: a file cannot be read.
+      ConfigError: a file cannot be read or is none of these.
     """
-    pair = (_read(key), _read(certificate))
-    return grpc.ssl_server_credentials([pair], _read(authority), require_client_auth=True)
+    Tls.from_files(certificate, key, authority)  # says clearly what is wrong with them, which gRPC does not
+    pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
+    return grpc.ssl_server_credentials([pair], Path(authority).read_bytes(), require_client_auth=True)
 
 
 def channel_credentials(certificate: str, key: str, authority: str) -> grpc.ChannelCredentials:
     """Credentials of a client; the server's certificate must be of the authority and name the host that is dialled.
 
     Raises:
-      ConfigError: a file cannot be read.
+      ConfigError: a file cannot be read or is none of these.
     """
-    return grpc.ssl_channel_credentials(_read(authority), _read(key), _read(certificate))
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} for TLS: {error.strerror}") from error
+    Tls.from_files(certificate, key, authority)
+    return grpc.ssl_channel_credentials(*(Path(file).read_bytes() for file in (authority, key, certificate)))

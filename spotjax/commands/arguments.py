@@ -6,7 +6,12 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from spotjax.config import DEFAULT_LISTEN, TLS
+from spotjax.errors import ConfigError
+
 if TYPE_CHECKING:
+    from spotjax.client import SpotjaxClient
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
@@ -26,8 +31,29 @@ def add_command(
 
 
 def add_client_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--server`` and ``--json``."""
+    """Adds what ``client_of`` needs, and ``--json``."""
     parser.add_argument(
-        "--server", metavar="HOST:PORT", default="127.0.0.1:8470", help="server to ask (default: 127.0.0.1:8470)"
+        "--server", metavar="HOST:PORT", default=DEFAULT_LISTEN, help=f"server to ask (default: {DEFAULT_LISTEN})"
     )
+    parser.add_argument("--tls-certificate", metavar="FILE", help="for a server with TLS: PEM file of a certificate")
+    parser.add_argument("--tls-key", metavar="FILE", help="PEM file with its private key")
+    parser.add_argument("--tls-authority", metavar="FILE", help="PEM file with the authority of all certificates")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, one value a line")
+
+
+def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
+    """A client of the server that the arguments name.
+
+    Raises:
+      ConfigError: the arguments for TLS are incomplete, or their files of no use.
+    """
+    from spotjax.client import SpotjaxClient
+
+    files = [getattr(arguments, name) for name in TLS]
+    if not any(files):
+        return SpotjaxClient(arguments.server)
+    if not all(files):
+        raise ConfigError("TLS needs all of --tls-certificate, --tls-key and --tls-authority")
+    from spotjax.api.credentials import channel_credentials
+
+    return SpotjaxClient(arguments.server, credentials=channel_credentials(*files))

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from spotjax.commands.arguments import add_client_flags, add_command
+from spotjax.commands.arguments import add_client_flags, add_command, client_of
 
 if TYPE_CHECKING:
     from spotjax.commands.arguments import Commands
@@ -50,12 +50,11 @@ def run_status(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.live import Live
 
-    from spotjax.client import SpotjaxClient
     from spotjax.commands.output import print_json
     from spotjax.commands.views import status_view
 
     console = Console()
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         if not arguments.watch:
             print_json(client.status()) if arguments.json else console.print(status_view(client.status()))
         elif arguments.json:
@@ -72,11 +71,10 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 def run_events(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax events``."""
-    from spotjax.client import SpotjaxClient
     from spotjax.commands.output import print_json
     from spotjax.commands.views import event_line
 
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         for event in client.watch(arguments.follow):
             print_json(event) if arguments.json else print(event_line(event), flush=True)
     return 0
@@ -84,11 +82,10 @@ def run_events(arguments: argparse.Namespace) -> int:
 
 def run_preempt(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax preempt``."""
-    from spotjax.client import SpotjaxClient
     from spotjax.commands.output import print_json
     from spotjax.commands.views import reconfiguration_text
 
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         report = client.preempt(arguments.instance, arguments.grace)
     print_json(report) if arguments.json else print(f"{arguments.instance} is gone\n{reconfiguration_text(report)}")
     return 0
@@ -96,11 +93,10 @@ def run_preempt(arguments: argparse.Namespace) -> int:
 
 def run_drain(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax drain``."""
-    from spotjax.client import SpotjaxClient
     from spotjax.commands.output import print_json
     from spotjax.commands.views import reconfiguration_text
 
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         report = client.drain(arguments.instance)
     print_json(report) if arguments.json else print(f"{arguments.instance} has left\n{reconfiguration_text(report)}")
     return 0
@@ -108,11 +104,10 @@ def run_drain(arguments: argparse.Namespace) -> int:
 
 def run_add(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax add``."""
-    from spotjax.client import SpotjaxClient
     from spotjax.commands.output import print_json
     from spotjax.commands.views import reconfiguration_text
 
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         report = client.add(arguments.count)
     joined = f"{arguments.count} instance{'s' * (arguments.count != 1)} joined"
     print_json(report) if arguments.json else print(f"{joined}\n{reconfiguration_text(report)}")

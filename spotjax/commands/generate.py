@@ -8,7 +8,7 @@ import sys
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from spotjax.commands.arguments import add_client_flags, add_command
+from spotjax.commands.arguments import add_client_flags, add_command, client_of
 from spotjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,20 +111,16 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 def run_generate(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax generate``."""
-    from spotjax.client import SpotjaxClient
-
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    with SpotjaxClient(arguments.server) as client, stream(client, text, arguments, arguments.n) as deltas:
+    with client_of(arguments) as client, stream(client, text, arguments, arguments.n) as deltas:
         show(deltas, arguments)
     return 0
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax chat``."""
-    from spotjax.client import SpotjaxClient
-
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    with SpotjaxClient(arguments.server) as client:
+    with client_of(arguments) as client:
         if not hasattr(arguments, "max_tokens"):
             arguments.max_tokens = min(CHAT_TOKENS, client.models()[0].max_model_len // 2)
         for question in [arguments.message] if arguments.message is not None else questions():
