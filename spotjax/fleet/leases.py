@@ -23,7 +23,8 @@ class Leases:
     Silence means a lost instance only while somebody listens. A controller that was stalled itself (stopped, starved of
     CPU, a long garbage collection) has heard nobody, with the beats waiting in its sockets. Its watch loop therefore
     wakes several times per lease, measures by how much later than asked it woke, and reports that time by ``stalled``
-    before it looks at ``expired``.
+    before it looks at ``expired``. It reports no delay shorter than the interval of beats: a busy controller wakes a
+    little late every time, and the sum would put off the end of instances that are silent.
     """
 
     def __init__(self, seconds: float) -> None:

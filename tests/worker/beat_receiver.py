@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-import ssl
 import threading
 import time
 from collections import Counter
@@ -26,8 +25,11 @@ class Beats:
     """One connection as the controller reads it: a greeting, then frames."""
 
     def __init__(self, connection: socket.socket, tls: Tls | None) -> None:
-        greeting = read_greeting(connection.recv(GREETING.size, socket.MSG_WAITALL))
-        assert greeting == (Purpose.MESSAGES, tls is not None)
+        """Raises: OSError when the caller is gone before its greeting, or does not trust us."""
+        first = connection.recv(GREETING.size, socket.MSG_WAITALL)
+        if len(first) < GREETING.size:
+            raise ConnectionResetError("the caller hung up before its greeting")
+        assert read_greeting(first) == (Purpose.MESSAGES, tls is not None)
         if tls is not None:
             connection = tls.server.wrap_socket(connection, server_side=True)
         connection.sendall(WELCOME)
@@ -88,13 +90,14 @@ class Receiver:
                 ready = selector.select(tick)
                 now = time.monotonic()
                 with self._changed:
-                    self.leases.stalled(max(0.0, now - due), now)
+                    if now - due > 2 * tick:  # more than a beat's interval
+                        self.leases.stalled(now - due, now)
                     for key, _ in ready:
                         if isinstance(key.data, Beats):
                             self._hear(selector, key.data, now)
                         else:
                             accepted = open_sockets.enter_context(self._listener.accept()[0])
-                            with contextlib.suppress(ssl.SSLError):  # the caller does not trust us
+                            with contextlib.suppress(OSError):
                                 beats = Beats(accepted, self._tls)
                                 open_sockets.enter_context(beats.connection)
                                 selector.register(beats.connection, selectors.EVENT_READ, beats)
