@@ -188,9 +188,9 @@ class ParameterStore:
         return self._path / f"{self._prefix}-{digest(msgspec.msgpack.encode(key))}{SHARD}"
 
     def _clean(self) -> None:
-        """Removes what is unfinished and what belongs to other models."""
+        """Removes what belongs to other models, and what is unfinished, which has no model's prefix."""
         for file in store_files(self._path):
-            if file.suffix == UNFINISHED or not file.name.startswith(self._prefix):
+            if not file.name.startswith(self._prefix):
                 file.unlink(missing_ok=True)
 
     def _attach(self, file: Path) -> StoredShard | None:

@@ -8,7 +8,6 @@ import logging
 import mmap
 import os
 import random
-import resource
 import shutil
 import stat
 import subprocess
@@ -423,7 +422,6 @@ def test_more_shards_than_a_process_may_usually_have_files_open(tmp_path: Path, 
         prefix=("sh", "-c", 'ulimit -S -n 64 && exec "$@"', "sh"),
     )
     assert process.communicate()[0] == "300\n"
-    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] >= 700
 
 
 def test_room_is_what_the_file_system_has(store: ParameterStore, tmp_path: Path) -> None:
@@ -433,6 +431,7 @@ def test_room_is_what_the_file_system_has(store: ParameterStore, tmp_path: Path)
 def test_only_the_owner_can_look_into_a_store(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
+        store_path(tmp_path, "w0").mkdir()
         store = ParameterStore.open(tmp_path, "w0", "model")
         put(store, 0, "a", np.ones(4))
     finally:
