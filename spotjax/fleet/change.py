@@ -5,14 +5,14 @@ Pure: the same inputs give the same plan. Calls the planner's parts in their ord
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.spec import ModelSpec
-from spotjax.planner.cohorts import Inheritance, assign_cohorts, choose_heirs
+from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.demand import Demand
 from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
@@ -40,12 +40,25 @@ class Planning:
 
 
 def plan_change(
-    planning: Planning, current: Placement | None, instances: Sequence[Instance], live: Live, epoch: int
+    planning: Planning,
+    current: Placement | None,
+    instances: Sequence[Instance],
+    live: Live,
+    epoch: int,
+    running: Collection[int] = (),
 ) -> Preparation:
     """The next placement on the ready instances, and how to get there.
 
     KV of the sequences that run now weighs in the matching; which of it really moves is decided by ``plan_kv`` when
     decoding has stopped.
+
+    Args:
+      planning: what every change is planned with.
+      current: the mesh as it is.
+      instances: all that have joined.
+      live: sequences with KV.
+      epoch: of the new placement.
+      running: replicas that could go on without stopping if they stay as they are.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh of the ready instances.
@@ -64,7 +77,20 @@ def plan_change(
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     plan = plan_migration(parameters, holdings, Links.of(instances))
-    return Preparation(placement, parameters, plan, heirs)
+    return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running))
+
+
+def carried_over(
+    current: Placement | None, new: Placement, heirs: Mapping[int, int], running: Collection[int]
+) -> dict[int, int]:
+    """Old to new number of the running replicas that stand on the same devices, in the same roles, in both meshes."""
+    if current is None or current.layers != new.layers or current.shape.tensor != new.shape.tensor:
+        return {}
+    return {
+        old: data
+        for old, data in heirs.items()
+        if old in running and all(current.group(old, n) == new.group(data, n) for n in range(new.shape.stage))
+    }
 
 
 def is_in_place(preparation: Preparation, current: Placement | None) -> bool:
@@ -91,20 +117,32 @@ class KvChange:
 
 
 def plan_kv(
-    planning: Planning, preparation: Preparation, current: Placement | None, instances: Sequence[Instance], live: Live
+    planning: Planning,
+    preparation: Preparation,
+    current: Placement | None,
+    instances: Sequence[Instance],
+    live: Live,
+    room: Sequence[int],
 ) -> KvChange:
-    """Decides for the sequences of a stopped service whose KV goes on, and where it comes from.
+    """Decides for the sequences of stopped replicas whose KV goes on, and where it comes from.
 
-    Sequences that are in no cohort have lost their KV or find no room for it: it is computed again.
+    Sequences that are in no cohort have lost their KV or find no room for it: it is computed again. Those of replicas
+    that are carried over stay where they are.
+
+    Args:
+      planning, current, instances: as for ``plan_change``.
+      preparation: what it planned.
+      live: sequences with KV, by old replica.
+      room: free KV pages of every new replica.
     """
-    spec, demand, placement = planning.spec, planning.demand, preparation.placement
-    inheritance: Inheritance = assign_cohorts(
-        live, placement.shape.data, demand.pages, demand.page_size, preparation.heirs
-    )
-    holdings = Holdings.of(spec, current, inheritance.cohorts, instances)
+    spec, demand, placement, carried = planning.spec, planning.demand, preparation.placement, preparation.carried
+    stopped = {old: sequences for old, sequences in live.items() if old not in carried}
+    heirs = {old: new for old, new in preparation.heirs.items() if old not in carried}
+    cohorts = assign_cohorts(stopped, placement.shape.data, room, demand.page_size, heirs).cohorts
+    holdings = Holdings.of(spec, current, cohorts, instances)
     needs = {
         placement.devices[position]: arrays.of_kv()
-        for position, arrays in needs_of(spec, placement.shape, placement.layers, inheritance.cohorts).items()
+        for position, arrays in needs_of(spec, placement.shape, placement.layers, cohorts).items()
     }
     plan = plan_migration(needs, holdings, Links.of(instances))
-    return KvChange(tuple(cohort for cohort in inheritance.cohorts if cohort.name not in plan.lost), plan)
+    return KvChange(tuple(cohort for cohort in cohorts if cohort.name not in plan.lost), plan)

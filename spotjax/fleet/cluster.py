@@ -1,4 +1,7 @@
-"""What the controller needs of whoever holds the devices. Embedded mode has ``reshard.local.LocalCluster``."""
+"""What the controller needs of whoever holds the devices.
+
+Embedded mode has ``reshard.local.LocalCluster``, fleet mode ``fleet.remote.RemoteCluster``.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,32 @@ class Cluster(Protocol):
         """
         ...
 
-    async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[Pipeline], Traffic]:
-        """Moves KV and makes the prepared placement the current one. No step may be in flight.
-
-        Returns: the pipeline of every replica.
+    async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        """Copies KV pages of the current placement into the prepared one, while decoding goes on.
 
         Raises:
-          InstanceLost: as above; the old placement is still the current one.
+          InstanceLost: as above.
+        """
+        ...
+
+    async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[Pipeline], Traffic]:
+        """Moves KV and makes the prepared placement the current one.
+
+        No step may be in flight but on replicas that are carried over.
+
+        Returns: the pipeline of every replica; those carried over keep theirs.
+
+        Raises:
+          InstanceLost: as above; the old placement is still the current one, the preparation is void.
         """
         ...
 
     async def clear(self) -> None:
         """Gives up the current placement without a new one; what is left of parameters stays as a source."""
+        ...
+
+    def joinable(self, instance: str) -> bool:
+        """Whether a joining instance can be given work: it has loaded and compiled what it needs."""
         ...
 
     def join(self, instance: str) -> None:

@@ -6,7 +6,8 @@ Knows nothing of instances or plans.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 from spotjax.engine.batch import Pipeline
 from spotjax.engine.pages import PageAllocator
@@ -14,12 +15,14 @@ from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
-from spotjax.fleet.handover import Handover, hand_over
+from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over
 from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.reshard.transfer import PageTransfer
 
 MakeReplica = Callable[[Scheduler, Pipeline], Replica]
 MakeLimits = Callable[[int], Limits]
 """Limits of a replica whose pipeline is that deep."""
+NOBODY: Mapping[int, int] = MappingProxyType({})
 
 
 class Dispatcher:
@@ -75,58 +78,108 @@ class Dispatcher:
                 return ended
         raise LookupError(f"sequence {sequence.key} is neither parked nor on a replica")
 
-    async def stop(self) -> None:
-        """Stops all replicas at their next token boundary."""
-        for replica in self.replicas:
-            replica.stop()
-        await asyncio.gather(*self._loops, return_exceptions=True)
+    async def stop(self, carried: Collection[int] = ()) -> None:
+        """Stops all replicas but some at their next token boundary."""
+        loops = []
+        for number, (replica, loop) in enumerate(zip(self.replicas, self._loops, strict=True)):
+            if number not in carried:
+                replica.stop()
+                loops.append(loop)
+        await asyncio.gather(*loops, return_exceptions=True)
+
+    def running(self) -> frozenset[int]:
+        """Replicas that are not stopping."""
+        return frozenset(number for number, replica in enumerate(self.replicas) if not replica.stopping)
 
     def live(self) -> dict[int, list[LiveSequence]]:
         """What has KV worth keeping on every replica that lost no instance; the others have nothing."""
         return {
-            number: [
-                LiveSequence(s.key, -(-s.computed // self._page_size), s.computed)
-                for s in replica.scheduler.running.values()
-                if s.computed and not replica.lost
-            ]
-            for number, replica in enumerate(self.replicas)
+            number: [LiveSequence(s.key, -(-s.computed // self._page_size), s.computed) for s in sequences]
+            for number, sequences in self._with_kv().items()
         }
 
-    def hand_over(self, replicas: int, cohorts: Sequence[KvCohort], heirs: Mapping[int, int]) -> Handover:
-        """Works out where every sequence of the stopped replicas goes; see ``handover.hand_over``."""
-        allocators = tuple(PageAllocator(self._pages, self._page_size) for _ in range(replicas))
-        return hand_over(self._all(), cohorts, heirs, allocators)
+    def full_pages(self, heirs: Mapping[int, int]) -> tuple[tuple[PageTransfer, ...], CopiedPages]:
+        """KV that can be copied while decoding goes on; see ``handover.full_pages``."""
+        return full_pages(self._with_kv(), heirs, self._page_size)
 
-    def take_cancelled(self) -> list[RequestState]:
-        """Removes the sequences that were to end at the token boundary that a lost instance never reached."""
+    def hand_over(
+        self,
+        replicas: int,
+        cohorts: Sequence[KvCohort],
+        heirs: Mapping[int, int],
+        carried: Mapping[int, int] = NOBODY,
+        copied: CopiedPages = frozenset(),
+    ) -> Handover:
+        """Works out where every sequence of the stopped replicas goes; see ``handover.hand_over``.
+
+        Pages of replicas that are carried over are taken at once; ``give_back`` them if the switch comes to nothing.
+        """
+        going_on = {new: self.replicas[old].scheduler.pages for old, new in carried.items()}
+        allocators = tuple(
+            going_on.get(number) or PageAllocator(self._pages, self._page_size) for number in range(replicas)
+        )
+        return hand_over(self._all(carried), cohorts, heirs, allocators, copied)
+
+    def room(self, replicas: int, carried: Mapping[int, int]) -> list[int]:
+        """Free KV pages of every new replica."""
+        going_on = {new: self.replicas[old].scheduler.pages.free for old, new in carried.items()}
+        return [going_on.get(number, self._pages - 1) for number in range(replicas)]
+
+    def give_back(self, handover: Handover, carried: Mapping[int, int]) -> None:
+        """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all."""
+        for new in carried.values():
+            for sequence in handover.adopted.get(new, ()):
+                handover.allocators[new].release(handover.pages[sequence.key])
+
+    def take_cancelled(self, carried: Collection[int] = ()) -> list[RequestState]:
+        """Removes the sequences that were to end at the token boundary that a stopped replica never reached."""
         ended = []
-        for replica in self.replicas:
+        for number, replica in enumerate(self.replicas):
             for sequence in list(replica.scheduler.running.values()):
-                if sequence.cancelled is not None:
+                if sequence.cancelled is not None and number not in carried:
                     sequence.in_flight = False
                     replica.scheduler.cancel(sequence, sequence.cancelled)
                     ended.append(sequence.state)
         return ended
 
-    def install(self, pipelines: Sequence[Pipeline], handover: Handover) -> None:
-        """Starts the new replicas with what was handed over, less what was cancelled and with what came meanwhile."""
-        others = {sequence.key: sequence for sequence in self._all()}
-        replicas = []
+    def install(self, pipelines: Sequence[Pipeline], handover: Handover, carried: Mapping[int, int] = NOBODY) -> None:
+        """Starts the new replicas with what was handed over, less what was cancelled and with what came meanwhile.
+
+        Args:
+          pipelines: one for every replica of the new mesh.
+          handover: where the sequences of stopped replicas go.
+          carried: old to new number of those that did not stop; they go on as they are.
+        """
+        others = {sequence.key: sequence for sequence in self._all(carried)}
+        going_on = {new: (self.replicas[old], self._loops[old]) for old, new in carried.items()}
+        replicas, loops = [], []
         for number, pipeline in enumerate(pipelines):
-            pages = handover.allocators[number]
-            scheduler = Scheduler(self._make_limits(pipeline.depth), pages)
-            for sequence in handover.adopted.get(number, ()):
-                if others.pop(sequence.key, None) is None:
-                    pages.release(handover.pages[sequence.key])
-                else:
-                    sequence.pages = handover.pages[sequence.key]
-                    scheduler.adopt(sequence)
-            replicas.append(self._make_replica(scheduler, pipeline))
-        self.parked, self.replicas = [], tuple(replicas)
-        self._loops = [asyncio.create_task(self._watch(replica)) for replica in replicas]
+            if number in going_on:
+                replica, loop = going_on[number]
+                self._adopt(number, replica.scheduler, handover, others)
+                replica.wake()
+            else:
+                scheduler = Scheduler(self._make_limits(pipeline.depth), handover.allocators[number])
+                self._adopt(number, scheduler, handover, others)
+                replica = self._make_replica(scheduler, pipeline)
+                loop = asyncio.create_task(self._watch(replica))
+            replicas.append(replica)
+            loops.append(loop)
+        self.parked, self.replicas, self._loops = [], tuple(replicas), loops
         for _, sequence in sorted(others.items()):
             _forget_kv(sequence)
             self.add(sequence)
+
+    def _adopt(
+        self, number: int, scheduler: Scheduler, handover: Handover, others: dict[int, ScheduledSequence]
+    ) -> None:
+        """Gives a scheduler what was handed over to its replica; takes that out of ``others``."""
+        for sequence in handover.adopted.get(number, ()):
+            if others.pop(sequence.key, None) is None:
+                scheduler.pages.release(handover.pages[sequence.key])
+            else:
+                sequence.pages, sequence.in_flight = handover.pages[sequence.key], False
+                scheduler.adopt(sequence)
 
     def park(self) -> None:
         """Gives up the replicas without new ones; their sequences wait with their tokens. They must be stopped."""
@@ -140,10 +193,18 @@ class Dispatcher:
         for replica in self.replicas:
             replica.scheduler.check()
 
-    def _all(self) -> Iterator[ScheduledSequence]:
+    def _all(self, carried: Collection[int] = ()) -> Iterator[ScheduledSequence]:
+        """Every sequence but those of replicas that are carried over."""
         yield from self.parked
-        for replica in self.replicas:
-            yield from replica.scheduler.sequences()
+        for number, replica in enumerate(self.replicas):
+            if number not in carried:
+                yield from replica.scheduler.sequences()
+
+    def _with_kv(self) -> dict[int, list[ScheduledSequence]]:
+        return {
+            number: [s for s in replica.scheduler.running.values() if s.computed and not replica.lost]
+            for number, replica in enumerate(self.replicas)
+        }
 
     async def _watch(self, replica: Replica) -> None:
         try:

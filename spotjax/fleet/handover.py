@@ -30,11 +30,42 @@ class Handover:
     transfers: tuple[PageTransfer, ...]
 
 
+CopiedPages = frozenset[tuple[int, int, int]]
+"""Key of a sequence, number of a page in it, page."""
+
+
+def full_pages(
+    running: Mapping[int, Iterable[ScheduledSequence]], heirs: Mapping[int, int], page_size: int
+) -> tuple[tuple[PageTransfer, ...], CopiedPages]:
+    """What of the KV can be copied while decoding goes on: pages that are full and keep their numbers.
+
+    A page that its sequence gives up meanwhile, and another takes, is not among those when ``hand_over`` looks.
+
+    Args:
+      running: by old replica, those with KV worth keeping.
+      heirs: old replica to the new one that goes on with its page numbers.
+      page_size: positions per page.
+    """
+    transfers, copied = [], set()
+    for old, sequences in running.items():
+        if old not in heirs:
+            continue
+        full = [
+            (sequence.key, number, page)
+            for sequence in sequences
+            for number, page in enumerate(sequence.pages[: sequence.computed // page_size])
+        ]
+        transfers.append(PageTransfer(old, heirs[old], tuple((page, page) for _, _, page in full)))
+        copied.update(full)
+    return tuple(transfers), frozenset(copied)
+
+
 def hand_over(
     sequences: Iterable[ScheduledSequence],
     cohorts: Sequence[KvCohort],
     heirs: Mapping[int, int],
     allocators: tuple[PageAllocator, ...],
+    copied: CopiedPages = frozenset(),
 ) -> Handover:
     """Gives every sequence its place.
 
@@ -43,6 +74,7 @@ def hand_over(
       cohorts: those that keep their KV.
       heirs: old replica to the new one that goes on with its page numbers.
       allocators: one for every new replica, nothing taken yet.
+      copied: what ``full_pages`` said and was copied, for the same heirs.
     """
     by_key = {sequence.key: sequence for sequence in sequences}
     inherited_first = sorted(cohorts, key=lambda cohort: heirs.get(cohort.old) != cohort.new)
@@ -56,7 +88,7 @@ def hand_over(
                 adopted[cohort.new] = (*adopted.get(cohort.new, ()), by_key[live.key])
             else:
                 allocators[cohort.new].release(pages.pop(live.key))
-    transfers = tuple(_transfer(cohort, by_key, pages) for cohort in cohorts)
+    transfers = tuple(_transfer(cohort, by_key, pages, copied) for cohort in cohorts)
     recomputed = tuple(by_key[key] for key in sorted(by_key.keys() - pages.keys()))
     return Handover(allocators, adopted, pages, recomputed, transfers)
 
@@ -76,13 +108,16 @@ def _keep_pages(
 
 
 def _transfer(
-    cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], pages: Mapping[int, list[int]]
+    cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], pages: Mapping[int, list[int]], copied: CopiedPages
 ) -> PageTransfer:
     pairs = [
-        pair
+        (old, new)
         for live in cohort.sequences
         if live.key in pages
-        for pair in zip(by_key[live.key].pages[: live.pages], pages[live.key][: live.pages], strict=True)
+        for number, (old, new) in enumerate(
+            zip(by_key[live.key].pages[: live.pages], pages[live.key][: live.pages], strict=True)
+        )
+        if old != new or (live.key, number, old) not in copied
     ]
     return PageTransfer(cohort.old, cohort.new, tuple(pairs))
 

@@ -76,16 +76,20 @@ class Reconfigurer:
                 except InstanceLost as loss:
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
                 else:
-                    if not self._members.having(InstanceState.JOINING):
+                    if not self._joinable():
                         return report
 
     def _welcome(self) -> None:
         """Lets instances join. One that was lost and is back joins when the mesh has left it: its memory is empty."""
-        for name in self._members.having(InstanceState.JOINING):
+        for name in self._joinable():
             if name not in self._in_use(self.placement):
                 self._cluster.join(name)
                 self._members.set_state(name, InstanceState.READY)
                 self._events.record("joined", self.epoch, f"instance {name} joined", instance=name)
+
+    def _joinable(self) -> list[str]:
+        """Joining instances that can be given work."""
+        return [name for name in self._members.having(InstanceState.JOINING) if self._cluster.joinable(name)]
 
     async def _change(self) -> Reconfiguration:
         self._welcome()
@@ -110,7 +114,12 @@ class Reconfigurer:
 
     def _plan(self) -> Preparation:
         preparation = plan_change(
-            self._planning, self.placement, self._members.joined(), self._dispatcher.live(), self.epoch + 1
+            self._planning,
+            self.placement,
+            self._members.joined(),
+            self._dispatcher.live(),
+            self.epoch + 1,
+            self._dispatcher.running(),
         )
         shape, plan = preparation.placement.shape, preparation.plan
         self._events.record(
@@ -126,39 +135,65 @@ class Reconfigurer:
         return preparation
 
     async def _switch(self, preparation: Preparation, loaded: Traffic, started: float) -> Reconfiguration:
-        """Stops, moves KV, starts on the new mesh."""
-        before, prepared = self.placement, self._clock()
+        """Copies what KV is final, stops what changes, moves the rest of the KV, starts on the new mesh."""
+        before, carried = self.placement, preparation.carried
+        transfers, copied = self._dispatcher.full_pages(self._intact(preparation))
+        early = await self._cluster.copy_pages(transfers) if copied else Traffic()
         self._require_ready(preparation)
-        await self._dispatcher.stop()
-        self._committed(self._dispatcher.take_cancelled())
+        stopped = self._clock()
+        await self._dispatcher.stop(carried)
+        self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)
         running = self._running()
-        kv = plan_kv(self._planning, preparation, before, self._members.joined(), self._dispatcher.live())
-        shape = preparation.placement.shape
-        handover = self._dispatcher.hand_over(shape.data, kv.cohorts, preparation.heirs)
-        pipelines, moved = await self._cluster.switch(handover.transfers)
-        self._dispatcher.install(pipelines, handover)
+        replicas = preparation.placement.shape.data
+        live, room = self._dispatcher.live(), self._dispatcher.room(replicas, carried)
+        kv = plan_kv(self._planning, preparation, before, self._members.joined(), live, room)
+        handover = self._dispatcher.hand_over(replicas, kv.cohorts, preparation.heirs, carried, copied)
+        going_on = sum(len(self._dispatcher.replicas[old].scheduler.running) for old in carried)
+        try:
+            pipelines, moved = await self._cluster.switch(handover.transfers)
+        except InstanceLost:
+            self._dispatcher.give_back(handover, carried)
+            raise
+        self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
-        pause = self._clock() - prepared
-        kept = sum(len(sequences) for sequences in handover.adopted.values())
+        pause = self._clock() - stopped
+        kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())
+        kept = min(kept, running)  # what came on replicas that went on meanwhile is not counted
         self._events.record(
             "switch",
             self.epoch,
-            f"epoch {self.epoch}: mesh {shape}, paused {pause:.3f} s, {moved.moved} bytes of KV moved, "
-            f"{kept} sequences go on, {running - kept} recompute",
-            shape=str(shape),
+            f"epoch {self.epoch}: mesh {preparation.placement.shape}, paused {pause:.3f} s, {moved.moved} bytes of KV "
+            f"moved and {early.moved} before, {kept} sequences go on, {running - kept} recompute",
+            shape=str(preparation.placement.shape),
             pause_seconds=pause,
             kv_bytes_moved=moved.moved,
+            kv_bytes_precopied=early.moved,
             kept=kept,
+            recomputed=running - kept,
+            replicas_undisturbed=len(carried),
         )
-        traffic = Traffic(loaded.moved + moved.moved, loaded.loaded)
-        return self._report(before, preparation, traffic, prepared - started, pause, kept, running - kept, kv)
+        traffic = Traffic(loaded.moved + early.moved + moved.moved, loaded.loaded)
+        return self._report(before, preparation, traffic, stopped - started, pause, kept, running - kept, kv)
+
+    def _intact(self, preparation: Preparation) -> dict[int, int]:
+        """Heirs, by old replica, of those that stop with all their KV: no instance of them is gone."""
+        if self.placement is None:
+            return {}
+        gone = frozenset(self._members.having(InstanceState.GONE)) | set(self._members.having(InstanceState.JOINING))
+        return {
+            old: new
+            for old, new in preparation.heirs.items()
+            if old not in preparation.carried and gone.isdisjoint(self.placement.instances(old))
+        }
 
     def _require_ready(self, preparation: Preparation) -> None:
         """Raises InstanceLost if an instance of the new mesh was noticed or lost since it was planned."""
         leaving = self._in_use(preparation.placement).difference(self._members.having(InstanceState.READY))
         if leaving:
             raise InstanceLost(f"instance {min(leaving)} is leaving and cannot be part of the new mesh")
+        if not preparation.carried.keys() <= self._dispatcher.running():
+            raise InstanceLost("a replica that was to go on without stopping has stopped")
 
     async def _suspend(self, why: str) -> Reconfiguration:
         """No mesh fits: every request waits, none fails."""

@@ -9,7 +9,6 @@ from typing import Literal
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 
-
 PriceClass = Literal["spot", "on_demand"]
 """Whether a machine can be taken away."""
 

@@ -25,7 +25,7 @@ class Inheritance:
 def assign_cohorts(
     live: Mapping[int, Sequence[LiveSequence]],
     replicas: int,
-    page_capacity: int,
+    page_capacity: int | Sequence[int],
     page_size: int,
     heirs: Mapping[int, int] | None = None,
 ) -> Inheritance:
@@ -35,10 +35,11 @@ def assign_cohorts(
     the sequences with the most progress first while they fit into its ``page_capacity`` pages; those left over, and
     those of old replicas without an heir, go to the new replica with the most free pages, most progress first. This is
     SpotServe's rule (keep what has decoded longest) with pages in place of whole batches. Heirs are chosen anew unless
-    given, as they are when room was made for them while decoding still went on.
+    given, as they are when room was made for them while decoding still went on. ``page_capacity`` is one number for all
+    new replicas or one for each.
     """
     heirs = choose_heirs(live, replicas) if heirs is None else heirs
-    free = [page_capacity] * replicas
+    free = [page_capacity] * replicas if isinstance(page_capacity, int) else list(page_capacity)
     taken: dict[tuple[int, int], list[LiveSequence]] = {}
     left: list[tuple[int, LiveSequence]] = []
 

@@ -1,7 +1,8 @@
-"""Brings KV pages of running sequences to the stages that go on with them, while nothing decodes.
+"""Brings KV pages of running sequences to the stages that go on with them.
 
 Pages are taken out of the old stage in groups of PAGES_PER_MOVE, re-cut where the tensor degree changes, and written
-into the new stage's pages. All executables involved were compiled at boot.
+into the new stage's pages. All executables involved were compiled at boot. Between runtimes pages travel as host arrays
+with all kv heads, each once, whatever the tensor degrees are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def head_ranges(spec: ModelSpec, tensor: int) -> tuple[Range, ...]:
 
 
 class KvMover:
-    """Moves pages between stages of this process."""
+    """Moves pages between stages of this process, and in and out of host memory."""
 
     def __init__(self, model: CompiledModel) -> None:
         self._model = model
@@ -46,6 +47,51 @@ class KvMover:
             chosen = jax.device_put(new, target_pages)
             with self._model.calls(target.devices):
                 target.pages[layer] = LayerPages(*write(target.pages[layer], chosen, content))
+            jax.block_until_ready(content)  # from here on the source is not needed
+
+    def read(self, stage: Stage, layer: int, pages: Sequence[int], into: LayerPages[np.ndarray]) -> None:
+        """Copies pages of one layer to host memory.
+
+        Args:
+          stage: has the layer.
+          layer: of the model.
+          pages: n page numbers.
+          into: keys (n, K, H, G) and values (n, K, G, H).
+        """
+        held, every = head_ranges(self._model.spec, len(stage.devices)), ((0, self._model.spec.config.kv_heads),)
+        read, sharding, done = self._model.read_pages(stage.devices), replicated(stage.mesh), 0
+        for chosen, _ in _groups([(page, 0) for page in pages]):
+            with self._model.calls(stage.devices):
+                content = read(stage.pages[layer], jax.device_put(chosen, sharding))
+            count = min(PAGES_PER_MOVE, len(pages) - done)
+            for whole, part in zip(into, content, strict=True):
+                whole[done : done + count] = _recut_heads(_shards(part), held, every)[:count]
+            done += count
+
+    def write(self, stage: Stage, layer: int, pages: Sequence[int], content: LayerPages[np.ndarray]) -> None:
+        """Puts pages from host memory into one layer; shapes as in ``read``."""
+        every, wanted = ((0, self._model.spec.config.kv_heads),), head_ranges(self._model.spec, len(stage.devices))
+        write, sharding, done = self._model.write_pages(stage.devices), replicated(stage.mesh), 0
+        shardings = self._model.page_shardings(stage.mesh)
+        for chosen, _ in _groups([(page, 0) for page in pages]):
+            count = min(PAGES_PER_MOVE, len(pages) - done)
+            parts = []
+            for whole, at in zip(content, shardings, strict=True):
+                group = np.zeros((PAGES_PER_MOVE, *whole.shape[1:]), whole.dtype)
+                group[:count] = whole[done : done + count]
+                parts.append(jax.device_put(_recut_heads([group], every, wanted), at))
+            with self._model.calls(stage.devices):
+                chosen_pages = jax.device_put(chosen, sharding)
+                stage.pages[layer] = LayerPages(*write(stage.pages[layer], chosen_pages, LayerPages(*parts)))
+            done += count
+
+    def host_pages(self, layers: int, pages: int) -> tuple[np.ndarray, list[LayerPages[np.ndarray]]]:
+        """Host memory for pages of some layers: one flat array of bytes, and the views of every layer into it."""
+        c, size = self._model.spec.config, self._model.page_size
+        shapes = LayerPages((pages, c.kv_heads, c.head_size, size), (pages, c.kv_heads, size, c.head_size))
+        flat = host_buffer((layers, 2, pages * c.kv_heads * c.head_size * size), self._model.dtype)
+        views = [LayerPages(*(part.reshape(shape) for part, shape in zip(both, shapes, strict=True))) for both in flat]
+        return flat.reshape(-1).view(np.uint8), views
 
     def _recut(self, content: LayerPages[jax.Array], tensor: int, target: Stage) -> LayerPages[jax.Array]:
         """Content of ``tensor`` shards as the target stage's devices hold it."""
@@ -57,7 +103,7 @@ class KvMover:
             return LayerPages(*moved)
         return LayerPages(
             *(
-                jax.device_put(_recut_heads(array, held, wanted), sharding)
+                jax.device_put(_recut_heads(_shards(array), held, wanted), sharding)
                 for array, sharding in zip(content, shardings, strict=True)
             )
         )
@@ -75,15 +121,20 @@ class KvMover:
         return missing * per_head
 
 
-def _recut_heads(array: jax.Array, held: Sequence[Range], wanted: Sequence[Range]) -> np.ndarray:
+def _shards(array: jax.Array) -> list[np.ndarray]:
+    """The shards of an array split along axis 1, in order."""
+    return [np.asarray(shard.data) for shard in sorted(array.addressable_shards, key=lambda s: s.index[1].start or 0)]
+
+
+def _recut_heads(shards: Sequence[np.ndarray], held: Sequence[Range], wanted: Sequence[Range]) -> np.ndarray:
     """Re-cuts axis 1, kv heads, from the shards ``held`` to the shards ``wanted``, in host memory."""
-    shards = [np.asarray(shard.data) for shard in sorted(array.addressable_shards, key=lambda s: s.index[1].start or 0)]
+    first = shards[0]
     heads = sum(stop - start for start, stop in wanted)
-    cut = host_buffer((array.shape[0], heads, *array.shape[2:]), np.dtype(array.dtype))
+    cut = host_buffer((first.shape[0], heads, *first.shape[2:]), first.dtype)
     place = 0
     for start, stop in wanted:
         for head in range(start, stop):
-            shard = next(m for m, (first, last) in enumerate(held) if first <= head < last)
+            shard = next(m for m, (low, high) in enumerate(held) if low <= head < high)
             cut[:, place] = shards[shard][:, head - held[shard][0]]
             place += 1
     return cut

@@ -1,6 +1,6 @@
 """The cluster of embedded mode: every instance is a group of this process's devices. A ``fleet.cluster.Cluster``.
 
-Owns all buffers: parameters as shards by device, KV as the pages of the current stages. Plans nothing.
+What is on the devices is ``Host``'s; here are the pipelines over it and what becomes of them when an instance is lost.
 """
 
 from __future__ import annotations
@@ -8,45 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
-import jax
-
 from spotjax.errors import InstanceLost, SliceUnavailable
-from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.meshes.sharding import assemble, stage_mesh
-from spotjax.reshard.kv import KvMover
-from spotjax.reshard.parameters import Checkpoint, ParameterMover
-from spotjax.reshard.shards import ShardStore, delete_arrays
+from spotjax.reshard.host import Host
+from spotjax.reshard.parameters import Checkpoint
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.pipeline import LocalPipeline
-from spotjax.runtime.stage import Stage
-from spotjax.runtime.warmup import Progress, Step, load, warm
+from spotjax.runtime.warmup import Progress, Step, warm
 
-A = TypeVar("A")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A placement with all that can be there before decoding stops.
-
-    Attributes:
-      preparation: what was asked for.
-      store: parameters of the new placement.
-      stages: by (replica, stage); layers whose pages stay in place have none yet.
-    """
-
-    preparation: Preparation
-    store: ShardStore
-    stages: Mapping[tuple[int, int], Stage]
 
 
 class LocalCluster:
@@ -75,13 +51,14 @@ class LocalCluster:
         self.model = model
         self.pipelines: tuple[LocalPipeline, ...] = ()
         self._buckets, self._devices, self._fuse = buckets, devices, fuse
-        self._parameters = ParameterMover(model.spec, model.dtype, checkpoint, self._device)
-        self._kv = KvMover(model)
-        self._store = ShardStore({})
-        self._prepared: _Prepared | None = None
+        self._host = Host(model, checkpoint, devices)
         self._lost: set[str] = set()
         self._compiled_for: set[int] = set()
         self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
+
+    def joinable(self, instance: str) -> bool:
+        """See ``Cluster.joinable``: devices of this process are always ready."""
+        return True
 
     def join(self, instance: str) -> None:
         """An instance of that name is there (again), with empty memory."""
@@ -100,17 +77,22 @@ class LocalCluster:
 
     async def prepare(self, preparation: Preparation) -> Traffic:
         """See ``Cluster.prepare``."""
-        self._prepared = None
-        self._prepared, traffic = await self._run(self._prepare, preparation, preparation.placement)
-        return traffic
+        return await self._run(partial(self._prepare, preparation), preparation.placement)
+
+    async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        """See ``Cluster.copy_pages``."""
+        return await self._run(partial(self._host.copy_pages, transfers), self._next.placement)
 
     async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[LocalPipeline], Traffic]:
         """See ``Cluster.switch``."""
-        assert self._prepared is not None, "prepare comes before switch"
-        prepared = self._prepared
-        traffic = await self._run(partial(self._move_kv, prepared), transfers, prepared.preparation.placement)
-        retired, self.pipelines = self.pipelines, self._connect(prepared)
-        self._store, self._prepared = prepared.store, None
+        preparation = self._next
+        traffic = await self._run(partial(self._host.switch, transfers), preparation.placement)
+        self._host.adopt()
+        carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
+        retired = [pipeline for pipeline in self.pipelines if pipeline not in carried.values()]
+        self.pipelines = tuple(
+            carried.get(data) or self._connect(data) for data in range(preparation.placement.shape.data)
+        )
         for pipeline in retired:
             pipeline.close()
         return self.pipelines, traffic
@@ -119,7 +101,8 @@ class LocalCluster:
         """See ``Cluster.clear``."""
         for pipeline in self.pipelines:
             pipeline.close()
-        self.pipelines, self._prepared = (), None
+        self.pipelines = ()
+        self._host.clear()
 
     def lose(self, instance: str) -> None:
         """See ``Cluster.lose``: the instance's buffers are deleted here and now, whoever uses them."""
@@ -128,114 +111,44 @@ class LocalCluster:
         for pipeline in self.pipelines:
             if any(not gone.isdisjoint(stage.devices) for stage in pipeline.stages):
                 pipeline.lose(instance)
-        stages = [stage for pipeline in self.pipelines for stage in pipeline.stages]
-        if self._prepared is not None:
-            stages += self._prepared.stages.values()
-        stages = [stage for stage in stages if not gone.isdisjoint(stage.devices)]
-        with ExitStack() as no_calls:
-            for devices in {stage.devices for stage in stages}:
-                no_calls.enter_context(self.model.calls(devices))
-            for stage in stages:
-                delete_arrays(stage.arrays())
-            self._store = self._store.without(instance)
-            if self._prepared is not None:
-                self._prepared = replace(self._prepared, store=self._prepared.store.without(instance))
+        self._host.lose(instance)
 
     async def close(self) -> None:
         """See ``Cluster.close``."""
         await self.clear()
         self._loading.shutdown(wait=True, cancel_futures=True)
         self.model.executables.close()
-        self._store = ShardStore({})
 
-    def _device(self, reference: DeviceRef) -> jax.Device:
-        return self._devices[reference.instance][reference.index]
+    @property
+    def _next(self) -> Preparation:
+        assert self._host.prepared is not None, "prepare comes first"
+        return self._host.prepared.preparation
 
-    async def _run(self, work: Callable[[A], R], argument: A, placement: Placement) -> R:
+    async def _run(self, work: Callable[[], R], placement: Placement) -> R:
         """Does blocking work in a thread; a loss that breaks it, or its result, becomes InstanceLost."""
         lost_before = frozenset(self._lost)
         try:
-            result = await asyncio.to_thread(work, argument)
+            result = await asyncio.to_thread(work)
         except (RuntimeError, SliceUnavailable) as problem:
             # jax raises one of several RuntimeErrors when a buffer is deleted under its reader
             if lost := self._lost - lost_before:
+                self._host.prepared = None
                 raise InstanceLost(f"instance {min(lost)} was lost during a migration") from problem
             raise
         targets = {device.instance for device in placement.devices.values()}
         if lost := self._lost & targets:
+            self._host.prepared = None
             raise InstanceLost(f"instance {min(lost)} was lost during a migration")
         return result
 
-    def _prepare(self, preparation: Preparation) -> tuple[_Prepared, Traffic]:
-        traffic = Traffic()
-        tensor = preparation.placement.shape.tensor
-        self.compile_for(tensor)
-        store = self._parameters.carry_out(preparation.plan, preparation.needs, tensor, self._store, traffic)
-        shape = preparation.placement.shape
-        stages = {
-            (d, p): self._build_stage(preparation.placement, store, d, p)
-            for d in range(shape.data)
-            for p in range(shape.stage)
-        }
-        for (d, _), stage in stages.items():
-            for layer in range(*stage.layers):
-                if self._stage_in_place(preparation, d, layer, stage) is None:
-                    stage.pages[layer] = stage.empty_pages()
-        load(self.model, [stage.devices for stage in stages.values()], self._recent_steps())
-        return _Prepared(preparation, store, stages), traffic
+    def _prepare(self, preparation: Preparation) -> Traffic:
+        self.compile_for(preparation.placement.shape.tensor)
+        return self._host.prepare(preparation, self._recent_steps())
 
     def _recent_steps(self) -> list[Step]:
         # copied first: pipelines add to it meanwhile
         return [step for pipeline in self.pipelines for step in tuple(pipeline.recent)]
 
-    def _build_stage(self, placement: Placement, store: ShardStore, data: int, number: int) -> Stage:
-        """A stage over buffers that are in place, without KV."""
-        group = placement.group(data, number)
-        devices = tuple(self._device(reference) for reference in group)
-        mesh = stage_mesh(devices)
-        parameters = {}
-        for array in self.model.spec.parameters:
-            if store.get(group[0], array.name) is not None:
-                shards = [store.at(reference)[array.name].buffer for reference in group]
-                parameters[array.name] = assemble(array, self.model.spec, mesh, shards)
-        last = number == placement.shape.stage - 1
-        return Stage(self.model, devices, placement.layers[number], first=number == 0, last=last, parameters=parameters)
-
-    def _stage_in_place(self, preparation: Preparation, data: int, layer: int, stage: Stage) -> Stage | None:
-        """The current stage whose pages of that layer the new replica ``data`` goes on with where they are, if any."""
-        for old, new in preparation.heirs.items():
-            if new == data and old < len(self.pipelines):
-                source = self._stage_of(old, layer)
-                return source if source.devices == stage.devices else None
-        return None
-
-    def _stage_of(self, data: int, layer: int) -> Stage:
-        """The current stage of a replica that has the layer."""
-        return next(s for s in self.pipelines[data].stages if s.layers[0] <= layer < s.layers[1])
-
-    def _move_kv(self, prepared: _Prepared, transfers: Sequence[PageTransfer]) -> Traffic:
-        traffic = Traffic()
-        for (data, _), stage in prepared.stages.items():
-            incoming = [transfer for transfer in transfers if transfer.new == data]
-            for layer in range(*stage.layers):
-                kept = self._stage_in_place(prepared.preparation, data, layer, stage)
-                if kept is not None:
-                    stage.pages[layer] = kept.pages[layer]
-                for transfer in incoming:
-                    source = self._stage_of(transfer.old, layer)
-                    if source is kept and prepared.preparation.heirs.get(transfer.old) == data:
-                        continue
-                    self._kv.move(transfer, layer, source, stage, traffic)
-                if kept is not None:
-                    kept.pages[layer] = stage.pages[layer]  # writing donated the old ones, and a switch can be repeated
-        jax.block_until_ready([list(stage.arrays()) for stage in prepared.stages.values()])
-        return traffic
-
-    def _connect(self, prepared: _Prepared) -> tuple[LocalPipeline, ...]:
-        shape = prepared.preparation.placement.shape
-        return tuple(
-            LocalPipeline(
-                self.model, self._buckets, [prepared.stages[d, p] for p in range(shape.stage)], fuse=self._fuse
-            )
-            for d in range(shape.data)
-        )
+    def _connect(self, data: int) -> LocalPipeline:
+        stages = [stage for (replica, _), stage in sorted(self._host.stages.items()) if replica == data]
+        return LocalPipeline(self.model, self._buckets, stages, fuse=self._fuse)

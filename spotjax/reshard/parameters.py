@@ -1,14 +1,16 @@
-"""Brings parameters to where a new placement needs them. Reads devices and checkpoint, never changes what is there.
+"""Brings parameters to where a new placement needs them. Reads devices, peers and checkpoint, changes nothing there.
 
-A shard that is already in place is the same buffer afterwards. A shard that another device holds exactly goes over by
-``jax.device_put``. Where shard boundaries change, the parts are put together in host memory, each copied once;
-``device_put`` across changed boundaries would gather the whole array there.
+A shard that is already in place is the same buffer afterwards. A shard that another device of the process holds exactly
+goes over by ``jax.device_put``. Else its parts are put together in host memory, each copied once; ``device_put`` across
+changed boundaries would gather the whole array there.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import jax
@@ -17,12 +19,16 @@ import numpy as np
 from spotjax.errors import SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.layout import shard_shape
-from spotjax.meshes.slices import ArraySlice, Index, intersect
+from spotjax.meshes.slices import ArraySlice, Index, intersect, relative
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.holdings import Needs
-from spotjax.planner.migration import MigrationPlan, Phase, SliceMove
-from spotjax.reshard.shards import Shard, ShardStore, host_buffer, place_into
+from spotjax.planner.migration import SliceMove
+from spotjax.reshard.peers import Peers, ProcessMemory, ShardMemory
+from spotjax.reshard.shards import Shard, ShardStore, place_into
 from spotjax.reshard.transfer import Traffic
+
+STREAMS = 4
+"""Shards brought at once where some come from peers, so that their round trips overlap."""
 
 
 class Checkpoint(Protocol):
@@ -40,22 +46,37 @@ class ParameterMover:
       spec: the model.
       dtype: of parameters on devices.
       checkpoint: source of last resort.
-      device_of: the jax device of a reference.
+      device_of: the jax device of a reference that is in this process, None for others.
+      peers: other runtimes; None where all instances are in this process.
+      memory: where shards are put together.
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: np.dtype, checkpoint: Checkpoint, device_of: Callable[[DeviceRef], jax.Device]
+        self,
+        spec: ModelSpec,
+        dtype: np.dtype,
+        checkpoint: Checkpoint,
+        device_of: Callable[[DeviceRef], jax.Device | None],
+        peers: Peers | None = None,
+        memory: ShardMemory | None = None,
     ) -> None:
         self._spec, self._dtype, self._checkpoint, self._device_of = spec, dtype, checkpoint, device_of
+        self._peers, self._memory = peers, memory or ProcessMemory()
         self._arrays = {array.name: array for array in spec.parameters}
+        self._counting = threading.Lock()
 
     def carry_out(
-        self, plan: MigrationPlan, needs: Mapping[DeviceRef, Needs], tensor: int, store: ShardStore, traffic: Traffic
+        self,
+        moves: Sequence[SliceMove],
+        needs: Mapping[DeviceRef, Needs],
+        tensor: int,
+        store: ShardStore,
+        traffic: Traffic,
     ) -> ShardStore:
-        """The shards that ``needs`` asks for, on their devices.
+        """The shards that ``needs`` asks for of this process's devices, on them.
 
         Args:
-          plan: every missing slice with its source.
+          moves: every missing slice of a parameter with its source.
           needs: what each device must have; KV is ignored.
           tensor: M of the new mesh.
           store: what is there now.
@@ -64,21 +85,32 @@ class ParameterMover:
         Raises:
           RuntimeError: a source's buffers were deleted because its instance was lost meanwhile.
           SliceUnavailable: a source, or a target that was to keep what it has, does not have it (any more).
+          PeerUnreachable: an instance of another process cannot be read from.
         """
-        moves: dict[tuple[DeviceRef, str], list[SliceMove]] = defaultdict(list)
-        for move in plan.moves:
-            if move.phase is Phase.PRECOPY:
-                moves[move.target, move.slice.name].append(move)
-        return ShardStore(
-            {
-                target: {
-                    name: self._bring(ArraySlice(name, index), target, tensor, moves[target, name], store, traffic)
-                    for name, index in arrays.items()
-                    if name in self._arrays
-                }
-                for target, arrays in needs.items()
-            }
-        )
+        by_shard: dict[tuple[DeviceRef, str], list[SliceMove]] = defaultdict(list)
+        for move in moves:
+            by_shard[move.target, move.slice.name].append(move)
+        wanted = [
+            (target, ArraySlice(name, index))
+            for target, arrays in needs.items()
+            if self._device_of(target) is not None
+            for name, index in arrays.items()
+            if name in self._arrays
+        ]
+
+        def bring(one: tuple[DeviceRef, ArraySlice]) -> Shard:
+            target, piece = one
+            return self._bring(piece, target, tensor, by_shard[target, piece.name], store, traffic)
+
+        if self._peers is None:
+            shards = [bring(one) for one in wanted]
+        else:
+            with ThreadPoolExecutor(STREAMS, thread_name_prefix="bring") as streams:
+                shards = list(streams.map(bring, wanted))
+        brought: dict[DeviceRef, dict[str, Shard]] = defaultdict(dict)
+        for (target, piece), shard in zip(wanted, shards, strict=True):
+            brought[target][piece.name] = shard
+        return ShardStore(brought)
 
     def _bring(
         self,
@@ -94,12 +126,13 @@ class ParameterMover:
         held = store.get(target, wanted.name)
         if held is not None and held.index == wanted.index and held.buffer.shape == shape:
             return held
-        self._count(moves, traffic)
+        with self._counting:
+            self._count(moves, traffic)
         device = self._device_of(target)
-        whole = self._whole(wanted, shape, moves, store)
+        whole = None if self._memory.shared else self._whole(wanted, shape, moves, store)
         if whole is not None:
             return Shard(wanted.index, jax.device_put(whole, device))
-        buffer = host_buffer(shape, self._dtype)
+        buffer = self._memory.allocate(target, wanted, shape, self._dtype)
         common = intersect(held.index, wanted.index) if held is not None else None
         kept = ArraySlice(wanted.name, common).size if common is not None else 0
         if kept + sum(move.slice.size for move in moves) < wanted.size:
@@ -107,7 +140,8 @@ class ParameterMover:
         if held is not None and common is not None:
             place_into(buffer, wanted.index, common, held.read(common))
         for move in moves:
-            place_into(buffer, wanted.index, move.slice.index, self._read(move, store))
+            self._read(move, store, buffer, wanted.index)
+        self._memory.complete(target, wanted)
         return Shard(wanted.index, jax.device_put(buffer, device))
 
     def _whole(
@@ -120,10 +154,20 @@ class ParameterMover:
         fits = shard is not None and shard.index == wanted.index and shard.buffer.shape == shape
         return shard.buffer if shard is not None and fits else None
 
-    def _read(self, move: SliceMove, store: ShardStore) -> np.ndarray:
+    def _read(self, move: SliceMove, store: ShardStore, buffer: np.ndarray, index: Index) -> None:
+        """Reads one slice into its place in a buffer that holds ``index``."""
         if move.source is None:
-            return self._checkpoint.read(*move.slice)
-        return store.read(move.source, move.slice)
+            place_into(buffer, index, move.slice.index, self._checkpoint.read(*move.slice))
+        elif self._peers is None or self._device_of(move.source) is not None:
+            place_into(buffer, index, move.slice.index, store.read(move.source, move.slice))
+        else:
+            place = buffer[relative(move.slice.index, index)]
+            if place.flags.c_contiguous:
+                self._peers.read_slice(move.source, move.slice, place)
+                return
+            scratch = np.empty(place.shape, place.dtype)
+            self._peers.read_slice(move.source, move.slice, scratch)
+            place[...] = scratch
 
     def _count(self, moves: Sequence[SliceMove], traffic: Traffic) -> None:
         for move in moves:

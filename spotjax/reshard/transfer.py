@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
@@ -20,12 +20,19 @@ class Preparation:
       needs: what each of its devices must have.
       plan: where that comes from.
       heirs: old replica to the new one that goes on with its page numbers, so that its pages can stay where they are.
+      carried: those of the heirs whose replica is the same in both meshes and goes on without stopping.
     """
 
     placement: Placement
     needs: Mapping[DeviceRef, Needs]
     plan: MigrationPlan
     heirs: Mapping[int, int]
+    carried: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def changed(self) -> tuple[int, ...]:
+        """New replicas that are not carried over."""
+        return tuple(data for data in range(self.placement.shape.data) if data not in self.carried.values())
 
 
 @dataclass(frozen=True, slots=True)

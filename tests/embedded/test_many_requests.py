@@ -81,7 +81,7 @@ async def test_nothing_can_be_read_from_a_lost_instance(programs: Path) -> None:
     run = Run(server, "run")
     run.start()
     await run.reached(10)
-    store, stages = cluster._store, [stage for pipeline in cluster.pipelines for stage in pipeline.stages]
+    store, stages = cluster._host.store, [stage for pipeline in cluster.pipelines for stage in pipeline.stages]
     lost = set(cluster._devices["instance-2"])
     on_lost = [stage for stage in stages if lost & set(stage.devices)]
     shards = dict(store.at(DeviceRef("instance-2", 1)))

@@ -56,6 +56,7 @@ class PureCluster:
         self._homes: list[frozenset[str]] = []
         self._loaded: set[DeviceRef] = set()
         self._prepared: Preparation | None = None
+        self._fresh: list[PurePipeline] = []
 
     async def prepare(self, preparation: Preparation) -> Traffic:
         self._prepared = None
@@ -65,31 +66,48 @@ class PureCluster:
             assert move.source is None or move.source in self._loaded, f"nothing can be read from {move.source}"
         await self._work(preparation)
         self._loaded |= set(preparation.needs)
-        self._prepared = preparation
+        self._prepared, shape = preparation, preparation.placement.shape
+        self._fresh = [PurePipeline(PAGE_SIZE, shape.stage, self._delay) for _ in range(shape.data)]
         return Traffic(preparation.plan.bytes_moved, preparation.plan.bytes_loaded)
 
     async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[PurePipeline], Traffic]:
         prepared = self._prepared
         assert prepared is not None, "prepare comes before switch"
-        assert not any(pipeline.in_flight for pipeline in self.pipelines), "a step is in flight"
-        shape = prepared.placement.shape
-        fresh = [PurePipeline(PAGE_SIZE, shape.stage, self._delay) for _ in range(shape.data)]
-        for transfer in transfers:
-            assert self.lost.isdisjoint(self._homes[transfer.old]), "KV is read from a lost instance"
-            for old, new in transfer.pages:
-                for slot in range(PAGE_SIZE):
-                    if (old, slot) in self.pipelines[transfer.old].pages:
-                        fresh[transfer.new].pages[new, slot] = self.pipelines[transfer.old].pages[old, slot]
+        carried = {new: self.pipelines[old] for old, new in prepared.carried.items()}
+        stopped = [pipeline for pipeline in self.pipelines if pipeline not in carried.values()]
+        assert not any(pipeline.in_flight for pipeline in stopped), "a step is in flight"
+        self._fresh = [carried.get(data) or fresh for data, fresh in enumerate(self._fresh)]
+        self._copy(transfers)
         await self._work(prepared)
-        self.pipelines, self._prepared = fresh, None
-        self._homes = [prepared.placement.instances(data) for data in range(shape.data)]
+        self.pipelines = self._fresh
+        self._prepared = None
+        self._homes = [prepared.placement.instances(data) for data in range(prepared.placement.shape.data)]
         self._loaded = set(prepared.needs)
         self.switches += 1
         return self.pipelines, Traffic()
 
+    async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        prepared = self._prepared
+        assert prepared is not None, "prepare comes before copying pages"
+        self._copy(transfers)
+        await self._work(prepared)
+        return Traffic(moved=sum(len(transfer.pages) for transfer in transfers))
+
+    def _copy(self, transfers: Sequence[PageTransfer]) -> None:
+        for transfer in transfers:
+            assert self.lost.isdisjoint(self._homes[transfer.old]), "KV is read from a lost instance"
+            for old, new in transfer.pages:
+                for slot in range(PAGE_SIZE):
+                    self._fresh[transfer.new].pages.pop((new, slot), None)
+                    if (old, slot) in self.pipelines[transfer.old].pages:
+                        self._fresh[transfer.new].pages[new, slot] = self.pipelines[transfer.old].pages[old, slot]
+
     async def clear(self) -> None:
         await turns(self._random.randrange(3))
         self.pipelines, self._homes, self._prepared = [], [], None
+
+    def joinable(self, instance: str) -> bool:
+        return True
 
     def join(self, instance: str) -> None:
         assert all(instance not in home for home in self._homes), "joins while the mesh still stands on its old self"

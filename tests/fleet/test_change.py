@@ -103,7 +103,7 @@ def test_any_change_of_instances_is_planned_soundly(
         return
     check(preparation, now, current, 2)
     assert plan_change(PLANNING, current, now, live, 2) == preparation, "the same inputs give the same plan"
-    kv = plan_kv(PLANNING, preparation, current, now, live)
+    kv = plan_kv(PLANNING, preparation, current, now, live, [DEMAND.pages] * preparation.placement.shape.data)
     whole = {data for data in range(current.shape.data) if all_there(current, data, now)}
     kept = {(cohort.old, one.key) for cohort in kv.cohorts for one in cohort.sequences}
     assert {old for old, _ in kept} <= whole, "KV of a replica that lost a part is computed again"
@@ -159,7 +159,7 @@ def test_kv_of_a_noticed_replica_moves_and_that_of_a_lost_one_is_lost() -> None:
     for state, kept in [(NOTICED, {0, 1, 10, 11}), (GONE, {10, 11})]:
         now = with_states(machines, state, READY, READY)
         preparation = plan_change(PLANNING, current, now, live, 2)
-        kv = plan_kv(PLANNING, preparation, current, now, live)
+        kv = plan_kv(PLANNING, preparation, current, now, live, [DEMAND.pages] * preparation.placement.shape.data)
         assert {one.key for cohort in kv.cohorts for one in cohort.sequences} == kept
         assert all(move.source is not None for move in kv.plan.moves)
 
@@ -170,7 +170,7 @@ def test_sequences_that_found_no_room_are_in_no_cohort() -> None:
     live = live_on(current, 40, 30)  # 18 pages on each replica, 19 on the only one to come
     now = with_states(machines, READY, NOTICED)
     preparation = plan_change(PLANNING, current, now, live, 2)
-    kv = plan_kv(PLANNING, preparation, current, now, live)
+    kv = plan_kv(PLANNING, preparation, current, now, live, [DEMAND.pages] * preparation.placement.shape.data)
     assert preparation.placement.shape.data == 1
     assert {one.key for cohort in kv.cohorts for one in cohort.sequences} == {0, 1}
 

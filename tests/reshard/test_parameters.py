@@ -107,7 +107,7 @@ def test_any_sequence_of_placements_keeps_contents_and_moves_what_the_plan_says(
     for placement in sequence:
         needs, plan = plan_for(placement, before, instances)
         traffic, old = Traffic(), pointers(store)
-        brought = mover(4).carry_out(plan, needs, placement.shape.tensor, store, traffic)
+        brought = mover(4).carry_out(plan.moves, needs, placement.shape.tensor, store, traffic)
         check_contents(brought, placement, devices)
         assert (traffic.moved, traffic.loaded) == (plan.bytes_moved, plan.bytes_loaded)
         assert (traffic.loaded == 0) == (before is not None)
@@ -125,7 +125,7 @@ def test_any_sequence_of_placements_keeps_contents_and_moves_what_the_plan_says(
 def test_what_a_lost_instance_had_alone_comes_from_the_checkpoint(first: Placement, second: Placement) -> None:
     devices = device_of(2)
     needs, plan = plan_for(first, None, fleet(4, 2))
-    store = mover(2).carry_out(plan, needs, first.shape.tensor, ShardStore({}), Traffic())
+    store = mover(2).carry_out(plan.moves, needs, first.shape.tensor, ShardStore({}), Traffic())
     lost = [held.buffer for ref in store.devices() if ref.instance == "i3" for held in store.at(ref).values()]
     left = store.without("i3")
     assert all(buffer.is_deleted() for buffer in lost)
@@ -133,7 +133,7 @@ def test_what_a_lost_instance_had_alone_comes_from_the_checkpoint(first: Placeme
     needs, plan = plan_for(second, first, fleet(4, 2, gone=["i3"]))
     assert not any(move.source is not None and move.source.instance == "i3" for move in plan.moves)
     traffic = Traffic()
-    check_contents(mover(2).carry_out(plan, needs, second.shape.tensor, left, traffic), second, devices)
+    check_contents(mover(2).carry_out(plan.moves, needs, second.shape.tensor, left, traffic), second, devices)
     assert (traffic.moved, traffic.loaded) == (plan.bytes_moved, plan.bytes_loaded)
 
 
@@ -186,13 +186,13 @@ def test_bytes_moved_are_the_least_of_all_assignments(devices: int, before: str,
     old_shape, new_shape = MeshShape.parse(before), MeshShape.parse(after)
     old = list(itertools.islice(assignments(old_shape, instances), 8))[-1]
     needs, plan = plan_for(old, None, instances)
-    store = mover(devices).carry_out(plan, needs, old_shape.tensor, ShardStore({}), Traffic())
+    store = mover(devices).carry_out(plan.moves, needs, old_shape.tensor, ShardStore({}), Traffic())
     layers = split_layers(SHARED_HEADS.layers, new_shape.stage)
     places = match(new_shape, needs_of(SPEC, new_shape, layers, []), instances, Holdings.of(SPEC, old, [], instances))
     new = Placement(2, new_shape, layers, places)
     needs, plan = plan_for(new, old, instances)
     traffic = Traffic()
-    check_contents(mover(devices).carry_out(plan, needs, new_shape.tensor, store, traffic), new, device_of(devices))
+    check_contents(mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic), new, device_of(devices))
     assert traffic.loaded == 0
     assert traffic.moved == missing_bytes(new, old)
     assert traffic.moved == min(missing_bytes(option, old) for option in assignments(new_shape, instances))
@@ -203,14 +203,14 @@ def test_a_plan_that_counts_on_what_is_not_there_is_refused() -> None:
     needs, plan = plan_for(placement, placement, fleet(1, 2))
     assert not plan.moves
     with pytest.raises(SliceUnavailable, match=r"does not hold what of .* the plan leaves in place"):
-        mover(2).carry_out(plan, needs, 2, ShardStore({}), Traffic())
+        mover(2).carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
 
 
 def test_nothing_can_be_read_from_deleted_shards() -> None:
     placement = next(assignments(MeshShape(1, 1, 2), fleet(1, 2)))
     needs, plan = plan_for(placement, None, fleet(1, 2))
     assert all(move.phase is Phase.PRECOPY for move in plan.moves)
-    store = mover(2).carry_out(plan, needs, 2, ShardStore({}), Traffic())
+    store = mover(2).carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
     held = store.at(DeviceRef("i0", 1))["layers.0.mlp.gate"]
     assert held.read(held.index).shape == (24, 25)
     left = store.without("i0")

@@ -1,0 +1,265 @@
+"""The stages and parameters that one process has on its devices, and how they become those of the next placement.
+
+The same for embedded mode, where every instance is in the process, and for a worker, which has one and reads from the
+others. Owns all buffers: parameters as shards by device, KV as the pages of stages. Plans nothing, serves no step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+
+from spotjax.errors import SliceUnavailable
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.placement import Placement
+from spotjax.meshes.sharding import assemble, stage_mesh
+from spotjax.meshes.slices import Range
+from spotjax.reshard.kv import KvMover
+from spotjax.reshard.parameters import Checkpoint, ParameterMover
+from spotjax.reshard.peers import Peers, ShardMemory
+from spotjax.reshard.shards import ShardStore, delete_arrays
+from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.executables import Devices
+from spotjax.runtime.stage import Stage
+from spotjax.runtime.warmup import Step, load
+
+Place = tuple[int, int]
+"""Replica and stage number."""
+STREAMS = 4
+"""Page copies under way at once."""
+PAGES_PER_READ = 256
+"""Pages that are asked of a peer at once; bounds the host memory that copies take."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A placement with all that can be there before decoding stops.
+
+    Attributes:
+      preparation: what was asked for.
+      store: parameters of the new placement.
+      stages: those on local devices; layers whose pages stay in place have none yet.
+    """
+
+    preparation: Preparation
+    store: ShardStore
+    stages: Mapping[Place, Stage]
+
+
+class Host:
+    """One process's part of the current placement and of the one being prepared. Calls block.
+
+    Args:
+      model: compiled functions.
+      checkpoint: source of parameters that no device has.
+      devices: the jax devices of every instance of this process.
+      peers: other processes' instances, None if there are none.
+      memory: where parameter shards are put together.
+
+    Attributes:
+      placement: the current one, None before the first.
+      stages: the current ones on local devices.
+      store: parameters on local devices.
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        checkpoint: Checkpoint,
+        devices: Mapping[str, Devices],
+        peers: Peers | None = None,
+        memory: ShardMemory | None = None,
+    ) -> None:
+        self.model = model
+        self.placement: Placement | None = None
+        self.stages: Mapping[Place, Stage] = {}
+        self.store = ShardStore({})
+        self.prepared: Prepared | None = None
+        self.kv = KvMover(model)
+        self._devices, self._peers = devices, peers
+        self._parameters = ParameterMover(model.spec, model.dtype, checkpoint, self._device, peers, memory)
+
+    def prepare(self, preparation: Preparation, steps: Iterable[Step]) -> Traffic:
+        """Brings parameters into place and makes room for KV, while decoding may go on.
+
+        Args:
+          preparation: replaces an earlier one.
+          steps: what will soon be run, and is made ready to run on the new stages.
+
+        Raises: see ``ParameterMover.carry_out``.
+        """
+        self.prepared = None
+        traffic, placement = Traffic(), preparation.placement
+        store = self._parameters.carry_out(
+            preparation.plan.moves, preparation.needs, placement.shape.tensor, self.store, traffic
+        )
+        stages: dict[Place, Stage] = {}
+        carried = {new: old for old, new in preparation.carried.items()}
+        for data in range(placement.shape.data):
+            for number in range(placement.shape.stage):
+                if placement.group(data, number)[0].instance not in self._devices:
+                    continue
+                if data in carried:
+                    stages[data, number] = self.stages[carried[data], number]
+                else:
+                    stages[data, number] = self._build_stage(placement, store, data, number)
+        for (data, _), stage in stages.items():
+            for layer in range(*stage.layers):
+                if data not in carried and self._in_place(preparation, data, layer, stage) is None:
+                    stage.pages[layer] = stage.empty_pages()
+        load(self.model, [stage.devices for stage in stages.values()], steps)
+        self.prepared = Prepared(preparation, store, stages)
+        return traffic
+
+    def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        """Copies KV pages into the prepared stages, while decoding may go on."""
+        return self._move_pages(transfers, final=False)
+
+    def switch(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        """Completes the KV of the prepared stages; no step may run on stages that are not carried over. Repeatable."""
+        return self._move_pages(transfers, final=True)
+
+    def adopt(self) -> None:
+        """Makes the prepared placement the current one, after ``switch``."""
+        assert self.prepared is not None, "prepare comes before adopt"
+        self.placement, self.stages = self.prepared.preparation.placement, self.prepared.stages
+        self.store, self.prepared = self.prepared.store, None
+
+    def clear(self) -> None:
+        """Gives up current and prepared stages with their KV; parameters stay as a source."""
+        self.placement, self.stages, self.prepared = None, {}, None
+
+    def lose(self, instance: str) -> None:
+        """Deletes the buffers of an instance here and now, whoever uses them, as if its machine were gone."""
+        gone = set(self._devices[instance])
+        stages = [*self.stages.values(), *(self.prepared.stages.values() if self.prepared is not None else ())]
+        stages = [stage for stage in stages if not gone.isdisjoint(stage.devices)]
+        with ExitStack() as no_calls:
+            for devices in {stage.devices for stage in stages}:
+                no_calls.enter_context(self.model.calls(devices))
+            for stage in stages:
+                delete_arrays(stage.arrays())
+            self.store = self.store.without(instance)
+            if self.prepared is not None:
+                self.prepared = replace(self.prepared, store=self.prepared.store.without(instance))
+
+    def read_pages(self, replica: int, layers: Range, pages: Sequence[int]) -> jax.typing.ArrayLike:
+        """KV pages of some layers of a replica's current stage, as ``KvMover.host_pages`` lays them out.
+
+        Raises:
+          SliceUnavailable: the stage that has these layers is not here.
+        """
+        flat, views = self.kv.host_pages(layers[1] - layers[0], len(pages))
+        for layer, view in zip(range(*layers), views, strict=True):
+            stage = self._local_stage(replica, layer)
+            if stage is None:
+                raise SliceUnavailable(f"layer {layer} of replica {replica} is not on this instance")
+            self.kv.read(stage, layer, pages, view)
+        return flat
+
+    def _device(self, reference: DeviceRef) -> jax.Device | None:
+        group = self._devices.get(reference.instance)
+        return None if group is None else group[reference.index]
+
+    def _build_stage(self, placement: Placement, store: ShardStore, data: int, number: int) -> Stage:
+        """A stage over buffers that are in place, without KV."""
+        group = placement.group(data, number)
+        devices = tuple(self._devices[reference.instance][reference.index] for reference in group)
+        mesh = stage_mesh(devices)
+        parameters = {}
+        for array in self.model.spec.parameters:
+            if store.get(group[0], array.name) is not None:
+                shards = [store.at(reference)[array.name].buffer for reference in group]
+                parameters[array.name] = assemble(array, self.model.spec, mesh, shards)
+        last = number == placement.shape.stage - 1
+        return Stage(self.model, devices, placement.layers[number], first=number == 0, last=last, parameters=parameters)
+
+    def _in_place(self, preparation: Preparation, data: int, layer: int, stage: Stage) -> Stage | None:
+        """The current stage whose pages of that layer the new replica ``data`` goes on with where they are, if any."""
+        for old, new in preparation.heirs.items():
+            if new == data:
+                source = self._local_stage(old, layer)
+                return source if source is not None and source.devices == stage.devices else None
+        return None
+
+    def _local_stage(self, replica: int, layer: int) -> Stage | None:
+        """The current stage of a replica that has the layer, if it is on local devices."""
+        return next(
+            (s for (data, _), s in self.stages.items() if data == replica and s.layers[0] <= layer < s.layers[1]), None
+        )
+
+    def _move_pages(self, transfers: Sequence[PageTransfer], *, final: bool) -> Traffic:
+        assert self.prepared is not None, "prepare comes before moving pages"
+        prepared, jobs = self.prepared, list[Callable[[Traffic], None]]()
+        kept: dict[tuple[Place, int], Stage] = {}
+        for place, stage in prepared.stages.items():
+            if place[0] in prepared.preparation.carried.values():
+                continue
+            for layer in range(*stage.layers):
+                source = self._in_place(prepared.preparation, place[0], layer, stage)
+                if source is not None:
+                    kept[place, layer] = source
+                    if final:
+                        stage.pages[layer] = source.pages[layer]
+        for place, stage in prepared.stages.items():
+            for transfer in transfers:
+                if transfer.new == place[0] and transfer.pages:
+                    inherited = prepared.preparation.heirs.get(transfer.old) == place[0]
+                    layers = [n for n in range(*stage.layers) if not (inherited and (place, n) in kept)]
+                    jobs += self._copies(transfer, stage, layers)
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="pages") as streams:
+            counted = [Traffic() for _ in jobs]  # one each, because they run at once
+            for copied in [streams.submit(job, count) for job, count in zip(jobs, counted, strict=True)]:
+                copied.result()
+        if final:
+            for (place, layer), source in kept.items():
+                # writing donated the old ones, and a switch can be repeated
+                source.pages[layer] = prepared.stages[place].pages[layer]
+            stopped = [s for (data, _), s in prepared.stages.items() if data in prepared.preparation.changed]
+            jax.block_until_ready([list(stage.arrays()) for stage in stopped])
+        return Traffic(moved=sum(count.moved for count in counted))
+
+    def _copies(
+        self, transfer: PageTransfer, stage: Stage, layers: Sequence[int]
+    ) -> Iterator[Callable[[Traffic], None]]:
+        """What has to be done for one transfer into one stage, in parts that can be done at once."""
+        remote: dict[str, list[int]] = {}
+        for layer in layers:
+            source = self._local_stage(transfer.old, layer)
+            if source is not None:
+                yield partial(self.kv.move, transfer, layer, source, stage)
+            else:
+                remote.setdefault(self._holder(transfer.old, layer), []).append(layer)
+        for instance, theirs in remote.items():
+            for start in range(0, len(transfer.pages), PAGES_PER_READ):
+                pages = transfer.pages[start : start + PAGES_PER_READ]
+                yield partial(self._fetch, instance, transfer.old, (theirs[0], theirs[-1] + 1), pages, stage)
+
+    def _holder(self, replica: int, layer: int) -> str:
+        """The instance that has a layer of a replica of the current placement."""
+        assert self.placement is not None, "KV comes from a current placement"
+        number = next(n for n, (start, stop) in enumerate(self.placement.layers) if start <= layer < stop)
+        return self.placement.group(replica, number)[0].instance
+
+    def _fetch(
+        self,
+        instance: str,
+        replica: int,
+        layers: Range,
+        pages: Sequence[tuple[int, int]],
+        stage: Stage,
+        traffic: Traffic,
+    ) -> None:
+        """Copies pages of some layers from another process into a stage here."""
+        assert self._peers is not None, "all instances are in this process"
+        flat, views = self.kv.host_pages(layers[1] - layers[0], len(pages))
+        self._peers.read_pages(instance, replica, layers, [old for old, _ in pages], flat)
+        for layer, view in zip(range(*layers), views, strict=True):
+            self.kv.write(stage, layer, [new for _, new in pages], view)
+        traffic.moved += flat.nbytes
