@@ -19,8 +19,10 @@ from xxhash import xxh3_64
 from spotjax.errors import ConnectionLost, TransportError
 from spotjax.transport.framing import PREFIX, WELCOME, Limits, frame_start, read_prefix
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 """Bytes of payload between two checksums: what is sent again after a broken connection is less than this."""
+PIECE = 256 << 10
+"""Bytes received at a time, so that they are still in the processor's cache when their checksum is taken."""
 LIMITS = Limits(header=1 << 20, payload=CHUNK)
 MOST_VIEWS = 512
 """Buffers handed to one system call; Linux takes 1024."""
@@ -121,7 +123,7 @@ class BulkStream:
         """The next message and the number of payload bytes that follow it, which the caller has to read."""
         prefix = bytearray(PREFIX.size)
         self.read_into(memoryview(prefix))
-        size, payload = read_prefix(prefix, LIMITS)
+        size, payload = read_prefix(prefix, 0, LIMITS)
         header = bytearray(size)
         self.read_into(memoryview(header))
         try:
@@ -138,8 +140,8 @@ class BulkStream:
         """Fills ``view`` and returns the XXH3 of what arrived."""
         checksum = xxh3_64()
         while view:
-            count = self._receive_some(view)
-            checksum.update(view[:count])  # while it is in the processor's cache
+            count = self._receive_some(view[:PIECE])
+            checksum.update(view[:count])
             view = view[count:]
         return checksum.intdigest()
 

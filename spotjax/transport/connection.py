@@ -1,4 +1,4 @@
-"""One framed TCP connection for messages. Owns its transport; who may connect and what frames mean is not known here."""
+"""One framed TCP connection for messages. Knows neither who may connect nor what the frames mean."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ so that a transfer does not delay a step.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import Callable
@@ -194,6 +193,8 @@ class Endpoint:
         try:
             if not await connection.welcomed:
                 raise ConnectionLost(f"{address} closed the connection unaccepted; do both sides use TLS, or neither?")
+            if self._closed:
+                raise ConnectionLost("this endpoint is closed")
         except BaseException:
             connection.close()
             raise

@@ -88,13 +88,13 @@ def frame_start(header: bytes, payload: int, limits: Limits) -> bytes:
 WELCOME = PREFIX.pack(MARK, 0, 0)
 
 
-def read_prefix(data: Buffer, limits: Limits) -> tuple[int, int]:
-    """Bytes of header and payload that follow a prefix.
+def read_prefix(data: Buffer, start: int, limits: Limits) -> tuple[int, int]:
+    """Bytes of header and payload that follow the prefix at ``start``.
 
     Raises:
       TransportError: no frame begins here, or it exceeds the limits.
     """
-    mark, header, payload = PREFIX.unpack(data)
+    mark, header, payload = PREFIX.unpack_from(data, start)
     if mark != MARK:
         raise TransportError(f"a frame begins with {MARK!r}, got {mark!r}; this is another protocol or a broken stream")
     check_sizes(header, payload, limits)
@@ -174,7 +174,7 @@ class FrameReader:
         start = 0
         while self._payload is None and self._end - start >= PREFIX.size:
             body = start + PREFIX.size
-            header, payload = read_prefix(self._intake[start:body], self._limits)
+            header, payload = read_prefix(self._intake, start, self._limits)
             if self._end - body < header:
                 self._reserve(PREFIX.size + header)
                 break
@@ -186,10 +186,11 @@ class FrameReader:
             start += self._filled
             self._complete()
         rest = bytes(self._intake[start : self._end])
-        if len(self._intake) > INTAKE and not rest:
-            self._intake = memoryview(bytearray(INTAKE))
-        self._intake[: len(rest)] = rest
         self._end = len(rest)
+        if rest:
+            self._intake[: len(rest)] = rest
+        elif len(self._intake) > INTAKE:
+            self._intake = memoryview(bytearray(INTAKE))
 
     def _reserve(self, size: int) -> None:
         """Makes room for a header that is larger than the intake."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
 ALIGNMENT = 64
@@ -14,5 +16,5 @@ def aligned(size: int) -> memoryview:
     Never handed out again while anybody refers to it: ``jax.device_put`` may alias what it is given.
     """
     block = np.empty(size + ALIGNMENT, np.uint8)
-    start = -block.ctypes.data % ALIGNMENT
-    return memoryview(block[start : start + size])
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % ALIGNMENT  # faster than block.ctypes
+    return memoryview(block)[start : start + size]

@@ -1,4 +1,4 @@
-"""The side of bulk reads that has the bytes: a thread for each connection, so ``provide`` may block. Owns the threads."""
+"""The side of bulk reads that has the bytes: a thread for each connection, so that ``provide`` may block."""
 
 from __future__ import annotations
 

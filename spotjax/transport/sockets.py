@@ -10,7 +10,7 @@ from spotjax.errors import ConnectionLost
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """Seconds, seconds, probes: a machine that vanished from an idle connection is noticed in about 11 s."""
 USER_TIMEOUT = 10_000
-"""Milliseconds that sent bytes may stay unacknowledged. Leases notice a lost machine earlier; this frees its sockets."""
+"""Milliseconds that sent bytes may stay unacknowledged. Leases notice a lost machine earlier; this frees sockets."""
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -1,0 +1,85 @@
+"""Every test of the transport runs on asyncio's loop and on uvloop, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+import uvloop
+from transport_cases import Authority, Header, Inbox, Proxy
+
+from spotjax.transport.endpoint import Endpoint
+
+
+def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def open_sockets() -> set[str]:
+    found = set()
+    for descriptor in Path("/proc/self/fd").iterdir():
+        try:
+            target = os.readlink(descriptor)
+        except FileNotFoundError:
+            continue
+        if target.startswith("socket:"):
+            found.add(target)
+    return found
+
+
+class Net:
+    """Makes endpoints and proxies, and closes them."""
+
+    def __init__(self) -> None:
+        self.endpoints: list[Endpoint] = []
+        self.proxies: list[Proxy] = []
+
+    async def listening(self, **settings: Any) -> tuple[str, Inbox]:
+        """An endpoint's address and what it gets."""
+        inbox = self.endpoint(**settings)
+        return f"127.0.0.1:{await inbox.endpoint.listen('127.0.0.1:0')}", inbox
+
+    def endpoint(self, **settings: Any) -> Inbox:
+        """An endpoint that keeps what it gets."""
+        inbox = Inbox()
+        inbox.endpoint = Endpoint(Header, settings.pop("receive", inbox.receive), **settings)
+        self.endpoints.append(inbox.endpoint)
+        return inbox
+
+    async def proxy(self, target: str, answer: Callable[[int, int, bytes], bytes | None]) -> tuple[str, Proxy]:
+        """The address of a proxy before ``target``."""
+        proxy = Proxy(target, answer)
+        self.proxies.append(proxy)
+        return await proxy.listen(), proxy
+
+
+@pytest_asyncio.fixture
+async def net() -> AsyncIterator[Net]:
+    before = open_sockets()
+    made = Net()
+    yield made
+    for proxy in made.proxies:
+        await proxy.close()
+    for endpoint in made.endpoints:
+        await endpoint.close()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("spotjax")]
+    await asyncio.sleep(0)  # loops close the sockets of ended transports one turn later
+    assert open_sockets() <= before
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return Authority(tmp_path_factory.mktemp("authority"))
+
+
+@pytest.fixture(scope="session")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Another authority of the same name."""
+    return Authority(tmp_path_factory.mktemp("stranger"))
