@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,7 +45,7 @@ def test_thirty_events_are_of_every_kind(seed: int) -> None:
 @given(seed=seeds)
 def test_what_is_away_for_a_while_is_not_done_harm_to_meanwhile(seed: int) -> None:
     events = schedule(seed, 60, NAMES, KINDS)
-    for event, following in zip(events, events[1:], strict=False):
+    for event, following in itertools.pairwise(events):
         if event.kind != JOIN and KINDS[event.kind].away and following.tokens == FOLLOWS:
             assert not set(event.targets) & set(following.targets)
 

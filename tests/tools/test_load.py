@@ -59,6 +59,8 @@ async def test_a_request_that_does_not_end_is_a_problem(client: AsyncSpotjaxClie
     expected = await answers(client, REQUESTS)
     service._delay = asyncio.Event().wait
     load = Load(client, REQUESTS, expected, clients=2, seed=0)
+    while len(load.running) < 2:
+        await asyncio.sleep(0)
     await load.stop(0.2)
     assert len(load.problems) == 1 and "not complete after 0.2 s" in load.problems[0]
 

@@ -1,0 +1,156 @@
+"""One whole run of chaos: undisturbed outputs, load, events, and all promises checked at the end.
+
+``spotjax.tools.soak`` and ``tests/live`` run it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from spotjax.errors import SpotjaxError
+from spotjax.tools.chaos import Chaos, Event, Outcome, possible, schedule
+from spotjax.tools.load import Load, answers, median_gap
+from spotjax.tools.local_fleet import NotInTime, Service
+from spotjax.tools.processes import Usage
+from spotjax.tools.request_mix import Output, Request, mix
+
+COMPLETE_SECONDS = 90.0
+"""How long the last requests may take when everybody is back."""
+SLACK = Usage(processes=0, files=8, sockets=12, threads=12, memory=160 * 2**20)
+"""By how much what a process holds may grow between the begin and the end of a run: pools fill, caches fill."""
+CALM_TOKENS = 400
+"""Tokens before the first event, of which the median time between two is taken."""
+
+Progress = Callable[[Load, Chaos, Event], bool]
+
+
+@dataclass
+class Report:
+    """What came of a run.
+
+    Attributes:
+      seed: of everything.
+      problems: broken promises, for people; empty if all were kept.
+      outcomes: events and their pauses.
+      step: median seconds between two tokens of a stream, undisturbed.
+      requests, tokens: how many came to their end, as expected.
+      seconds: from the first request to the last.
+      usage: what each process held before and after.
+      story: what happened, filled in if there are problems.
+    """
+
+    seed: int
+    problems: list[str] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    step: float = 0.0
+    requests: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    usage: dict[str, tuple[Usage, Usage]] = field(default_factory=dict)
+    story: str = ""
+
+    def __str__(self) -> str:
+        worst = max((outcome.gap for outcome in self.outcomes), default=0.0)
+        summary = (
+            f"seed {self.seed}: {len(self.outcomes)} events, {self.requests} requests and {self.tokens} tokens in "
+            f"{self.seconds:.1f} s, median step {1e3 * self.step:.1f} ms, longest pause {worst:.2f} s"
+        )
+        return "\n".join([summary, *self.problems, self.story])
+
+
+async def run(
+    service: Service,
+    seed: int,
+    events: int | Sequence[Event],
+    clients: int = 8,
+    requests: int = 24,
+    expected: Mapping[str, Output] | None = None,
+    progress: Progress = lambda load, chaos, event: True,
+) -> Report:
+    """Runs ``events`` (drawn by seed if a number) on a service that serves, stops it, and checks everything.
+
+    Args:
+      service: just started.
+      seed: of requests, their order and events.
+      events: how many, or which.
+      clients: requests at once.
+      requests: different requests.
+      expected: their undisturbed outputs, by default what the service says before the first event.
+      progress: called before each event; False ends the run early.
+    """
+    report, wanted = Report(seed), mix(seed, requests)
+    chosen = schedule(seed, events, service.names, possible(service)) if isinstance(events, int) else events
+    try:
+        expected = expected or await answers(service.client, wanted)
+        await _disturbed(service, report, wanted, expected, chosen, clients, progress)
+        report.problems += [*await restless(service), *grown(report.usage)]
+        if (code := await service.stop()) != 0:
+            report.problems.append(f"the server ended with code {code}")
+        report.problems += service.left()
+    except (NotInTime, SpotjaxError, subprocess.TimeoutExpired) as problem:
+        report.problems.append(f"{type(problem).__name__}: {problem}")
+    if report.problems:
+        report.story = service.story()
+    return report
+
+
+async def _disturbed(
+    service: Service,
+    report: Report,
+    wanted: Sequence[Request],
+    expected: Mapping[str, Output],
+    events: Sequence[Event],
+    clients: int,
+    progress: Progress,
+) -> None:
+    """Load and events, until the last request has ended; fills the report in."""
+    begin = time.monotonic()
+    load = Load(service.client, wanted, expected, clients, report.seed)
+    chaos = Chaos(service, load, report.seed)
+    try:
+        await load.until(lambda: load.tokens >= CALM_TOKENS, COMPLETE_SECONDS)
+        report.step = median_gap(load.streams, begin, time.monotonic())
+        before = service.usage()
+        for event in events:
+            if load.problems or not progress(load, chaos, event):
+                break
+            await chaos.happen(event)
+        await chaos.heal()
+        await load.until(lambda: False, 1.0)  # everybody takes part again
+    except statistics.StatisticsError:
+        load.problems.append(f"{load.tokens} tokens before the first event, too few to begin")
+    finally:
+        report.outcomes = chaos.outcomes()
+        await load.stop(COMPLETE_SECONDS)
+        report.problems += load.problems
+        report.requests, report.tokens, report.seconds = load.finished, load.tokens, time.monotonic() - begin
+        await chaos.close()
+    after = service.usage()
+    report.usage = {name: (before[name], after[name]) for name in before if name in after}
+
+
+async def restless(service: Service) -> list[str]:
+    """What a service without requests still holds of them."""
+    status = await service.status()
+    held = [
+        f"replica {replica.data} holds {replica.pages_used} KV pages"
+        for replica in status.replicas
+        if replica.pages_used
+    ]
+    if status.requests_running or status.queued:
+        held.append(f"{status.requests_running} requests run and {status.queued} wait, though all have ended")
+    return held
+
+
+def grown(usage: Mapping[str, tuple[Usage, Usage]]) -> list[str]:
+    """What has grown by more than ``SLACK`` in processes."""
+    return [
+        f"{name} has {what} {getattr(after, what)}, it had {getattr(before, what)}"
+        for name, (before, after) in usage.items()
+        for what in ("processes", "files", "sockets", "threads", "memory")
+        if getattr(after, what) - getattr(before, what) > getattr(SLACK, what)
+    ]
