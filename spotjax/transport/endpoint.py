@@ -57,7 +57,8 @@ class Endpoint:
         self._connections: set[Connection] = set()
         self._outgoing: dict[str, Connection] = {}
         self._dialling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._listeners: set[socket.socket] = set()
+        self._greeting: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def listen(self, address: str) -> int:
@@ -70,7 +71,8 @@ class Endpoint:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, port), family=family, backlog=512)
         listener.setblocking(False)
-        self._start(self._accept(listener))
+        self._listeners.add(listener)
+        self._watch(listener)
         return int(listener.getsockname()[1])
 
     async def connect(self, address: str, timeout: float) -> Connection:
@@ -106,11 +108,15 @@ class Endpoint:
         await self._reader.fetch(address, what, into, timeout)
 
     async def close(self) -> None:
-        """Closes everything; what waits to be sent has a second. A ``provide`` at work is waited for."""
+        """Closes everything; what waits to be sent has a second. A ``provide`` at work is waited for. May be repeated."""
         self._closed = True
-        for task in self._tasks:
+        while self._listeners:
+            listener = self._listeners.pop()
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
+        for task in self._greeting:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._greeting, return_exceptions=True)
         for connection in self._connections:
             connection.close()
         await self._all_closed(CLOSE_SECONDS)
@@ -124,24 +130,28 @@ class Endpoint:
         if self._connections:
             await asyncio.wait({connection.closed for connection in self._connections}, timeout=timeout)
 
-    def _start(self, work: Any) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
     # -- connections that others make
 
-    async def _accept(self, listener: socket.socket) -> None:
+    def _watch(self, listener: socket.socket) -> None:
+        if not self._closed:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    sock, _ = await loop.sock_accept(listener)
-                except OSError as error:
-                    log.warning("a connection could not be taken: %s", error)
-                    await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
-                    continue
-                self._start(self._greeted(sock))
+        try:
+            sock, _ = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it hung up before we looked
+        except OSError as error:
+            log.warning("a connection could not be taken: %s", error)
+            loop.remove_reader(listener)
+            loop.call_later(ACCEPT_PAUSE_SECONDS, self._watch, listener)
+            return
+        sock.setblocking(False)
+        task = loop.create_task(self._greeted(sock))
+        self._greeting.add(task)
+        task.add_done_callback(self._greeting.discard)
+        task.add_done_callback(lambda task: sock.close() if task.cancelled() else None)
 
     async def _greeted(self, sock: socket.socket) -> None:
         """Finds out what a new connection is for and hands it on, or refuses it."""
@@ -163,9 +173,6 @@ class Endpoint:
         except (OSError, TransportError) as error:
             log.warning("connection from %s refused: %s", peer, error)
             sock.close()
-        except BaseException:
-            sock.close()
-            raise
 
     @staticmethod
     async def _first_bytes(sock: socket.socket) -> bytes:
