@@ -1,13 +1,11 @@
 """Embedded mode: controller and workers in one process, instances being groups of its devices.
 
-Puts the rooms together for one machine: virtual CPU devices on a laptop, real ones on a multi-device VM. Besides
-``runtime`` and ``reshard`` the only module that touches jax, because it chooses the devices.
+Puts the rooms together for one machine: virtual CPU devices on a laptop, real ones on a multi-device VM.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import time
@@ -16,39 +14,29 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from spotjax.config import ServeConfig
 from spotjax.engine.commit_log import MemoryCommitLog
-from spotjax.engine.scheduler import Limits
-from spotjax.errors import ConfigError, NoFeasibleShape, SpotjaxError
-from spotjax.fleet.change import Planning
-from spotjax.fleet.controller import Controller, ServiceLimits
+from spotjax.errors import ConfigError, SpotjaxError
+from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
-from spotjax.meshes.instance import Instance, InstanceState, InstanceType
-from spotjax.meshes.layout import tensor_degrees
-from spotjax.meshes.placement import Placement
-from spotjax.meshes.shape import MeshShape
+from spotjax.meshes.instance import Instance
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.spec import ModelSpec
 from spotjax.models.tokenizer import Tokenizer
-from spotjax.planner.demand import Demand
-from spotjax.planner.optimizer import choose_shape
 from spotjax.reshard.local import LocalCluster
-from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.devices import device_type, local_devices
 from spotjax.runtime.executables import Devices
+from spotjax.sizing import (
+    check_first_mesh,
+    foreseeable_degrees,
+    planning_for,
+    resolve_dtype,
+    resolve_limits,
+    virtual_memory,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
-
-LONGEST_DEFAULT = 4096
-"""Positions that a server offers unless told otherwise, however many the model could take."""
-TYPICAL_POSITIONS = 512
-"""Positions of a typical sequence, for which each of ``max_batch`` sequences finds KV pages by default."""
-VIRTUAL_SPREAD = 3
-"""By default about so many virtual devices hold the model, so that a mesh is needed; fewer where there are not six."""
 
 
 @dataclass(frozen=True)
@@ -94,20 +82,14 @@ async def start(config: ServeConfig) -> EmbeddedServer:
 
 async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, Devices]) -> EmbeddedServer:
     """The same with a model and devices at hand."""
-    dtype = resolve_dtype(config.dtype, next(iter(devices.values()))[0])
-    spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=jnp.dtype(dtype).itemsize)
+    dtype = resolve_dtype(config.dtype, next(iter(devices.values()))[0].platform)
+    spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
     limits, buckets = resolve_limits(config, spec)
-    demand = Demand(
-        batch=config.max_batch,
-        prompt=min(TYPICAL_POSITIONS // 2, limits.max_positions // 2),
-        output=min(TYPICAL_POSITIONS // 2, limits.max_positions // 2),
-        page_size=config.page_size,
-        kv_pages=limits.pages - 1,
-        step_tokens=config.prefill_tokens,
-    )
-    wanted = pinned_mesh(config.mesh, spec)
-    planning = Planning(spec, demand, wanted)
-    kind = instance_type(config, spec, limits, devices)
+    planning = planning_for(config, spec, limits)
+    kind = device_type(next(iter(devices.values())), config.instance_memory_bytes)
+    if not kind.memory_bytes:
+        memory = virtual_memory(spec, limits, len(devices) * config.devices_per_instance)
+        kind = replace(kind, memory_bytes=memory)
     members = Membership(Instance(name, kind) for name in devices)
     programs = cache_directory(config.compilation_cache)
     compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs)
@@ -122,7 +104,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     log.info("compiled in %.1f s", time.monotonic() - started)
     report = await service.start()
     try:
-        _check_first_mesh(planning, members, report.after)
+        check_first_mesh(planning, members, report.after)
     except SpotjaxError:
         await service.close()
         raise
@@ -146,9 +128,7 @@ def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devi
       ConfigError: there are not enough devices.
     """
     wanted = instances * devices_per_instance
-    with contextlib.suppress(RuntimeError):  # jax runs already, with the devices it has
-        jax.config.update("jax_num_cpu_devices", wanted)
-    devices = jax.devices()
+    devices = local_devices(wanted)
     if len(devices) < wanted:
         raise ConfigError(
             f"instances ({instances}) times devices_per_instance ({devices_per_instance}) is {wanted}, "
@@ -158,91 +138,6 @@ def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devi
         f"instance-{number}": tuple(devices[number * devices_per_instance : (number + 1) * devices_per_instance])
         for number in range(instances)
     }
-
-
-def resolve_dtype(setting: str, device: jax.Device) -> np.dtype:
-    """The dtype of parameters and KV: float32 on CPU, where bfloat16 is 5-10 times slower, else bfloat16."""
-    if setting == "auto":
-        setting = "float32" if device.platform == "cpu" else "bfloat16"
-    return np.dtype(jnp.dtype(setting))
-
-
-def resolve_limits(config: ServeConfig, spec: ModelSpec) -> tuple[ServiceLimits, Buckets]:
-    """What the service accepts, and the shapes its steps run at.
-
-    Raises:
-      ConfigError: ``max_model_len`` is more than the model was made for.
-    """
-    own = spec.config.max_positions
-    if config.max_model_len > own:
-        raise ConfigError(f"max_model_len must be at most {own}, the model's own limit, got {config.max_model_len}")
-    positions = config.max_model_len or min(own, LONGEST_DEFAULT)
-    typical = config.max_batch * min(positions, TYPICAL_POSITIONS)
-    pages = (config.kv_pages or -(-max(positions, typical) // config.page_size)) + 1
-    buckets = Buckets(config.max_batch, config.prefill_tokens, config.page_size, positions)
-    limits = ServiceLimits(
-        max_positions=positions,
-        pages=pages,
-        page_size=config.page_size,
-        queue=config.queue_limit,
-        retain_seconds=config.retain_seconds,
-        replica=lambda depth: Limits(config.max_batch, config.prefill_tokens, depth, buckets.prefill_fits),
-    )
-    return limits, buckets
-
-
-def pinned_mesh(setting: str, spec: ModelSpec) -> MeshShape | None:
-    """The mesh that ``mesh`` names, None for ``auto``.
-
-    Raises:
-      ConfigError: the model cannot be divided like that.
-    """
-    if setting == "auto":
-        return None
-    mesh, c = MeshShape.parse(setting), spec.config
-    if c.heads % mesh.tensor:
-        raise ConfigError(f"mesh {mesh}: the tensor degree must divide the model's {c.heads} query heads")
-    if mesh.stage > c.layers:
-        raise ConfigError(f"mesh {mesh}: the model's {c.layers} layers cannot fill {mesh.stage} stages")
-    return mesh
-
-
-def instance_type(
-    config: ServeConfig, spec: ModelSpec, limits: ServiceLimits, devices: Mapping[str, Devices]
-) -> InstanceType:
-    """What the planner is told of these devices; figures that jax does not report are guesses of the right order."""
-    device = next(iter(devices.values()))[0]
-    virtual = device.platform == "cpu"
-    memory = config.instance_memory_bytes // config.devices_per_instance
-    if not memory:
-        reported = None if virtual else device.memory_stats()
-        need = spec.parameter_bytes + limits.pages * limits.page_size * spec.kv_bytes_per_position
-        spread = max(1, min(VIRTUAL_SPREAD, len(devices) * config.devices_per_instance // 2))
-        memory = need * 5 // 4 // spread if reported is None else int(reported["bytes_limit"])
-    if virtual:
-        return InstanceType("virtual-cpu", config.devices_per_instance, memory, 5e10, 1e10, 5e9, 5e9)
-    return InstanceType(device.device_kind, config.devices_per_instance, memory, 1e14, 1e12, 1e11, 5e9)
-
-
-def foreseeable_degrees(planning: Planning, instances: tuple[Instance, ...]) -> list[int]:
-    """Tensor degrees of the meshes that would be chosen with all instances, one fewer, two fewer ..."""
-    degrees: dict[int, None] = {}
-    for left in range(len(instances), 0, -1):
-        ready = [replace(instance, state=InstanceState.READY) for instance in instances[:left]]
-        try:
-            degrees[choose_shape(planning.spec, ready, planning.demand, planning.wanted).shape.tensor] = None
-        except NoFeasibleShape:
-            break
-    allowed = tensor_degrees(planning.spec, instances[0].type.devices)
-    return [degree for degree in degrees if degree in allowed]
-
-
-def _check_first_mesh(planning: Planning, members: Membership, placement: Placement | None) -> None:
-    """A mesh that does not fit at start is a mistake in the settings; later on, requests wait for instances."""
-    if placement is None:
-        choose_shape(planning.spec, members.all(), planning.demand, planning.wanted)  # raises, saying what would fit
-    elif planning.wanted is not None and placement.shape != planning.wanted:
-        raise ConfigError(f"mesh {planning.wanted} does not fit these instances; {placement.shape} would")
 
 
 def _log_progress(tensor: int, done: int, total: int) -> None:

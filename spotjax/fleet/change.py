@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from spotjax.meshes.instance import Instance
+from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, lost_cohorts, needs_of
+from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Links, MigrationPlan, plan_migration
 from spotjax.planner.optimizer import choose_shape
@@ -46,6 +47,7 @@ def plan_change(
     live: Live,
     epoch: int,
     running: Collection[int] = (),
+    held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
 ) -> Preparation:
     """The next placement on the ready instances, and how to get there.
 
@@ -59,6 +61,7 @@ def plan_change(
       live: sequences with KV.
       epoch: of the new placement.
       running: replicas that could go on without stopping if they stay as they are.
+      held: parts of parameters by device; counts for devices that the current placement does not use.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh of the ready instances.
@@ -67,7 +70,7 @@ def plan_change(
     decision = choose_shape(spec, instances, demand, planning.wanted)
     heirs = choose_heirs(live, decision.shape.data)
     cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances)
+    holdings = Holdings.of(spec, current, cohorts, instances, held)
     needs = needs_of(spec, decision.shape, decision.layers, cohorts)
     lost = lost_cohorts(needs.values(), holdings)
     if lost:

@@ -5,10 +5,12 @@ Embedded mode has ``reshard.local.LocalCluster``, fleet mode ``fleet.remote.Remo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from spotjax.engine.batch import Pipeline
+from spotjax.meshes.instance import DeviceRef
+from spotjax.planner.holdings import Needs
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
 
 
@@ -47,6 +49,10 @@ class Cluster(Protocol):
         """Gives up the current placement without a new one; what is left of parameters stays as a source."""
         ...
 
+    def held(self) -> Mapping[DeviceRef, Needs]:
+        """Which parts of parameters each device of an alive instance has, in a placement or not."""
+        ...
+
     def joinable(self, instance: str) -> bool:
         """Whether a joining instance can be given work: it has loaded and compiled what it needs."""
         ...
@@ -57,6 +63,10 @@ class Cluster(Protocol):
 
     def lose(self, instance: str) -> None:
         """An instance is gone: steps that run on it fail, and nothing can be read from its devices any more."""
+        ...
+
+    def evict(self, instance: str) -> None:
+        """Makes an instance go that was asked, or is to be seen, to leave; ``lose`` is called next."""
         ...
 
     async def close(self) -> None:

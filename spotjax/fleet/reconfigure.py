@@ -120,6 +120,7 @@ class Reconfigurer:
             self._dispatcher.live(),
             self.epoch + 1,
             self._dispatcher.running(),
+            self._cluster.held(),
         )
         shape, plan = preparation.placement.shape, preparation.plan
         self._events.record(

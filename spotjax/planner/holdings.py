@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
@@ -106,11 +107,7 @@ class StackedNeeds(Mapping[str, Index]):
         """
         if isinstance(arrays, cls):
             return arrays
-        pieces: dict[str, list[Index]] = defaultdict(list)
-        for array in arrays.items():
-            stack, index = in_stack(ArraySlice(*array))
-            pieces[stack].append(index)
-        stacks = {stack: joined(indices) for stack, indices in pieces.items()}
+        stacks = _boxes(arrays)
         for stack, boxes in stacks.items():
             if len(boxes) > 1:
                 raise PlanError(f"needs of {stack} must be one index range in successive layers, got {list(boxes)}")
@@ -206,11 +203,17 @@ class Holdings:
 
     @classmethod
     def of(
-        cls, spec: ModelSpec, placement: Placement | None, cohorts: Sequence[KvCohort], instances: Iterable[Instance]
+        cls,
+        spec: ModelSpec,
+        placement: Placement | None,
+        cohorts: Sequence[KvCohort],
+        instances: Iterable[Instance],
+        held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
     ) -> Holdings:
         """What the devices of a placement have: its parameters, and the KV of the cohorts that leave its replicas.
 
-        Instances of the placement that are not among ``instances`` count as gone.
+        Other devices have what ``held`` says of them. Instances of the placement that are not among ``instances`` count
+        as gone.
         """
         states = {instance.name: instance.state for instance in instances}
         devices: dict[DeviceRef, Mapping[str, Boxes]] = {}
@@ -225,6 +228,9 @@ class Holdings:
                 if id(has.parameters) not in boxes:
                     boxes[id(has.parameters)] = {name: (index,) for name, index in has.parameters.items()}
                 devices[device] = boxes[id(has.parameters)] | {name: (index,) for name, index in has.kv.items()}
+        for device, arrays in held.items():
+            if device not in devices:
+                devices[device] = _boxes(arrays)
         dying = (InstanceState.NOTICED, InstanceState.DRAINING)
         names = {device.instance for device in devices} | set(states)
         return cls(
@@ -261,6 +267,15 @@ class Holdings:
         held = self.at(device)
         stacks = needs.stacks
         return self.element_bytes * sum(covered(stacks[name], held[name]) for name in stacks.keys() & held.keys())
+
+
+def _boxes(arrays: Needs) -> dict[str, Boxes]:
+    """Parts of single arrays by stack."""
+    pieces: dict[str, list[Index]] = defaultdict(list)
+    for array in arrays.items():
+        stack, index = in_stack(ArraySlice(*array))
+        pieces[stack].append(index)
+    return {stack: joined(indices) for stack, indices in pieces.items()}
 
 
 def lost_cohorts(needs: Iterable[Needs], holdings: Holdings) -> frozenset[str]:

@@ -19,15 +19,17 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.sharding import assemble, stage_mesh
 from spotjax.meshes.slices import Range
+from spotjax.planner.holdings import Needs
 from spotjax.reshard.kv import KvMover
 from spotjax.reshard.parameters import Checkpoint, ParameterMover
 from spotjax.reshard.peers import Peers, ShardMemory
 from spotjax.reshard.shards import ShardStore, delete_arrays
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.stage import Stage
-from spotjax.runtime.warmup import Step, load
+from spotjax.runtime.warmup import Progress, Step, load, warm
 
 Place = tuple[int, int]
 """Replica and stage number."""
@@ -57,6 +59,7 @@ class Host:
 
     Args:
       model: compiled functions.
+      buckets: shapes that steps are padded to.
       checkpoint: source of parameters that no device has.
       devices: the jax devices of every instance of this process.
       peers: other processes' instances, None if there are none.
@@ -71,6 +74,7 @@ class Host:
     def __init__(
         self,
         model: CompiledModel,
+        buckets: Buckets,
         checkpoint: Checkpoint,
         devices: Mapping[str, Devices],
         peers: Peers | None = None,
@@ -82,8 +86,28 @@ class Host:
         self.store = ShardStore({})
         self.prepared: Prepared | None = None
         self.kv = KvMover(model)
-        self._devices, self._peers = devices, peers
+        self._buckets, self._devices, self._peers = buckets, devices, peers
+        self._compiled_for: set[int] = set()
+        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._parameters = ParameterMover(model.spec, model.dtype, checkpoint, self._device, peers, memory)
+
+    def compile_for(self, tensor: int, progress: Progress | None = None) -> None:
+        """Compiles all that stages of that tensor degree run, unless that was done; every place can load it then."""
+        if tensor in self._compiled_for:
+            return
+        groups = [d[start : start + tensor] for d in self._devices.values() for start in range(0, len(d), tensor)]
+        groups = [group for group in groups if len(group) == tensor]
+        warm(self.model, self._buckets, groups[:1], progress=progress)
+        self._compiled_for.add(tensor)
+        for group in groups[1:]:
+            self._loading.submit(warm, self.model, self._buckets, [group], 1)
+
+    def held(self) -> dict[DeviceRef, Needs]:
+        """Which parts of parameters each device has."""
+        return {
+            device: {name: shard.index for name, shard in self.store.at(device).items()}
+            for device in self.store.devices()
+        }
 
     def prepare(self, preparation: Preparation, steps: Iterable[Step]) -> Traffic:
         """Brings parameters into place and makes room for KV, while decoding may go on.
@@ -96,6 +120,7 @@ class Host:
         """
         self.prepared = None
         traffic, placement = Traffic(), preparation.placement
+        self.compile_for(placement.shape.tensor)
         store = self._parameters.carry_out(
             preparation.plan.moves, preparation.needs, placement.shape.tensor, self.store, traffic
         )
@@ -126,14 +151,21 @@ class Host:
         return self._move_pages(transfers, final=True)
 
     def adopt(self) -> None:
-        """Makes the prepared placement the current one, after ``switch``."""
+        """Makes the prepared placement the current one, after ``switch``. Devices without a part in it keep theirs."""
         assert self.prepared is not None, "prepare comes before adopt"
         self.placement, self.stages = self.prepared.preparation.placement, self.prepared.stages
-        self.store, self.prepared = self.prepared.store, None
+        self.store, self.prepared = self.prepared.store.over(self.store), None
 
     def clear(self) -> None:
         """Gives up current and prepared stages with their KV; parameters stay as a source."""
         self.placement, self.stages, self.prepared = None, {}, None
+
+    def close(self) -> None:
+        """Frees everything and ends all threads."""
+        self.clear()
+        self.store = ShardStore({})
+        self._loading.shutdown(wait=True, cancel_futures=True)
+        self.model.executables.close()
 
     def lose(self, instance: str) -> None:
         """Deletes the buffers of an instance here and now, whoever uses them, as if its machine were gone."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
 from spotjax.errors import InstanceLost, SliceUnavailable
+from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
+from spotjax.planner.holdings import Needs
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameters import Checkpoint
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
@@ -20,7 +21,7 @@ from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.pipeline import LocalPipeline
-from spotjax.runtime.warmup import Progress, Step, warm
+from spotjax.runtime.warmup import Progress, Step
 
 R = TypeVar("R")
 
@@ -51,33 +52,32 @@ class LocalCluster:
         self.model = model
         self.pipelines: tuple[LocalPipeline, ...] = ()
         self._buckets, self._devices, self._fuse = buckets, devices, fuse
-        self._host = Host(model, checkpoint, devices)
+        self._host = Host(model, buckets, checkpoint, devices)
         self._lost: set[str] = set()
-        self._compiled_for: set[int] = set()
-        self._loading = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     def joinable(self, instance: str) -> bool:
         """See ``Cluster.joinable``: devices of this process are always ready."""
         return True
+
+    def held(self) -> Mapping[DeviceRef, Needs]:
+        """See ``Cluster.held``."""
+        return self._host.held()
+
+    def evict(self, instance: str) -> None:
+        """See ``Cluster.evict``: ``lose`` is all there is to it."""
 
     def join(self, instance: str) -> None:
         """An instance of that name is there (again), with empty memory."""
         self._lost.discard(instance)
 
     def compile_for(self, tensor: int, progress: Progress | None = None) -> None:
-        """Compiles all that stages of that tensor degree run, unless that was done; every place can load it then."""
-        if tensor in self._compiled_for:
-            return
-        groups = [d[start : start + tensor] for d in self._devices.values() for start in range(0, len(d), tensor)]
-        groups = [group for group in groups if len(group) == tensor]
-        warm(self.model, self._buckets, groups[:1], progress=progress)
-        self._compiled_for.add(tensor)
-        for group in groups[1:]:
-            self._loading.submit(warm, self.model, self._buckets, [group], 1)
+        """See ``Host.compile_for``."""
+        self._host.compile_for(tensor, progress)
 
     async def prepare(self, preparation: Preparation) -> Traffic:
         """See ``Cluster.prepare``."""
-        return await self._run(partial(self._prepare, preparation), preparation.placement)
+        work = partial(self._host.prepare, preparation, self._recent_steps())
+        return await self._run(work, preparation.placement)
 
     async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
         """See ``Cluster.copy_pages``."""
@@ -116,8 +116,7 @@ class LocalCluster:
     async def close(self) -> None:
         """See ``Cluster.close``."""
         await self.clear()
-        self._loading.shutdown(wait=True, cancel_futures=True)
-        self.model.executables.close()
+        self._host.close()
 
     @property
     def _next(self) -> Preparation:
@@ -140,10 +139,6 @@ class LocalCluster:
             self._host.prepared = None
             raise InstanceLost(f"instance {min(lost)} was lost during a migration")
         return result
-
-    def _prepare(self, preparation: Preparation) -> Traffic:
-        self.compile_for(preparation.placement.shape.tensor)
-        return self._host.prepare(preparation, self._recent_steps())
 
     def _recent_steps(self) -> list[Step]:
         # copied first: pipelines add to it meanwhile

@@ -60,6 +60,10 @@ class ShardStore:
             raise SliceUnavailable(f"device {device} does not hold {wanted.name}{list(wanted.index)}")
         return shard.read(wanted.index)
 
+    def over(self, older: ShardStore) -> ShardStore:
+        """These shards, and of devices that have none, those of ``older``."""
+        return ShardStore({**older._shards, **{device: held for device, held in self._shards.items() if held}})
+
     def without(self, instance: str) -> ShardStore:
         """What is left when an instance is gone. Frees every buffer on it, so that nothing can be read any more."""
         for device, shards in self._shards.items():

@@ -22,6 +22,7 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, Instance
 from spotjax.models.config import LlamaConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.demand import Demand
+from spotjax.planner.holdings import Needs
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
 
 LETTERS = Letters()
@@ -54,7 +55,7 @@ class PureCluster:
         self.switches = 0
         self._random, self._fault = random, fault
         self._homes: list[frozenset[str]] = []
-        self._loaded: set[DeviceRef] = set()
+        self._loaded: dict[DeviceRef, Needs] = {}
         self._prepared: Preparation | None = None
         self._fresh: list[PurePipeline] = []
 
@@ -65,7 +66,7 @@ class PureCluster:
         for move in preparation.plan.moves:
             assert move.source is None or move.source in self._loaded, f"nothing can be read from {move.source}"
         await self._work(preparation)
-        self._loaded |= set(preparation.needs)
+        self._loaded |= preparation.needs
         self._prepared, shape = preparation, preparation.placement.shape
         self._fresh = [PurePipeline(PAGE_SIZE, shape.stage, self._delay) for _ in range(shape.data)]
         return Traffic(preparation.plan.bytes_moved, preparation.plan.bytes_loaded)
@@ -82,7 +83,7 @@ class PureCluster:
         self.pipelines = self._fresh
         self._prepared = None
         self._homes = [prepared.placement.instances(data) for data in range(prepared.placement.shape.data)]
-        self._loaded = set(prepared.needs)
+        self._loaded |= prepared.needs
         self.switches += 1
         return self.pipelines, Traffic()
 
@@ -106,6 +107,12 @@ class PureCluster:
         await turns(self._random.randrange(3))
         self.pipelines, self._homes, self._prepared = [], [], None
 
+    def held(self) -> dict[DeviceRef, Needs]:
+        return {device: needs for device, needs in self._loaded.items()}
+
+    def evict(self, instance: str) -> None:
+        assert instance not in self.lost, "it is gone already"
+
     def joinable(self, instance: str) -> bool:
         return True
 
@@ -115,7 +122,7 @@ class PureCluster:
 
     def lose(self, instance: str) -> None:
         self.lost.add(instance)
-        self._loaded = {device for device in self._loaded if device.instance != instance}
+        self._loaded = {device: held for device, held in self._loaded.items() if device.instance != instance}
         for pipeline, home in zip(self.pipelines, self._homes, strict=True):
             pipeline.lost |= instance in home
 
