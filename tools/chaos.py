@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spotjax.tools.load import Load, largest_gap
-from spotjax.tools.local_fleet import LocalFleet, NotInTime, Service, alive, ready
+from spotjax.tools.local_fleet import LocalFleet
+from spotjax.tools.service import NotInTime, Service, alive, ready
 
 LEASE_SECONDS = 2.0
 """Silence after which an instance counts as lost; ``freeze`` and ``cut`` exceed it, ``pause`` and ``blip`` do not."""

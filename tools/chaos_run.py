@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from spotjax.errors import SpotjaxError
 from spotjax.tools.chaos import Chaos, Event, Outcome, possible, schedule
 from spotjax.tools.load import Load, answers, median_gap
-from spotjax.tools.local_fleet import NotInTime, Service
 from spotjax.tools.processes import Usage
 from spotjax.tools.request_mix import Output, Request, mix
+from spotjax.tools.service import NotInTime, Service
 
 COMPLETE_SECONDS = 90.0
 """How long the last requests may take when everybody is back."""

@@ -1,182 +1,25 @@
-"""A service on this machine to do harm to: a controller with workers as processes, or everything in one process.
-
-Both are used through the same few verbs; whoever holds the handle acts as the cloud does, from outside.
-"""
+"""Services on this machine: a controller with workers as processes, with children, or everything in one process."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from spotjax.async_client import AsyncSpotjaxClient
-from spotjax.errors import FleetError, SpotjaxError
-from spotjax.fleet.status import FleetEvent, FleetStatus
-from spotjax.meshes.instance import InstanceState
+import grpc
+import psutil
+
+from spotjax.errors import FleetError
 from spotjax.tools.namespaces import Network
-from spotjax.tools.processes import Process, Usage
+from spotjax.tools.processes import Process
+from spotjax.tools.service import CHANGE_SECONDS, SERVE, START_SECONDS, NotInTime, Service, alive
 
-START_SECONDS = 240.0
-"""A first start compiles."""
-CHANGE_SECONDS = 60.0
-"""How long a change may take on a busy machine before it counts as one that never ends."""
-POLL_SECONDS = 0.03
-CONTROLLER = "controller"
-SERVE = (sys.executable, "-m", "spotjax.serve", "--log-format", "json")
-
-
-class NotInTime(Exception):
-    """Something that was to happen did not; says what, and what the service looked like."""
-
-
-class Service:
-    """A running server process and a client of it.
-
-    Args:
-      directory: for logs.
-      arguments: of ``spotjax serve``, without ``--listen``.
-      host: address to listen on.
-
-    Attributes:
-      client: gives up when its connection breaks, for nothing happens to the controller.
-      names: of the instances.
-      events: everything that the service said happened.
-      history: what was done and what happened, for people, by monotonic seconds.
-    """
-
-    def __init__(self, directory: Path, arguments: Sequence[str], names: Sequence[str], host: str) -> None:
-        self.names, self.directory = tuple(names), directory
-        self.events: list[FleetEvent] = []
-        self.history: list[tuple[float, str]] = []
-        self.server = Process(CONTROLLER, (*SERVE, "--listen", f"{host}:0", *arguments), directory)
-        self.address = ""
-        self.client: AsyncSpotjaxClient
-        self._following: asyncio.Task[None] | None = None
-        self._started = time.monotonic()
-
-    async def start(self) -> None:
-        """Waits until it serves."""
-        self.address = await self._poll("the server listens", self._listening, START_SECONDS)
-        self.client = AsyncSpotjaxClient(self.address, retries=0)
-        await self._poll("it serves", lambda: " is serving " in self.server.output(), START_SECONDS)
-        self._following = asyncio.create_task(self._follow())
-
-    async def status(self) -> FleetStatus:
-        """What the service says of itself."""
-        return await self.client.status()
-
-    async def until(self, what: str, condition: Callable[[FleetStatus], bool], seconds: float = CHANGE_SECONDS) -> None:
-        """Waits until the status fulfils a condition.
-
-        Raises:
-          NotInTime: it did not.
-        """
-        deadline = time.monotonic() + seconds
-        while not condition(status := await self.status()):
-            if time.monotonic() > deadline:
-                raise NotInTime(f"not within {seconds:g} s: {what}; the status is {status}")
-            await asyncio.sleep(POLL_SECONDS)
-
-    async def until_ready(self, names: Iterable[str] | None = None, seconds: float = CHANGE_SECONDS) -> None:
-        """Waits until these instances, by default all, are ready and a mesh serves."""
-        wanted = set(self.names if names is None else names)
-        await self.until(
-            f"{', '.join(sorted(wanted)) or 'a mesh'} ready", lambda s: s.ready and wanted <= ready(s), seconds
-        )
-
-    async def until_gone(self, names: Iterable[str], seconds: float = CHANGE_SECONDS) -> None:
-        """Waits until these instances are not part of the fleet."""
-        gone = set(names)
-        await self.until(f"{', '.join(sorted(gone))} gone", lambda s: not gone & alive(s), seconds)
-
-    def note(self, text: str) -> None:
-        """Adds a line to the history."""
-        self.history.append((time.monotonic(), text))
-
-    def story(self, lines: int = 120) -> str:
-        """The end of the history and of all logs, for people."""
-        told = [f"{when - self._started:8.3f}  {text}" for when, text in self.history[-lines:]]
-        logs = [f"--- {process.name} ({process.exit_code})\n{process.tail()}" for process in self.processes()]
-        return "\n".join([*told, *logs])
-
-    def processes(self) -> list[Process]:
-        """All processes of ours that were not replaced by another."""
-        return [self.server]
-
-    def usage(self) -> dict[str, Usage]:
-        """What each of them holds."""
-        return {process.name: process.usage() for process in self.processes() if process.exit_code is None}
-
-    async def kill(self, names: Sequence[str]) -> None:
-        """Takes instances away at once, unannounced."""
-        raise NotImplementedError
-
-    async def leave(self, name: str, grace_seconds: float) -> None:
-        """Gives an instance notice; returns when it is gone."""
-        raise NotImplementedError
-
-    async def preempt(self, name: str, grace_seconds: float) -> None:
-        """The same by the operators' command, which may find the instance gone already."""
-        with contextlib.suppress(FleetError):
-            await self.client.preempt(name, grace_seconds)
-
-    async def bring(self, names: Sequence[str]) -> None:
-        """Brings instances that are gone back; returns when they are on their way."""
-        raise NotImplementedError
-
-    async def missing(self) -> list[str]:
-        """Instances that have to be brought back; others are there or come back by themselves."""
-        raise NotImplementedError
-
-    async def stop(self) -> int:
-        """Asks the server to end; returns its exit code."""
-        self.server.signal(signal.SIGTERM, whole=False)
-        code = await asyncio.to_thread(self.server.wait, CHANGE_SECONDS)
-        await self._disconnect()
-        return code
-
-    async def close(self) -> None:
-        """Ends whatever still runs."""
-        await self._disconnect()
-        for process in self.processes():
-            process.kill()
-
-    def left(self) -> list[str]:
-        """What is left of the service after its end: processes and files, for people."""
-        processes = [f"process {p.pid} of {process.name}" for process in self.processes() for p in process.tree()]
-        temporary = [f"file {path}" for path in (self.directory / "temporary").rglob("*") if not path.is_dir()]
-        return processes + temporary
-
-    async def _disconnect(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            await asyncio.gather(self._following, return_exceptions=True)
-            await self.client.close()
-            self._following = None
-
-    def _listening(self) -> str:
-        said = (record for record in self.server.records() if record["message"] == "listening")
-        return next((str(record["address"]) for record in said), "")
-
-    async def _poll(self, what: str, get: Callable[[], Any], seconds: float) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := get()):
-            if self.server.exit_code is not None or time.monotonic() > deadline:
-                raise NotInTime(f"not within {seconds:g} s: {what}\n{self.story()}")
-            await asyncio.sleep(POLL_SECONDS)
-        return value
-
-    async def _follow(self) -> None:
-        with contextlib.suppress(SpotjaxError):  # the server ended
-            async for event in self.client.watch():
-                self.events.append(event)
-                self.note(f"    epoch {event.epoch} {event.kind}: {event.message}")
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class LocalFleet(Service):
@@ -188,6 +31,7 @@ class LocalFleet(Service):
       worker_arguments: for every worker.
       network: if given, every worker is a host of it.
       environment: variables for the workers.
+      credentials: of the client, for a controller with TLS.
     """
 
     def __init__(
@@ -198,11 +42,16 @@ class LocalFleet(Service):
         worker_arguments: Sequence[str] = (),
         network: Network | None = None,
         environment: dict[str, str] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         host = network.address if network else "127.0.0.1"
-        super().__init__(directory, ("--data-listen", f"{host}:0", *arguments), names, host)
+        super().__init__(directory, ("--data-listen", f"{host}:0", *arguments), names, host, credentials)
         self.workers: dict[str, Process] = {}
         self.network = network
+        self.store = Path(
+            tempfile.mkdtemp(prefix="spotjax-local-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        )
+        """Where the workers keep parameters."""
         self._worker_arguments, self._environment = tuple(worker_arguments), environment
 
     async def start(self) -> None:
@@ -215,14 +64,24 @@ class LocalFleet(Service):
     def spawn(self, name: str, *arguments: str) -> Process:
         """Starts the process of an instance, whatever became of the one before."""
         prefix, host = self.network.host(name) if self.network else ((), "127.0.0.1")
-        flags = ("--join", self.address, "--name", name, "--data-listen", f"{host}:0", *self._worker_arguments)
-        worker = Process(name, (*prefix, *SERVE, *flags, *arguments), self.directory, self._environment)
+        place = ("--join", self.address, "--name", name, "--data-listen", f"{host}:0")
+        flags = (*place, "--parameter-store", str(self.store), *self._worker_arguments, *arguments)
+        worker = Process(name, (*prefix, *SERVE, *flags), self.directory, self._environment)
         self.workers[name] = worker
         return worker
 
     def processes(self) -> list[Process]:
         """Controller and workers."""
         return [self.server, *self.workers.values()]
+
+    def left(self) -> list[str]:
+        """The same, and stored parameters: workers that left took theirs with them."""
+        return super().left() + [f"file {path}" for path in self.store.rglob("*")]
+
+    async def close(self) -> None:
+        """The same, stored parameters included."""
+        await super().close()
+        shutil.rmtree(self.store, ignore_errors=True)
 
     async def kill(self, names: Sequence[str]) -> None:
         """Kills the processes of all these instances, then waits for the kernel."""
@@ -274,6 +133,40 @@ class LocalFleet(Service):
         return code
 
 
+class ChildrenFleet(Service):
+    """A controller that started the workers itself, ``--workers N``, and starts new ones when asked to."""
+
+    async def kill(self, names: Sequence[str]) -> None:
+        """Kills the processes."""
+        for name in names:
+            worker = self.worker(name)
+            for process in [*worker.children(recursive=True), worker]:
+                process.kill()
+
+    async def leave(self, name: str, grace_seconds: float) -> None:
+        """Announces the end to the worker."""
+        worker = self.worker(name)
+        worker.terminate()
+        await asyncio.to_thread(worker.wait, grace_seconds)
+
+    async def bring(self, names: Sequence[str]) -> None:
+        """Lets as many join as are named."""
+        await self.client.add(len(names))
+
+    async def missing(self) -> list[str]:
+        """Those without a process."""
+        named = [process.cmdline() for process in self.server.tree()]
+        return [name for name in self.names if not any(f"--name={name}" in command for command in named)]
+
+    def worker(self, name: str) -> psutil.Process:
+        """The process of a worker.
+
+        Raises:
+          StopIteration: there is none.
+        """
+        return next(process for process in self.server.tree() if f"--name={name}" in process.cmdline())
+
+
 class EmbeddedService(Service):
     """Everything in one process, whose instances are taken and brought back by the operators' commands."""
 
@@ -293,28 +186,3 @@ class EmbeddedService(Service):
     async def missing(self) -> list[str]:
         """Those that the service counts as gone."""
         return sorted(set(self.names) - alive(await self.status()))
-
-
-@contextlib.asynccontextmanager
-async def running(service: Service) -> AsyncIterator[Service]:
-    """Starts a service and ends whatever is left of it at the end."""
-    try:
-        await service.start()
-        yield service
-    finally:
-        await service.close()
-
-
-def ready(status: FleetStatus) -> set[str]:
-    """Names of instances that can be given work."""
-    return {instance.name for instance in status.instances if instance.state is InstanceState.READY}
-
-
-def alive(status: FleetStatus) -> set[str]:
-    """Names of instances that are not gone."""
-    return {instance.name for instance in status.instances if instance.state is not InstanceState.GONE}
-
-
-def serving(status: FleetStatus) -> set[str]:
-    """Names of instances that the current mesh stands on."""
-    return {device.instance for device in status.placement.devices.values()} if status.placement else set()

@@ -25,8 +25,9 @@ from rich.table import Table
 from spotjax.tools.chaos import Chaos, Event, possible, schedule
 from spotjax.tools.chaos_run import Report, run
 from spotjax.tools.load import Load
-from spotjax.tools.local_fleet import EmbeddedService, LocalFleet, Service, running
+from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
 from spotjax.tools.namespaces import Network, NetworkUnavailable
+from spotjax.tools.service import Service, running
 
 console = Console(highlight=False)
 
@@ -37,7 +38,7 @@ def service_of(arguments: argparse.Namespace, directory: Path, network: Network 
     machine = ("--devices-per-instance", str(arguments.devices_per_instance))
     if arguments.embedded:
         flags = ("--model", arguments.model, "--instances", str(arguments.instances), *machine)
-        return EmbeddedService(directory, flags, names, "127.0.0.1")
+        return EmbeddedService(directory, flags, names)
     return LocalFleet(directory, names, ("--model", arguments.model), machine, network)
 
 

@@ -1,0 +1,216 @@
+"""A running service to do harm to: its server process, a client, what it says, what happened, what it leaves.
+
+Whoever holds it acts as the cloud does, from outside. The kinds of services are in ``tools.local_fleet``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+
+from spotjax.async_client import AsyncSpotjaxClient
+from spotjax.errors import FleetError, SpotjaxError
+from spotjax.fleet.status import FleetEvent, FleetStatus
+from spotjax.meshes.instance import InstanceState
+from spotjax.tools.processes import Process, Usage
+
+START_SECONDS = 240.0
+"""A first start compiles."""
+CHANGE_SECONDS = 60.0
+"""How long a change may take on a busy machine before it counts as one that never ends."""
+POLL_SECONDS = 0.03
+CONTROLLER = "controller"
+SERVE = (sys.executable, "-m", "spotjax.serve", "--log-format", "json")
+
+
+class NotInTime(Exception):
+    """Something that was to happen did not; says what, and what the service looked like."""
+
+
+class Service:
+    """A running server process and a client of it.
+
+    Args:
+      directory: for logs.
+      arguments: of ``spotjax serve``, without ``--listen``.
+      names: of the instances.
+      host: address to listen on.
+      credentials: of the client, for a server with TLS.
+
+    Attributes:
+      client: gives up when its connection breaks, for nothing happens to the controller.
+      events: everything that the service said happened.
+      history: what was done and what happened, for people, by monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        arguments: Sequence[str],
+        names: Sequence[str],
+        host: str = "127.0.0.1",
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        self.names, self.directory = tuple(names), directory
+        self.events: list[FleetEvent] = []
+        self.history: list[tuple[float, str]] = []
+        self.server = Process(CONTROLLER, (*SERVE, "--listen", f"{host}:0", *arguments), directory)
+        self.address = ""
+        self.client: AsyncSpotjaxClient
+        self._credentials = credentials
+        self._following: asyncio.Task[None] | None = None
+        self._started = time.monotonic()
+
+    async def start(self) -> None:
+        """Waits until it serves."""
+        self.address = await self._poll("the server listens", self._listening, START_SECONDS)
+        self.client = AsyncSpotjaxClient(self.address, retries=0, credentials=self._credentials)
+        await self._poll("it serves", lambda: " is serving " in self.server.output(), START_SECONDS)
+        self._following = asyncio.create_task(self._follow())
+
+    async def status(self) -> FleetStatus:
+        """What the service says of itself."""
+        return await self.client.status()
+
+    async def until(self, what: str, condition: Callable[[FleetStatus], bool], seconds: float = CHANGE_SECONDS) -> None:
+        """Waits until the status fulfils a condition.
+
+        Raises:
+          NotInTime: it did not.
+        """
+        deadline = time.monotonic() + seconds
+        while not condition(status := await self.status()):
+            if time.monotonic() > deadline:
+                raise NotInTime(f"not within {seconds:g} s: {what}; the status is {status}")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def until_ready(self, names: Iterable[str] | None = None, seconds: float = CHANGE_SECONDS) -> None:
+        """Waits until these instances, by default all, are ready and a mesh serves."""
+        wanted = set(self.names if names is None else names)
+        await self.until(
+            f"{', '.join(sorted(wanted)) or 'a mesh'} ready", lambda s: s.ready and wanted <= ready(s), seconds
+        )
+
+    async def until_gone(self, names: Iterable[str], seconds: float = CHANGE_SECONDS) -> None:
+        """Waits until these instances are not part of the fleet."""
+        gone = set(names)
+        await self.until(f"{', '.join(sorted(gone))} gone", lambda s: not gone & alive(s), seconds)
+
+    def note(self, text: str) -> None:
+        """Adds a line to the history."""
+        self.history.append((time.monotonic(), text))
+
+    def story(self, lines: int = 120) -> str:
+        """The end of the history and of all logs, for people."""
+        told = [f"{when - self._started:8.3f}  {text}" for when, text in self.history[-lines:]]
+        logs = [f"--- {process.name} ({process.exit_code})\n{process.tail()}" for process in self.processes()]
+        return "\n".join([*told, *logs])
+
+    def processes(self) -> list[Process]:
+        """All processes of ours that were not replaced by another."""
+        return [self.server]
+
+    def usage(self) -> dict[str, Usage]:
+        """What each of them holds."""
+        return {process.name: process.usage() for process in self.processes() if process.exit_code is None}
+
+    async def kill(self, names: Sequence[str]) -> None:
+        """Takes instances away at once, unannounced."""
+        raise NotImplementedError
+
+    async def leave(self, name: str, grace_seconds: float) -> None:
+        """Gives an instance notice; returns when it is gone."""
+        raise NotImplementedError
+
+    async def preempt(self, name: str, grace_seconds: float) -> None:
+        """The same by the operators' command, which may find the instance gone already."""
+        with contextlib.suppress(FleetError):
+            await self.client.preempt(name, grace_seconds)
+
+    async def bring(self, names: Sequence[str]) -> None:
+        """Brings instances that are gone back; returns when they are on their way."""
+        raise NotImplementedError
+
+    async def missing(self) -> list[str]:
+        """Instances that have to be brought back; others are there or come back by themselves."""
+        raise NotImplementedError
+
+    async def stop(self) -> int:
+        """Asks the server to end; returns its exit code."""
+        self.server.signal(signal.SIGTERM, whole=False)
+        code = await asyncio.to_thread(self.server.wait, CHANGE_SECONDS)
+        await self._disconnect()
+        return code
+
+    async def close(self) -> None:
+        """Ends whatever still runs."""
+        await self._disconnect()
+        for process in self.processes():
+            process.kill()
+
+    def left(self) -> list[str]:
+        """What is left of the service after its end: processes and files, for people."""
+        processes = [f"process {p.pid} of {process.name}" for process in self.processes() for p in process.tree()]
+        temporary = [f"file {path}" for path in (self.directory / "temporary").rglob("*") if not path.is_dir()]
+        return processes + temporary
+
+    async def _disconnect(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+            await self.client.close()
+            self._following = None
+
+    def _listening(self) -> str:
+        said = (record for record in self.server.records() if record["message"] == "listening")
+        return next((str(record["address"]) for record in said), "")
+
+    async def _poll(self, what: str, get: Callable[[], Any], seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := get()):
+            if self.server.exit_code is not None or time.monotonic() > deadline:
+                raise NotInTime(f"not within {seconds:g} s: {what}\n{self.story()}")
+            await asyncio.sleep(POLL_SECONDS)
+        return value
+
+    async def _follow(self) -> None:
+        with contextlib.suppress(SpotjaxError):  # the server ended
+            async for event in self.client.watch():
+                self.events.append(event)
+                self.note(f"    epoch {event.epoch} {event.kind}: {event.message}")
+
+
+Kind = TypeVar("Kind", bound=Service)
+
+
+@contextlib.asynccontextmanager
+async def running(service: Kind) -> AsyncIterator[Kind]:
+    """Starts a service and ends whatever is left of it at the end."""
+    try:
+        await service.start()
+        yield service
+    finally:
+        await service.close()
+
+
+def ready(status: FleetStatus) -> set[str]:
+    """Names of instances that can be given work."""
+    return {instance.name for instance in status.instances if instance.state is InstanceState.READY}
+
+
+def alive(status: FleetStatus) -> set[str]:
+    """Names of instances that are not gone."""
+    return {instance.name for instance in status.instances if instance.state is not InstanceState.GONE}
+
+
+def serving(status: FleetStatus) -> set[str]:
+    """Names of instances that the current mesh stands on."""
+    return {device.instance for device in status.placement.devices.values()} if status.placement else set()
