@@ -145,13 +145,19 @@ async def answers(client: AsyncSpotjaxClient, requests: Sequence[Request]) -> di
 
 def largest_gap(streams: Sequence[Stream], start: float, stop: float) -> float:
     """Longest time between two arrivals of one stream, among those that overlap [start, stop]; 0 if there are none."""
+    begin, end = longest(streams, start, stop)
+    return end - begin
+
+
+def longest(streams: Sequence[Stream], start: float, stop: float) -> tuple[float, float]:
+    """That time, from one arrival to the next; (start, start) if there is none."""
     gaps = (
-        later - earlier
+        (earlier, later)
         for stream in streams
         for earlier, later in itertools.pairwise(stream.times)
         if earlier < stop and later > start
     )
-    return max(gaps, default=0.0)
+    return max(gaps, key=lambda gap: gap[1] - gap[0], default=(start, start))
 
 
 def median_gap(streams: Sequence[Stream], start: float, stop: float) -> float:
@@ -166,8 +172,3 @@ def median_gap(streams: Sequence[Stream], start: float, stop: float) -> float:
         for earlier, later in itertools.pairwise(stream.times)
         if start <= earlier and later <= stop
     )
-
-
-def first_after(streams: Sequence[Stream], moment: float) -> float:
-    """When the first piece of output arrived after ``moment``, monotonic seconds; infinity if none did."""
-    return min((time for stream in streams for time in stream.times if time > moment), default=float("inf"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import math
 from collections.abc import AsyncIterator
 
 import pytest
@@ -13,7 +12,7 @@ from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.testing import ByteTokenizer, ScriptedService
-from spotjax.tools.load import Load, Stream, answers, first_after, largest_gap, median_gap
+from spotjax.tools.load import Load, Stream, answers, largest_gap, median_gap
 from spotjax.tools.request_mix import mix
 
 REQUESTS = mix(1, 16, longest=12)
@@ -85,7 +84,3 @@ def test_the_largest_gap_is_that_of_a_stream_across_the_moment() -> None:
 
 def test_the_median_gap_is_of_arrivals_in_the_time() -> None:
     assert median_gap(STREAMS, 1.0, 1.3) == pytest.approx(0.1)
-
-
-def test_the_first_arrival_after_a_moment_is_of_any_stream() -> None:
-    assert first_after(STREAMS, 1.2) == 1.5 and first_after(STREAMS, 2.1) == math.inf
