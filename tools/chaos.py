@@ -20,6 +20,8 @@ from spotjax.tools.service import NotInTime, Service, alive, ready
 LEASE_SECONDS = 2.0
 """Silence after which an instance counts as lost; ``freeze`` and ``cut`` exceed it, ``pause`` and ``blip`` do not."""
 GRACE_SECONDS = 25.0
+LOOK_SECONDS = 0.5
+"""How often to look whether tokens can come at all."""
 STALL_SECONDS = 30.0
 """Without any token for so long although a mesh serves, something hangs."""
 MOST_TOKENS = 120
@@ -227,7 +229,7 @@ class Chaos:
         """Waits until clients have seen so many tokens more, or none can come for lack of instances."""
         wanted = self._load.tokens + count
         seen, since = self._load.tokens, time.monotonic()
-        while not await self._load.until(lambda: self._load.tokens >= wanted, LEASE_SECONDS):
+        while not await self._load.until(lambda: self._load.tokens >= wanted, LOOK_SECONDS):
             if self._load.tokens > seen:
                 seen, since = self._load.tokens, time.monotonic()
             status = await self._service.status()
@@ -259,10 +261,10 @@ class Chaos:
 
     async def _kill_in_a_change(self, leaving: str, victim: str) -> None:
         """Gives one instance notice and kills another when the change for it has come to a step drawn by chance."""
-        step, said = self._draw.choice(("plan", "precopy")), len(self._service.events)
+        steps = {self._draw.choice(("plan", "precopy")), "stop", "switch"}  # it may come to an end without that step
+        said, deadline = len(self._service.events), time.monotonic() + GRACE_SECONDS
         self._begin(leaving, self._service.leave(leaving, GRACE_SECONDS))
-        deadline = time.monotonic() + GRACE_SECONDS
-        while not any(event.kind == step for event in self._service.events[said:]) and time.monotonic() < deadline:
+        while steps.isdisjoint(event.kind for event in self._service.events[said:]) and time.monotonic() < deadline:
             await asyncio.sleep(0)
         await self._service.kill([victim])
 
