@@ -74,12 +74,16 @@ class Instance:
       type: what it has and costs.
       state: where it is in its life.
       on_demand: it was rented at the on-demand price and is not taken away.
+      zone: where it is; empty if that is not known.
+      address: HOST:PORT at which others reach it; empty for devices of this process.
     """
 
     name: str
     type: InstanceType
     state: InstanceState = InstanceState.READY
     on_demand: bool = False
+    zone: str = ""
+    address: str = ""
 
     @property
     def price(self) -> float:

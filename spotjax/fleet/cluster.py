@@ -65,8 +65,8 @@ class Cluster(Protocol):
         """An instance is gone: steps that run on it fail, and nothing can be read from its devices any more."""
         ...
 
-    def evict(self, instance: str) -> None:
-        """Makes an instance go that was asked, or is to be seen, to leave; ``lose`` is called next."""
+    def evict(self, instance: str, *, at_once: bool) -> None:
+        """Makes an instance go, in order or ``at_once`` as if its machine were taken; ``lose`` is called next."""
         ...
 
     async def close(self) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spotjax.engine.batch import Pipeline
@@ -20,7 +20,7 @@ from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.engine.text import Detokenizer
-from spotjax.errors import Draining, InvalidRequest, Overloaded
+from spotjax.errors import Draining, InstanceLost, InvalidRequest, Overloaded
 from spotjax.fleet.change import Planning
 from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
@@ -29,10 +29,11 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.requests import AcceptedRequest, RequestTable
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
-from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.instance import Instance, InstanceState
 from spotjax.meshes.shape import Position
 
 log = logging.getLogger(__name__)
+Supply = Callable[[int], Awaitable[Sequence[str]]]
 PURGE_SECONDS = 10.0
 """How often finished requests are looked through for those past their retention."""
 
@@ -72,6 +73,8 @@ class Controller:
       limits: what is accepted.
       clock: monotonic seconds.
       wall_clock: Unix time in seconds.
+      supply: starts so many more instances and names them; they arrive sooner or later. By default it takes those that
+        are gone.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Controller:
         limits: ServiceLimits,
         clock: Clock,
         wall_clock: Clock,
+        supply: Supply | None = None,
     ) -> None:
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._end_tokens, self._clock = log, detokenizer, end_tokens, clock
@@ -103,6 +107,8 @@ class Controller:
         self._all_finished = asyncio.Event()
         self._purging: asyncio.Task[None] | None = None
         self._changes: set[asyncio.Task[Reconfiguration]] = set()
+        self._supply: Supply = supply or self._take_spare
+        self._awaited: dict[str, asyncio.Future[Reconfiguration]] = {}
 
     async def start(self) -> Reconfiguration:
         """Forms the first mesh."""
@@ -162,7 +168,16 @@ class Controller:
             draining=self._draining,
             placement=placement,
             instances=tuple(
-                InstanceStatus(i.name, i.type.name, i.state, i.type.devices, positions.get(i.name, {}))
+                InstanceStatus(
+                    i.name,
+                    i.type.name,
+                    i.state,
+                    i.type.devices,
+                    positions.get(i.name, {}),
+                    i.zone,
+                    "on_demand" if i.on_demand else "spot",
+                    i.address,
+                )
                 for i in self._members.all()
             ),
             replicas=tuple(_replica_status(n, replica) for n, replica in enumerate(self._dispatcher.replicas)),
@@ -174,6 +189,10 @@ class Controller:
             uptime_seconds=self._clock() - since if since is not None else 0.0,
         )
 
+    def recent(self) -> Sequence[FleetEvent]:
+        """See ``FleetService.recent``."""
+        return self._events.recent()
+
     def watch(self) -> AsyncIterator[FleetEvent]:
         """See ``FleetService.watch``."""
         return self._events.follow()
@@ -182,17 +201,62 @@ class Controller:
         """See ``FleetService.preempt``."""
         joining = self._members.require_alive(instance).state is InstanceState.JOINING
         if joining or grace_seconds <= 0:
+            self._cluster.evict(instance, at_once=True)
             self._lose(instance, "before it joined" if joining else "without notice")
             return await self._finish(self._reconfigurer.reconfigure())
-        self._members.set_state(instance, InstanceState.NOTICED)
-        message = f"instance {instance} will be taken in {grace_seconds:g} s"
-        self._events.record("notice", self._reconfigurer.epoch, message, instance=instance, seconds=grace_seconds)
-        return await self._finish(self._leave(instance, grace_seconds))
+        return await self._finish(self._notice(instance, grace_seconds))
+
+    async def release(self, instance: str) -> Reconfiguration:
+        """See ``FleetService.release``."""
+        self._members.require_alive(instance)
+        self._reconfigurer.require_feasible_without(instance)
+        self._members.set_state(instance, InstanceState.DRAINING)
+        self._events.record("notice", self._reconfigurer.epoch, f"instance {instance} is drained", instance=instance)
+        return await self._finish(self._leave(instance, None))
 
     async def add(self, count: int) -> Reconfiguration:
         """See ``FleetService.add``."""
-        self._members.take_spare(count)
-        return await self._finish(self._reconfigurer.reconfigure())
+        names = await self._supply(count)
+        absent = [name for name in names if not self._cluster.joinable(name)]
+        if not absent:
+            return await self._finish(self._reconfigurer.reconfigure())
+        for name in absent:
+            self._awaited[name] = asyncio.get_running_loop().create_future()
+        reports = await asyncio.gather(*(self._awaited[name] for name in absent))
+        return max(reports, key=lambda report: report.epoch)
+
+    # What becomes known of instances that are processes of their own:
+
+    def registered(self, instance: Instance) -> None:
+        """A new instance gets ready to join."""
+        self._members.register(replace(instance, state=InstanceState.JOINING))
+        message = f"instance {instance.name} registered, {instance.type.devices} devices at {instance.address}"
+        self._events.record("registered", self._reconfigurer.epoch, message, instance=instance.name)
+
+    def arrived(self, instance: str) -> None:
+        """It is ready to join."""
+        if self._ready_since is None:
+            return  # part of the first mesh
+        change = self._in_background(self._reconfigurer.reconfigure())
+        if (awaited := self._awaited.pop(instance, None)) is not None:
+            change.add_done_callback(lambda done: _pass_on(done, awaited))
+
+    def noticed(self, instance: str, seconds: float) -> None:
+        """It will be gone in so many seconds."""
+        if instance in self._members.having(InstanceState.READY):
+            self._in_background(self._notice(instance, seconds))
+        elif instance in self._members.having(InstanceState.JOINING):
+            self.gone(instance, "before it joined")
+
+    def gone(self, instance: str, how: str) -> None:
+        """It is gone already."""
+        if (awaited := self._awaited.pop(instance, None)) is not None and not awaited.done():
+            awaited.set_exception(InstanceLost(f"instance {instance} is gone before it joined: {how}"))
+        if instance not in {alive.name for alive in self._members.alive()}:
+            return
+        self._lose(instance, how)
+        if self._ready_since is not None:
+            self._in_background(self._reconfigurer.reconfigure())
 
     async def drain(self, seconds: float) -> bool:
         """See ``Service.drain``."""
@@ -244,29 +308,46 @@ class Controller:
         self._log.append(states)
         self._deliver(states)
 
-    async def _leave(self, instance: str, grace_seconds: float) -> Reconfiguration:
-        """Moves off a noticed instance, which is gone when that is done or when its grace is over."""
-        deadline = asyncio.get_running_loop().call_later(grace_seconds, self._lose_noticed, instance, "at its deadline")
+    async def _take_spare(self, count: int) -> Sequence[str]:
+        return self._members.take_spare(count)
+
+    async def _notice(self, instance: str, grace_seconds: float) -> Reconfiguration:
+        self._members.set_state(instance, InstanceState.NOTICED)
+        message = f"instance {instance} will be taken in {grace_seconds:g} s"
+        self._events.record("notice", self._reconfigurer.epoch, message, instance=instance, seconds=grace_seconds)
+        return await self._leave(instance, grace_seconds)
+
+    async def _leave(self, instance: str, grace_seconds: float | None) -> Reconfiguration:
+        """Moves off an instance, which is gone when that is done or when its grace, if it has an end, is over."""
+        deadline = None
+        if grace_seconds is not None:
+            call_later = asyncio.get_running_loop().call_later
+            deadline = call_later(grace_seconds, self._lose_leaving, instance, "at its deadline")
         try:
             return await self._reconfigurer.reconfigure()
         finally:
-            deadline.cancel()
-            self._lose_noticed(instance, "as announced")
+            if deadline is not None:
+                deadline.cancel()
+            self._lose_leaving(instance, "as announced")
 
-    async def _finish(self, change: Coroutine[Any, Any, Reconfiguration]) -> Reconfiguration:
-        """Carries a change through even if whoever asked for it goes away. An error in one ends the service."""
+    def _in_background(self, change: Coroutine[Any, Any, Reconfiguration]) -> asyncio.Task[Reconfiguration]:
         task = asyncio.create_task(change)
         self._changes.add(task)
         task.add_done_callback(self._change_ended)
-        return await asyncio.shield(task)
+        return task
+
+    async def _finish(self, change: Coroutine[Any, Any, Reconfiguration]) -> Reconfiguration:
+        """Carries a change through even if whoever asked for it goes away. An error in one ends the service."""
+        return await asyncio.shield(self._in_background(change))
 
     def _change_ended(self, change: asyncio.Task[Reconfiguration]) -> None:
         self._changes.discard(change)
         if not change.cancelled() and (problem := change.exception()) is not None:
             self._failed(problem)
 
-    def _lose_noticed(self, instance: str, how: str) -> None:
-        if instance in self._members.having(InstanceState.NOTICED):  # else it is gone, or gone and back
+    def _lose_leaving(self, instance: str, how: str) -> None:
+        if instance in self._members.having(InstanceState.NOTICED) + self._members.having(InstanceState.DRAINING):
+            self._cluster.evict(instance, at_once=False)  # else it is gone, or gone and back
             self._lose(instance, how)
 
     def _lose(self, instance: str, how: str) -> None:
@@ -282,6 +363,18 @@ class Controller:
         while True:
             await asyncio.sleep(PURGE_SECONDS)
             self._requests.purge(self._clock())
+
+
+def _pass_on(change: asyncio.Task[Reconfiguration], awaited: asyncio.Future[Reconfiguration]) -> None:
+    """What a change comes to, to who waits for it."""
+    if awaited.done():
+        return
+    if change.cancelled():
+        awaited.cancel()
+    elif (problem := change.exception()) is not None:
+        awaited.set_exception(problem)
+    else:
+        awaited.set_result(change.result())
 
 
 def _replica_status(number: int, replica: Replica) -> ReplicaStatus:

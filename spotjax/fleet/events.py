@@ -35,6 +35,10 @@ class EventLog:
         self._history.append((self._count, FleetEvent(self._clock(), kind, epoch, message, fields)))
         self._wake()
 
+    def recent(self) -> tuple[FleetEvent, ...]:
+        """The last events, the oldest first."""
+        return tuple(event for _, event in self._history)
+
     def close(self) -> None:
         """Ends all followers once they have read what is there."""
         self._closed = True

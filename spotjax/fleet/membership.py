@@ -49,6 +49,10 @@ class Membership:
             raise UnknownInstance(f"instance {name!r} is not part of the fleet; alive are: {known}")
         return instance
 
+    def register(self, instance: Instance) -> None:
+        """Takes an instance up, or one of that name that was there before anew."""
+        self._instances[instance.name] = instance
+
     def set_state(self, name: str, state: InstanceState) -> None:
         """Moves an instance to another state."""
         self._instances[name] = replace(self._instances[name], state=state)

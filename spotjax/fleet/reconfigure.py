@@ -20,6 +20,7 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.status import Reconfiguration
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
+from spotjax.planner.optimizer import choose_shape
 from spotjax.reshard.transfer import Preparation, Traffic
 
 Clock = Callable[[], float]
@@ -63,6 +64,15 @@ class Reconfigurer:
         """An instance is gone, whatever it was doing. Steps that need it fail from now on."""
         self._members.set_state(instance, InstanceState.GONE)
         self._cluster.lose(instance)
+
+    def require_feasible_without(self, instance: str) -> None:
+        """Verifies that the instances but one can hold the model.
+
+        Raises:
+          NoFeasibleShape: they cannot.
+        """
+        others = [other for other in self._members.joined() if other.name != instance]
+        choose_shape(self._planning.spec, others, self._planning.demand, self._planning.wanted)
 
     async def reconfigure(self) -> Reconfiguration:
         """Makes the mesh fit to the instances that there are now, however often that takes.

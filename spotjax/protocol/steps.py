@@ -65,20 +65,7 @@ class ResultHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     ready: bool
 
 
-class StepFailed(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """A stage could not run the step; no result will come. Has no payload.
-
-    Attributes:
-      pipeline, step: as in the step's ``StepHeader``.
-      reason: what went wrong.
-    """
-
-    pipeline: str
-    step: int
-    reason: str
-
-
-StepFrame = StepHeader | ResultHeader | StepFailed
+StepFrame = StepHeader | ResultHeader
 """Everything that travels on the data plane for a step."""
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
+import numpy as np
 
 from spotjax.errors import SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
@@ -181,7 +182,7 @@ class Host:
             if self.prepared is not None:
                 self.prepared = replace(self.prepared, store=self.prepared.store.without(instance))
 
-    def read_pages(self, replica: int, layers: Range, pages: Sequence[int]) -> jax.typing.ArrayLike:
+    def read_pages(self, replica: int, layers: Range, pages: Sequence[int]) -> np.ndarray:
         """KV pages of some layers of a replica's current stage, as ``KvMover.host_pages`` lays them out.
 
         Raises:

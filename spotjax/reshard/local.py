@@ -63,7 +63,7 @@ class LocalCluster:
         """See ``Cluster.held``."""
         return self._host.held()
 
-    def evict(self, instance: str) -> None:
+    def evict(self, instance: str, *, at_once: bool) -> None:
         """See ``Cluster.evict``: ``lose`` is all there is to it."""
 
     def join(self, instance: str) -> None:

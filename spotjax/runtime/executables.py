@@ -142,7 +142,7 @@ class Executables:
             found = self._loaded.get((key, devices))
             if found is not None:
                 return found
-            made = self._from_portable(key, devices) or self._compile(key, devices, lower)
+            made = self._from_portable(key, devices) or self._compile_once(key, devices, lower)
             with self._guard:
                 self._loaded[key, devices] = made
             return made
@@ -168,6 +168,13 @@ class Executables:
             return None
         self._portable[key] = portable
         return loaded
+
+    def _compile_once(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
+        """Compiles, unless another process that shares the cache does: then waits and loads."""
+        if self._cache is None:
+            return self._compile(key, devices, lower)
+        with self._cache.compiling(repr(key)):
+            return self._from_portable(key, devices) or self._compile(key, devices, lower)
 
     def _compile(self, key: Key, devices: Devices, lower: Lower) -> jax.stages.Compiled:
         if threading.current_thread().name.startswith(BACKGROUND):

@@ -7,11 +7,14 @@ directory must be as trusted as the program itself, and is created for its owner
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +25,8 @@ log = logging.getLogger(__name__)
 
 COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes", "spotjax.runtime", "spotjax.engine")
 """Whose source decides what is compiled."""
+LOCKS = 256
+"""Programs that can be compiled at once by the processes of a machine, more or less."""
 
 
 class ProgramCache:
@@ -56,6 +61,24 @@ class ProgramCache:
                 os.replace(written, self._path(key))
         except OSError as problem:
             log.warning("cannot write the program cache: %s", problem)
+
+    @contextmanager
+    def compiling(self, key: str) -> Iterator[None]:
+        """Held while a program is compiled, so that the processes of a machine share the work instead of repeating it.
+
+        Look with ``get`` again when it is held: another process may just have put the program in.
+        """
+        number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:2]) % LOCKS
+        try:
+            lock = os.open(self._directory / f"{number}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError:  # a directory that cannot be written: everybody compiles for themselves
+            yield
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def drop(self, key: str) -> None:
         """Removes a program that turned out to be unusable."""

@@ -87,10 +87,12 @@ class BulkProvider:
     def _answer(self, stream: BulkStream, read: Read, peer: str) -> None:
         try:
             views = self._provided(read)
+        except SpotjaxError as error:
+            stream.send(Refused(str(error)[:MESSAGE_LIMIT]))
+            return
         except Exception as error:
-            if not isinstance(error, SpotjaxError):
-                log.exception("a bulk read of %s could not be answered", peer)
-            stream.send(Refused((str(error) or type(error).__name__)[:MESSAGE_LIMIT]))
+            log.exception("a bulk read of %s could not be answered", peer)
+            stream.send(Refused(f"{type(error).__name__}: {error}"[:MESSAGE_LIMIT]))
             return
         if not views:
             stream.send(Chunk(hashed(())))

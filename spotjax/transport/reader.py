@@ -20,7 +20,7 @@ READS = 16
 """Bulk reads at once; more wait."""
 TRIES = 4
 """Connections in a row that may break without a whole chunk having arrived."""
-PAUSE_SECONDS = 0.05
+PAUSE_SECONDS = 0.02
 """Before the second try; doubles with each further one."""
 IDLE_SECONDS = 20.0
 """How long a connection is kept for the next read; less than the provider waits."""
@@ -99,7 +99,7 @@ class BulkReader:
                 if isinstance(error, TransferRefused) or self._closed or silent or tries == TRIES:
                     raise self._named(error, address, transfer) from error
                 log.info("reading from %s goes on at byte %d: %s", address, transfer.done, error)
-                await asyncio.sleep(PAUSE_SECONDS * 2**tries if tries else 0)
+                await asyncio.sleep(PAUSE_SECONDS * 2 ** (tries - 1) if tries else 0)
             except BaseException:
                 if stream is not None:
                     stream.close()

@@ -108,9 +108,9 @@ class PureCluster:
         self.pipelines, self._homes, self._prepared = [], [], None
 
     def held(self) -> dict[DeviceRef, Needs]:
-        return {device: needs for device, needs in self._loaded.items()}
+        return dict(self._loaded)
 
-    def evict(self, instance: str) -> None:
+    def evict(self, instance: str, *, at_once: bool) -> None:
         assert instance not in self.lost, "it is gone already"
 
     def joinable(self, instance: str) -> bool:

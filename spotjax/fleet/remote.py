@@ -1,0 +1,236 @@
+"""The cluster of fleet mode: instances are workers in processes of their own. A ``fleet.cluster.Cluster``.
+
+Turns what the controller wants into commands to all workers, and waits for all. What cannot be done because a worker is
+gone, or cannot be reached by another, becomes the loss of an instance; then the controller plans again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+
+from spotjax.errors import ConnectionLost, InstanceLost
+from spotjax.fleet.remote_pipeline import RemotePipeline
+from spotjax.fleet.sessions import CommandFailed, Sessions
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.placement import Placement
+from spotjax.planner.holdings import Needs, StackedNeeds
+from spotjax.protocol import control
+from spotjax.protocol.steps import ResultHeader, StepHeader
+from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.runtime.buckets import Buckets
+from spotjax.transport.connection import Connection
+from spotjax.transport.endpoint import Endpoint
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 2.0
+
+
+class RemoteCluster:
+    """All workers' devices.
+
+    Args:
+      sessions: the workers.
+      endpoint: of this process.
+      buckets: shapes that steps are padded to.
+      patience: seconds after which a worker that another cannot reach counts as lost, if it did not turn out to be.
+      fuse: see ``RemotePipeline``.
+
+    Attributes:
+      pipelines: one for every replica of the current placement.
+    """
+
+    def __init__(
+        self, sessions: Sessions, endpoint: Endpoint, buckets: Buckets, patience: float, *, fuse: bool
+    ) -> None:
+        self.pipelines: tuple[RemotePipeline, ...] = ()
+        self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
+        self._patience, self._fuse = patience, fuse
+        self._placement: Placement | None = None
+        self._prepared: Preparation | None = None
+        self._held: dict[DeviceRef, Needs] = {}
+        self._connections: dict[str, Connection] = {}
+
+    def held(self) -> Mapping[DeviceRef, Needs]:
+        """See ``Cluster.held``."""
+        return self._held
+
+    def joinable(self, instance: str) -> bool:
+        """See ``Cluster.joinable``."""
+        session = self._sessions.get(instance)
+        return session is not None and session.offer is not None
+
+    def join(self, instance: str) -> None:
+        """See ``Cluster.join``; what the worker still has in memory counts from now on."""
+        offer = self._sessions[instance].offer
+        assert offer is not None, "only who is ready joins"
+        for parts in offer.held:
+            self._held[DeviceRef(instance, parts.device)] = parts.arrays
+
+    async def prepare(self, preparation: Preparation) -> Traffic:
+        """See ``Cluster.prepare``."""
+        self._prepared = None
+        members = self._members(preparation)
+        addresses = {name: self._sessions[name].registration.address for name in members}
+        commands = {name: partial(self._prepare_command, preparation, name, addresses) for name in members}
+        done = await self._all(commands)
+        self._prepared = preparation
+        return _sum(done)
+
+    async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
+        """See ``Cluster.copy_pages``."""
+        return _sum(await self._everyone(lambda number: control.CopyPages(number, tuple(transfers))))
+
+    async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[RemotePipeline], Traffic]:
+        """See ``Cluster.switch``."""
+        preparation = self._next
+        traffic = _sum(await self._everyone(lambda number: control.Switch(number, tuple(transfers))))
+        placement = preparation.placement
+        for data in preparation.changed:
+            await self._connect(placement.group(data, 0)[0].instance)
+        carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
+        pipelines = tuple(carried.get(data) or self._pipeline(placement, data) for data in range(placement.shape.data))
+        self.pipelines, self._placement, self._prepared = pipelines, placement, None
+        self._held |= preparation.needs
+        names = tuple(pipeline.name for pipeline in pipelines)
+        adopting = [self._adopt(name, names) for name in self._members(preparation)]
+        await asyncio.gather(*adopting)
+        return pipelines, traffic
+
+    async def clear(self) -> None:
+        """See ``Cluster.clear``."""
+        self.pipelines, self._placement, self._prepared = (), None, None
+        ready = [session for session in self._sessions.all() if session.offer is not None]
+        await asyncio.gather(*(session.ask(control.Clear) for session in ready), return_exceptions=True)
+
+    def evict(self, instance: str, *, at_once: bool) -> None:
+        """See ``Cluster.evict``."""
+        session = self._sessions.get(instance)
+        if session is not None:
+            session.tell(control.Release(at_once))
+
+    def lose(self, instance: str) -> None:
+        """See ``Cluster.lose``."""
+        self._held = {device: held for device, held in self._held.items() if device.instance != instance}
+        self._connections.pop(instance, None)
+        for pipeline in self.pipelines:
+            if instance in pipeline.instances:
+                pipeline.lose(f"instance {instance} was lost during the step")
+        self._sessions.end(instance, "it is no longer part of the fleet")
+
+    async def close(self) -> None:
+        """See ``Cluster.close``: workers stay as they are, and register again when there is a controller."""
+        self.pipelines = ()
+
+    def receive(self, header: ResultHeader, payload: memoryview) -> None:
+        """A result from a last stage; one of an old epoch is dropped."""
+        for pipeline in self.pipelines:
+            if pipeline.name == header.pipeline:
+                pipeline.receive(header, payload)
+                return
+        log.debug("dropped a result of pipeline %s: not of this epoch", header.pipeline)
+
+    @property
+    def _next(self) -> Preparation:
+        assert self._prepared is not None, "prepare comes first"
+        return self._prepared
+
+    def _members(self, preparation: Preparation) -> list[str]:
+        """Workers that the change is a matter of: those of the new mesh, and those of the old one that are alive."""
+        new = {device.instance for device in preparation.placement.devices.values()}
+        old = {device.instance for device in self._placement.devices.values()} if self._placement else set()
+        sources = {t.source.instance for t in preparation.plan.transfers if t.source is not None}
+        there = {s.instance for s in self._sessions.all() if s.offer is not None}
+        return sorted(new | ((old | sources) & there))
+
+    def _prepare_command(
+        self, preparation: Preparation, instance: str, addresses: Mapping[str, str], number: int
+    ) -> control.Prepare:
+        """What one worker has to do."""
+        current = self._placement
+        return control.Prepare(
+            number,
+            control.PlacementMessage.of(preparation.placement),
+            control.PlacementMessage.of(current) if current is not None else None,
+            tuple(
+                control.Parts(device.index, dict(StackedNeeds.of(needs).parameters))
+                for device, needs in preparation.needs.items()
+                if device.instance == instance
+            ),
+            tuple(t for t in preparation.plan.transfers if t.target.instance == instance),
+            dict(preparation.heirs),
+            dict(preparation.carried),
+            dict(addresses),
+            tuple(dict.fromkeys(step for pipeline in self.pipelines for step in pipeline.recent)),
+        )
+
+    async def _everyone(self, command: Callable[[int], control.Command]) -> list[control.Done]:
+        return await self._all(dict.fromkeys(self._members(self._next), command))
+
+    async def _all(self, commands: Mapping[str, Callable[[int], control.Command]]) -> list[control.Done]:
+        """Has every worker carry out its command; the first that cannot is the end of it.
+
+        Raises:
+          InstanceLost: a worker is gone, or was given up because of what it or another said.
+        """
+        asked = [asyncio.create_task(self._sessions[name].ask(command)) for name, command in commands.items()]
+        try:
+            return list(await asyncio.gather(*asked))
+        except CommandFailed as problem:
+            self._prepared = None
+            raise InstanceLost(await self._blame(problem)) from problem
+        except InstanceLost:
+            self._prepared = None
+            raise
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    async def _adopt(self, instance: str, pipelines: tuple[str, ...]) -> None:
+        """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
+        try:
+            await self._sessions[instance].ask(lambda number: control.Adopt(number, pipelines))
+        except InstanceLost:
+            pass  # its session has ended, and with it the pipelines through it
+        except CommandFailed as problem:
+            self._sessions.end(instance, f"it could not adopt a placement: {problem}")
+
+    async def _blame(self, problem: CommandFailed) -> str:
+        """Gives up whoever is at fault for a failed command; says who."""
+        name = problem.unreachable or problem.instance
+        session = self._sessions.get(name)
+        if session is not None and problem.unreachable:
+            await asyncio.wait({session.over}, timeout=self._patience)  # most likely it is dead already
+        if session is not None and not session.over.done():
+            log.error("instance %s is given up: %s", name, problem)
+            self._sessions.end(name, str(problem))
+        return f"instance {name} is gone: {problem}"
+
+    async def _connect(self, instance: str) -> None:
+        try:
+            address = self._sessions[instance].registration.address
+            self._connections[instance] = await self._endpoint.connect(address, CONNECT_SECONDS)
+        except ConnectionLost as problem:
+            self._prepared = None
+            self._sessions.end(instance, str(problem))
+            raise InstanceLost(f"instance {instance} cannot be reached: {problem}") from problem
+
+    def _pipeline(self, placement: Placement, data: int) -> RemotePipeline:
+        instances = [placement.group(data, number)[0].instance for number in range(placement.shape.stage)]
+        send = partial(self._send, instances[0])
+        return RemotePipeline(f"{placement.epoch}.{data}", instances, self._buckets, send, fuse=self._fuse)
+
+    def _send(self, instance: str, header: StepHeader, payload: Sequence[memoryview]) -> None:
+        try:
+            self._connections[instance].send(header, *payload)
+        except (KeyError, ConnectionLost) as problem:
+            asyncio.get_running_loop().call_soon(self._sessions.end, instance, f"steps cannot be sent to it: {problem}")
+
+
+def _sum(done: Iterable[control.Done]) -> Traffic:
+    done = list(done)
+    return Traffic(sum(one.moved for one in done), sum(one.loaded for one in done))

@@ -1,0 +1,239 @@
+"""Fleet mode: the controller process. Puts its parts together; workers are processes of their own. Imports no jax.
+
+What to serve at is worked out when the first worker has said what its devices are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spotjax.api.server import ApiServer
+from spotjax.config import ServeConfig, mode
+from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices
+from spotjax.fleet.controller import Controller, ServiceLimits
+from spotjax.fleet.leases import Leases
+from spotjax.fleet.membership import Membership
+from spotjax.fleet.remote import RemoteCluster
+from spotjax.fleet.sessions import Sessions, WorkerSession
+from spotjax.local_workers import LocalWorkers
+from spotjax.meshes.instance import Instance, InstanceType
+from spotjax.models.catalog import Model, open_model
+from spotjax.models.fingerprint import fingerprint
+from spotjax.models.spec import ModelSpec
+from spotjax.models.tokenizer import Tokenizer
+from spotjax.protocol import control
+from spotjax.protocol.beats import Beat
+from spotjax.protocol.steps import ResultHeader
+from spotjax.sizing import foreseeable_degrees, planning_for, resolve_dtype, resolve_limits, virtual_memory
+from spotjax.transport.connection import Connection
+from spotjax.transport.endpoint import Endpoint
+from spotjax.transport.security import Tls
+
+log = logging.getLogger(__name__)
+
+FORESEEN = 4
+"""Workers that a controller which starts none itself gets ready for; more may come."""
+
+
+class FleetServer:
+    """A running controller. ``start`` makes one.
+
+    Attributes:
+      service: what the API serves.
+      tokenizer, model_name, max_model_len: as clients need them.
+    """
+
+    def __init__(self, config: ServeConfig, model: Model, address: str) -> None:
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.model_name = model.name
+        self._config, self._model = config, model
+        self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
+        tls = None
+        if config.tls_certificate:
+            tls = Tls.from_files(config.tls_certificate, config.tls_key, config.tls_authority)
+        self._endpoint = Endpoint(Beat | ResultHeader, self._receive, tls=tls)
+        self._workers = LocalWorkers(config, address, on_exit=self._worker_ended) if config.workers else None
+        self._data_port = 0
+        self._built = asyncio.Lock()
+        self._setup: control.ModelSetup | None = None
+        self._service: Controller | None = None
+        self._cluster: RemoteCluster | None = None
+        self._limits: ServiceLimits | None = None
+        self._virtual_memory = 0
+        self._readied: set[str] = set()
+        self._enough = asyncio.Event()
+        self._failed_to_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watching: asyncio.Task[None] | None = None
+
+    @property
+    def service(self) -> Controller:
+        """The controller, which exists once a worker has registered."""
+        assert self._service is not None, "the server has not started"
+        return self._service
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt and output together."""
+        assert self._limits is not None, "the server has not started"
+        return self._limits.max_positions
+
+    @property
+    def failure(self) -> asyncio.Future[None]:
+        """Fails with the error that the controller cannot go on from, if there ever is one."""
+        return self.service.failure
+
+    async def open(self, server: ApiServer) -> None:
+        """Takes workers in, starts those of its own, and forms the first mesh.
+
+        Raises:
+          ConfigError: the data endpoint's address cannot be listened on, or all own workers ended.
+        """
+        try:
+            self._data_port = await self._endpoint.listen(self._config.data_listen)
+        except OSError as problem:
+            raise ConfigError(f"cannot listen on {self._config.data_listen}: {problem}") from problem
+        server.add_handlers([self._sessions.handler()])
+        self._watching = asyncio.create_task(self._sessions.watch(self._config.lease_seconds))
+        if self._workers is not None:
+            await self._workers.add(self._config.workers)
+        else:
+            log.info("waiting for workers to join")
+        enough = asyncio.create_task(self._enough.wait())
+        try:
+            await asyncio.wait({enough, self._failed_to_start}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            enough.cancel()
+        if self._failed_to_start.done():
+            self._failed_to_start.result()
+        await self.service.start()
+
+    async def close(self) -> None:
+        """Stops at the next token boundary. Own workers end; others stay, and wait for a controller."""
+        if self._service is not None:
+            await self._service.close()
+        if self._workers is not None:
+            await self._workers.stop()
+        if self._watching is not None:
+            self._watching.cancel()
+        for session in self._sessions.all():
+            session.end("the controller ends")
+        await self._endpoint.close()
+
+    # -- a Watcher of sessions
+
+    async def welcome(self, registration: control.Register) -> control.Welcome | control.Refused:
+        """See ``Watcher.welcome``. The first worker decides what everything is sized for."""
+        async with self._built:
+            if self._setup is None:
+                try:
+                    await self._build(registration)
+                except ConfigError as problem:
+                    self._fail_to_start(problem)
+                    return control.Refused(str(problem), retry=False)
+        assert self._setup is not None, "it was just built"
+        return control.Welcome(self._setup, self._data_port, self._config.lease_seconds)
+
+    def registered(self, session: WorkerSession) -> None:
+        """See ``Watcher.registered``."""
+        told = session.registration
+        instance = Instance(
+            told.instance, self._sized(told.kind), on_demand=told.on_demand, zone=told.zone, address=told.address
+        )
+        self.service.registered(instance)
+
+    def ready(self, session: WorkerSession) -> None:
+        """See ``Watcher.ready``."""
+        self._readied.add(session.instance)
+        if len(self._readied) >= max(1, self._config.workers):
+            self._enough.set()
+        self.service.arrived(session.instance)
+
+    def leaving(self, session: WorkerSession, seconds: float) -> None:
+        """See ``Watcher.leaving``."""
+        self.service.noticed(session.instance, seconds)
+
+    def step_lost(self, session: WorkerSession, instance: str, problem: str) -> None:
+        """See ``Watcher.step_lost``: whoever cannot be sent steps to is of no use to the fleet."""
+        log.warning("%s says of %s: %s", session.instance, instance, problem)
+        self._sessions.end(instance, f"{session.instance} lost a step to it: {problem}")
+
+    def ended(self, session: WorkerSession, why: str) -> None:
+        """See ``Watcher.ended``."""
+        self._readied.discard(session.instance)
+        self.service.gone(session.instance, f"({why})")
+
+    # -- parts
+
+    async def _build(self, registration: control.Register) -> None:
+        """The controller and its cluster, for devices like those of the first worker."""
+        config = self._config
+        dtype = resolve_dtype(config.dtype, registration.platform)
+        spec = ModelSpec(self._model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
+        limits, buckets = resolve_limits(config, spec)
+        planning = planning_for(config, spec, limits)
+        foreseen = config.workers or FORESEEN
+        self._virtual_memory = virtual_memory(spec, limits, foreseen * registration.kind.devices)
+        kind = self._sized(registration.kind)
+        degrees = foreseeable_degrees(planning, tuple(Instance(f"{n}", kind) for n in range(foreseen)))
+        print_of = await asyncio.to_thread(fingerprint, self._model.checkpoint, dtype)
+        cluster = RemoteCluster(self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse)
+        self._limits, self._cluster = limits, cluster
+        self._service = Controller(
+            self._model.name, planning, Membership(()), cluster, MemoryCommitLog(), self._model.tokenizer,
+            self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
+        )  # fmt: skip
+        self._setup = control.ModelSetup(
+            config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
+            config.prefill_tokens, tuple(degrees),
+        )  # fmt: skip
+
+    def _sized(self, kind: InstanceType) -> InstanceType:
+        """An instance type with memory where its devices do not know theirs."""
+        return kind if kind.memory_bytes else replace(kind, memory_bytes=self._virtual_memory)
+
+    async def _supply(self, count: int) -> Sequence[str]:
+        """More workers on this machine."""
+        if self._workers is None:
+            raise NoSpareDevices("this controller starts no workers; start them on their machines with --join")
+        return await self._workers.add(count)
+
+    def _receive(self, connection: Connection, header: Beat | ResultHeader, payload: memoryview) -> None:
+        if isinstance(header, Beat):
+            self._sessions.beat(header)
+        elif self._cluster is not None:
+            self._cluster.receive(header, payload)
+        else:
+            raise ConnectionLost("results are of no use before there is a mesh")
+
+    def _worker_ended(self, name: str, code: int) -> None:
+        """An own worker's process has ended; its session says so too, if it had one."""
+        if self._service is not None:
+            self._service.gone(name, f"its process ended with {code}")
+        if not self._enough.is_set():
+            self._fail_to_start(ConfigError(f"worker {name} ended with {code} before it was ready; see its log above"))
+
+    def _fail_to_start(self, problem: Exception) -> None:
+        if not self._failed_to_start.done():
+            self._failed_to_start.set_exception(problem)
+
+
+async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetServer:
+    """Opens the model and serves it on workers as they join.
+
+    Raises:
+      ConfigError: settings do not go together.
+      CheckpointError: the model cannot be loaded.
+    """
+    assert mode(config) == "controller", "not the settings of a controller"
+    fleet = FleetServer(config, await asyncio.to_thread(open_model, config.model), address)
+    try:
+        await fleet.open(server)
+    except BaseException:
+        await fleet.close()
+        raise
+    return fleet

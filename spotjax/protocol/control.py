@@ -1,0 +1,277 @@
+"""What controller and worker tell each other over the control stream: one gRPC call, messages both ways, in order.
+
+The worker registers, is welcomed or refused, gets ready, then answers one command after another. The stream's end is
+the worker's end as far as the fleet is concerned; it may register again. Messages only; who sends what when is in
+``fleet.sessions`` and ``worker.session``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from spotjax.meshes.instance import DeviceRef, InstanceType
+from spotjax.meshes.layout import LayerRanges
+from spotjax.meshes.placement import Placement
+from spotjax.meshes.shape import MeshShape, Position
+from spotjax.meshes.slices import Index
+from spotjax.planner.plan import Transfer
+from spotjax.reshard.transfer import PageTransfer
+from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.controls import Variant
+
+METHOD = "/spotjax.v1.Workers/Join"
+VERSION = 1
+"""Both sides must speak the same."""
+
+
+class PlacementMessage(msgspec.Struct, frozen=True):
+    """A ``Placement``."""
+
+    epoch: int
+    shape: MeshShape
+    layers: LayerRanges
+    devices: tuple[tuple[Position, DeviceRef], ...]
+
+    @classmethod
+    def of(cls, placement: Placement) -> PlacementMessage:
+        """The message for a placement."""
+        return cls(placement.epoch, placement.shape, placement.layers, tuple(placement.devices.items()))
+
+    def placement(self) -> Placement:
+        """The placement of a message."""
+        return Placement(self.epoch, self.shape, self.layers, dict(self.devices))
+
+
+class Parts(msgspec.Struct, frozen=True):
+    """Parts of parameters that one device has or needs.
+
+    Attributes:
+      device: its number in the instance.
+      arrays: array or stack name to index ranges.
+    """
+
+    device: int
+    arrays: dict[str, Index]
+
+
+class ModelSetup(msgspec.Struct, frozen=True):
+    """All that a worker must know to serve a model as the others do.
+
+    Attributes:
+      model: as ``models.catalog.open_model`` takes it.
+      fingerprint: of its weights, to be the same everywhere.
+      dtype: of parameters and KV.
+      pages, page_size: KV of one replica, page 0 included.
+      max_positions, max_batch, prefill_tokens: what buckets are made of.
+      degrees: tensor degrees to be compiled ahead.
+    """
+
+    model: str
+    fingerprint: str
+    dtype: str
+    pages: int
+    page_size: int
+    max_positions: int
+    max_batch: int
+    prefill_tokens: int
+    degrees: tuple[int, ...]
+
+
+# -- worker to controller
+
+
+class Register(msgspec.Struct, frozen=True, tag=True):
+    """The first message of a stream.
+
+    Attributes:
+      version: of this protocol.
+      instance: name, unique in the fleet.
+      incarnation: differs between processes of that name.
+      kind: what the machine has; memory 0 where devices do not know.
+      platform: of its devices, as jax calls it.
+      on_demand: not rented at the spot price.
+      zone: where it is, empty if unknown.
+      address: HOST:PORT of its data endpoint, as others reach it.
+    """
+
+    version: int
+    instance: str
+    incarnation: str
+    kind: InstanceType
+    platform: str
+    on_demand: bool
+    zone: str
+    address: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Compiled and loaded; can be given work.
+
+    Attributes:
+      held: parameters still in memory, or attached to.
+      compiled: functions compiled so far while somebody could have waited.
+    """
+
+    held: tuple[Parts, ...]
+    compiled: int
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """A command was carried out.
+
+    Attributes:
+      id: of the command.
+      moved, loaded: bytes, see ``reshard.transfer.Traffic``.
+      compiled: functions compiled so far while somebody could have waited.
+    """
+
+    id: int
+    moved: int = 0
+    loaded: int = 0
+    compiled: int = 0
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """A command was not carried out.
+
+    Attributes:
+      id: of the command.
+      unreachable: the instance that could not be read from, empty for another reason.
+      message: what went wrong.
+    """
+
+    id: int
+    unreachable: str
+    message: str
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The machine will be gone in ``seconds``."""
+
+    seconds: float
+
+
+class StepLost(msgspec.Struct, frozen=True, tag=True):
+    """A step ended here: it could not be run, or not be sent on.
+
+    Attributes:
+      instance: the one at fault: the worker itself, or the one that cannot be reached.
+      message: what went wrong.
+    """
+
+    instance: str
+    message: str
+
+
+FromWorker = Register | Ready | Done | Failed | Leaving | StepLost
+
+
+# -- controller to worker
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The answer to ``Register``.
+
+    Attributes:
+      setup: what to get ready.
+      data_port: of the controller's data endpoint, on the host that the worker joined at.
+      lease_seconds: how long the fleet waits for a sign of life.
+    """
+
+    setup: ModelSetup
+    data_port: int
+    lease_seconds: float
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The other answer.
+
+    Attributes:
+      reason: one line.
+      retry: whether trying again can help.
+    """
+
+    reason: str
+    retry: bool
+
+
+class Prepare(msgspec.Struct, frozen=True, tag=True):
+    """Bring parameters into place for a new placement, and make room for KV; see ``reshard.transfer.Preparation``.
+
+    Attributes:
+      id: of the command.
+      placement: the new one.
+      current: the one that KV comes from.
+      needs: what this worker's devices must have, by stack.
+      transfers: what of it has to come from elsewhere.
+      heirs, carried: see ``Preparation``.
+      addresses: data endpoint of every instance.
+      steps: shapes and sampling variants of what will soon be run, to be made ready to run.
+    """
+
+    id: int
+    placement: PlacementMessage
+    current: PlacementMessage | None
+    needs: tuple[Parts, ...]
+    transfers: tuple[Transfer, ...]
+    heirs: dict[int, int]
+    carried: dict[int, int]
+    addresses: dict[str, str]
+    steps: tuple[tuple[StepShape, Variant], ...]
+
+
+class CopyPages(msgspec.Struct, frozen=True, tag=True):
+    """Copy KV pages into the prepared stages while steps go on."""
+
+    id: int
+    transfers: tuple[PageTransfer, ...]
+
+
+class Switch(msgspec.Struct, frozen=True, tag=True):
+    """Complete the KV of the prepared stages."""
+
+    id: int
+    transfers: tuple[PageTransfer, ...]
+
+
+class Adopt(msgspec.Struct, frozen=True, tag=True):
+    """Make the prepared placement the current one.
+
+    Attributes:
+      id: of the command.
+      pipelines: name of every replica's pipeline; steps carry it.
+    """
+
+    id: int
+    pipelines: tuple[str, ...]
+
+
+class Clear(msgspec.Struct, frozen=True, tag=True):
+    """Give up the current placement; parameters stay."""
+
+    id: int
+
+
+class Release(msgspec.Struct, frozen=True, tag=True):
+    """Leave the fleet.
+
+    Attributes:
+      at_once: without finishing anything, as if the machine were taken.
+    """
+
+    at_once: bool
+
+
+FromController = Welcome | Refused | Prepare | CopyPages | Switch | Adopt | Clear | Release
+Command = Prepare | CopyPages | Switch | Adopt | Clear
+
+
+def encode(message: Any) -> bytes:
+    """A message as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
+decode_from_controller = msgspec.msgpack.Decoder(FromController).decode

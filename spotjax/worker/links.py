@@ -1,0 +1,56 @@
+"""A worker's connections for step frames: to the next stages' workers and to the controller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from spotjax.errors import ConnectionLost
+from spotjax.transport.connection import Connection
+from spotjax.transport.endpoint import Endpoint
+from spotjax.worker.executor import CONTROLLER
+
+CONNECT_SECONDS = 2.0
+
+
+class Links:
+    """Sends frames to instances by name. ``send`` may be called from any thread, the rest on the loop.
+
+    Args:
+      endpoint: of this process.
+      broken: told on the loop which instance a frame could not be sent to, and why.
+    """
+
+    def __init__(self, endpoint: Endpoint, broken: Callable[[str, str], None]) -> None:
+        self.addresses: Mapping[str, str] = {}
+        """HOST:PORT by instance; the controller's under ``CONTROLLER``."""
+        self._endpoint, self._broken = endpoint, broken
+        self._loop = asyncio.get_running_loop()
+        self._open: dict[str, Connection] = {}
+
+    async def connect(self, instance: str) -> None:
+        """Makes sure that there is a connection.
+
+        Raises:
+          ConnectionLost: the instance cannot be reached.
+        """
+        self._open[instance] = await self._endpoint.connect(self.addresses[instance], CONNECT_SECONDS)
+
+    def send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
+        """Sends a frame, from any thread."""
+        self._loop.call_soon_threadsafe(self._send, instance, header, payload)
+
+    def _send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
+        try:
+            self._open[instance].send(header, *payload)
+        except KeyError:
+            self._broken(instance, "there is no connection")
+        except ConnectionLost as problem:
+            self._broken(instance, str(problem))
+
+    @property
+    def controller(self) -> str:
+        """Address of the controller's data endpoint."""
+        return self.addresses[CONTROLLER]

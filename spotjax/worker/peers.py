@@ -1,0 +1,76 @@
+"""Reads from other workers over the data plane, for code that runs in threads. A ``reshard.peers.Peers``."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from spotjax.errors import PeerUnreachable, TransportError
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.slices import ArraySlice, Range
+from spotjax.protocol import reads
+from spotjax.transport.endpoint import Endpoint
+
+
+class RemotePeers:
+    """The other workers.
+
+    Args:
+      endpoint: of this process.
+      loop: the endpoint's.
+      timeout: seconds without progress after which a peer counts as unreachable.
+
+    Attributes:
+      addresses: data endpoint by instance; changes with every command that brings new ones.
+      epoch: of the placement that KV is read of.
+    """
+
+    def __init__(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+        self.addresses: Mapping[str, str] = {}
+        self.epoch = 0
+        self._endpoint, self._loop, self._timeout = endpoint, loop, timeout
+        self._superseded = False
+        self._reading: set[concurrent.futures.Future[None]] = set()
+
+    def begin(self) -> None:
+        """Reads are wanted again."""
+        self._superseded = False
+
+    def supersede(self) -> None:
+        """Ends all reads, and those that begin before ``begin``: what they are for is of no use any more."""
+        self._superseded = True
+        for reading in list(self._reading):
+            reading.cancel()
+
+    def read_slice(self, source: DeviceRef, wanted: ArraySlice, into: np.ndarray) -> None:
+        """See ``Peers.read_slice``."""
+        self._read(source.instance, reads.ReadSlice(source.index, wanted.name, wanted.index), into)
+
+    def read_pages(self, instance: str, replica: int, layers: Range, pages: Sequence[int], into: np.ndarray) -> None:
+        """See ``Peers.read_pages``."""
+        self._read(instance, reads.ReadPages(self.epoch, replica, layers, tuple(pages)), into)
+
+    def _read(self, instance: str, what: reads.Read, into: np.ndarray) -> None:
+        if not into.nbytes:
+            return
+        content = into.reshape(-1).view(np.uint8)
+        if self._superseded:
+            raise PeerUnreachable("", "the command was superseded")
+        if instance not in self.addresses:
+            raise PeerUnreachable(instance, "its address is not known")
+        fetching = self._endpoint.fetch(
+            self.addresses[instance], reads.encode(what), memoryview(content), self._timeout
+        )
+        reading = asyncio.run_coroutine_threadsafe(fetching, self._loop)
+        self._reading.add(reading)
+        try:
+            reading.result()
+        except concurrent.futures.CancelledError:
+            raise PeerUnreachable("", "the command was superseded") from None
+        except TransportError as error:
+            raise PeerUnreachable(instance, error) from error
+        finally:
+            self._reading.discard(reading)

@@ -1,0 +1,214 @@
+"""The worker process: joins a controller, and again when it is lost, until it is released or its machine goes.
+
+Puts the parts together: devices, data endpoint, heartbeat, sessions, signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import grpc
+
+from spotjax.api.credentials import channel_credentials
+from spotjax.api.validation import MAX_MESSAGE_BYTES
+from spotjax.config import ServeConfig
+from spotjax.embedded import cache_directory
+from spotjax.errors import ConnectionLost
+from spotjax.protocol import control
+from spotjax.protocol.steps import StepFrame, StepHeader
+from spotjax.reshard.store_directory import default_directory
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.devices import device_type, local_devices
+from spotjax.transport.connection import Connection
+from spotjax.transport.endpoint import Endpoint
+from spotjax.transport.security import Tls
+from spotjax.worker.executor import CONTROLLER, StageExecutor
+from spotjax.worker.heartbeat import BEATS_PER_LEASE, Heartbeat, TlsFiles
+from spotjax.worker.links import Links
+from spotjax.worker.peers import RemotePeers
+from spotjax.worker.session import End, Session
+from spotjax.worker.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer
+
+log = logging.getLogger("spotjax.worker")
+
+READ_SECONDS = 5.0
+"""Without progress, after which a peer counts as unreachable."""
+CANCEL_SECONDS = 1.0
+"""For work to end that was cancelled."""
+RETRY_SECONDS = (0.1, 2.0)
+"""Between attempts to join, doubling from the first to the second."""
+
+
+async def run(config: ServeConfig) -> int:
+    """Works for the controller at ``config.join``; returns the exit code."""
+    process = WorkerProcess(config)
+    await process.open()
+    try:
+        return await process.work()
+    finally:
+        await process.close()
+
+
+class WorkerProcess:
+    """This process as a worker."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._name = config.name or socket.gethostname()
+        self._incarnation = uuid.uuid4().hex
+        files = (config.tls_certificate, config.tls_key, config.tls_authority)
+        self._tls_files = TlsFiles(*files) if config.tls_certificate else None
+        self._worker: Worker | None = None
+        self._session: Session | None = None
+        self._heartbeat: Heartbeat | None = None
+        self._leaving = asyncio.Event()
+        self._reported: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Takes the devices and listens."""
+        self._loop = asyncio.get_running_loop()
+        devices = local_devices(self._config.devices_per_instance)
+        self._devices = tuple(devices[: self._config.devices_per_instance] if devices[0].platform == "cpu" else devices)
+        tls = Tls.from_files(*self._tls_files) if self._tls_files is not None else None
+        self._endpoint = Endpoint(StepFrame, self._receive, provide=self._provide, tls=tls)
+        port = await self._endpoint.listen(self._config.data_listen)
+        self._address = f"{self._config.advertise or self._config.data_listen.rpartition(':')[0]}:{port}"
+        self._links = Links(self._endpoint, self._link_broken)
+        self._peers = RemotePeers(self._endpoint, asyncio.get_running_loop(), READ_SECONDS)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._told_to_leave)
+
+    async def work(self) -> int:
+        """Joins and works, again and again."""
+        pause, leaving = RETRY_SECONDS[0], asyncio.create_task(self._leaving.wait())
+        while True:
+            started = asyncio.get_running_loop().time()
+            stay = asyncio.create_task(self._stay())
+            await asyncio.wait({stay, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                return await self._leave(stay)
+            match stay.result():
+                case End.RELEASED:
+                    log.info("released by the controller")
+                    return 0
+                case End.TAKEN:
+                    os._exit(1)  # as if the machine were taken: nothing is finished or cleaned up
+                case End.REFUSED:
+                    return 1
+            lasted = asyncio.get_running_loop().time() - started
+            pause = RETRY_SECONDS[0] if lasted > RETRY_SECONDS[1] else min(2 * pause, RETRY_SECONDS[1])
+            await asyncio.wait({leaving}, timeout=pause)
+            if leaving.done():
+                return 0
+
+    async def close(self) -> None:
+        """Frees everything and removes the parameters from shared memory."""
+        if self._heartbeat is not None:
+            await asyncio.to_thread(self._heartbeat.close)
+        if self._worker is not None:
+            await asyncio.to_thread(self._worker.close, for_good=True)
+        await self._endpoint.close()
+
+    async def _stay(self) -> End:
+        kind = device_type(self._devices, self._config.instance_memory_bytes)
+        on_demand = self._config.price_class == "on_demand"
+        registration = control.Register(
+            control.VERSION, self._name, self._incarnation, kind, self._devices[0].platform, on_demand,
+            self._config.zone, self._address,
+        )  # fmt: skip
+        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
+        if self._tls_files is not None:
+            credentials = channel_credentials(*self._tls_files)
+            channel = grpc.aio.secure_channel(self._config.join, credentials, options=options)
+        else:
+            channel = grpc.aio.insecure_channel(self._config.join, options=options)
+        async with channel:
+            self._session = Session(channel, registration, self._prepare)
+            try:
+                return await self._session.run()
+            finally:
+                self._session = None
+
+    async def _prepare(self, welcome: control.Welcome) -> Worker:
+        """Makes a worker for what the controller serves, or takes the one that there is."""
+        controller = f"{self._config.join.rpartition(':')[0]}:{welcome.data_port}"
+        self._links.addresses = {CONTROLLER: controller}
+        if self._heartbeat is None:
+            interval = welcome.lease_seconds / BEATS_PER_LEASE
+            self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, self._tls_files)
+            await asyncio.to_thread(self._heartbeat.start)
+        await self._links.connect(CONTROLLER)
+        if self._worker is None or self._worker.setup != welcome.setup:
+            if self._worker is not None:
+                await asyncio.to_thread(self._worker.close, for_good=True)
+                self._worker = None
+            stores = None if self._config.parameter_store == "off" else Path(
+                self._config.parameter_store or default_directory()
+            )  # fmt: skip
+            self._worker = await asyncio.to_thread(
+                Worker.load, self._name, self._devices, welcome.setup, self._peers, self._links, self._make_executor,
+                cache_directory(self._config.compilation_cache), stores,
+            )  # fmt: skip
+        return self._worker
+
+    def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:
+        return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed)
+
+    async def _leave(self, stay: asyncio.Task[End]) -> int:
+        """Gives the fleet its notice and works on until it is released or time is up."""
+        session, seconds = self._session, self._config.grace_seconds
+        if session is not None and session.ready and seconds > 0 and not stay.done():
+            log.info("leaving the fleet", extra={"seconds": seconds})
+            self._report(control.Leaving(seconds))
+            await asyncio.wait({stay}, timeout=seconds)
+        if not stay.done():
+            stay.cancel()
+            await asyncio.wait({stay}, timeout=CANCEL_SECONDS)
+        if not stay.done():  # compiling, which cannot be interrupted
+            await asyncio.to_thread(self._forsake)
+            os._exit(0)
+        return 0
+
+    def _forsake(self) -> None:
+        """What must be done even if the rest of the process cannot be ended in order."""
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+
+    def _told_to_leave(self) -> None:
+        if self._leaving.is_set():
+            os._exit(1)
+        self._leaving.set()
+
+    def _receive(self, connection: Connection, header: StepFrame, payload: memoryview) -> None:
+        if self._worker is None or not isinstance(header, StepHeader):
+            raise ConnectionLost(f"{connection.peer} sent a {type(header).__name__}, which is of no use here")
+        self._worker.executor.receive(header, payload)
+
+    def _provide(self, what: bytes) -> Sequence[Buffer]:
+        if self._worker is None:
+            raise ConnectionLost("not ready yet")
+        return self._worker.provide(what)
+
+    def _step_failed(self, problem: str) -> None:
+        self._loop.call_soon_threadsafe(self._link_broken, self._name, problem)
+
+    def _link_broken(self, instance: str, problem: str) -> None:
+        if instance != CONTROLLER:
+            self._report(control.StepLost(instance, problem))
+
+    def _report(self, message: control.FromWorker) -> None:
+        if self._session is not None:
+            task = asyncio.create_task(self._session.tell(message))
+            self._reported.add(task)
+            task.add_done_callback(self._reported.discard)

@@ -1,0 +1,140 @@
+"""One stay of a worker in a fleet: registers, gets ready, carries out commands until the stream ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from enum import Enum, auto
+from typing import Any
+
+import grpc
+
+from spotjax.errors import ConnectionLost, PeerUnreachable, SpotjaxError
+from spotjax.protocol import control
+from spotjax.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+
+Prepare = Callable[[control.Welcome], Awaitable[Worker]]
+"""Gets a worker ready to serve what the controller welcomed it to."""
+
+
+class End(Enum):
+    """How a stay ended."""
+
+    LOST = auto()
+    """The stream broke; register again."""
+    RELEASED = auto()
+    """The fleet does without us."""
+    TAKEN = auto()
+    """The fleet is to see us die."""
+    REFUSED = auto()
+    """We cannot be part of this fleet."""
+
+
+class Session:
+    """One control stream.
+
+    Args:
+      channel: to the controller.
+      registration: who we are.
+      prepare: called once we are welcome.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, registration: control.Register, prepare: Prepare) -> None:
+        self._registration, self._prepare = registration, prepare
+        self._stream: Any = channel.stream_stream(
+            control.METHOD,
+            request_serializer=control.encode,
+            response_deserializer=control.decode_from_controller,
+        )()
+        self._worker: Worker | None = None
+        self._writing = asyncio.Lock()
+        self._carrying_out: asyncio.Task[None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the worker could be given work."""
+        return self._worker is not None
+
+    async def run(self) -> End:
+        """Stays until the end. The worker's stages are given up when it returns."""
+        try:
+            await self.tell(self._registration)
+            end = await self._follow()
+        except grpc.aio.AioRpcError as problem:
+            if problem.code() is grpc.StatusCode.UNAUTHENTICATED:
+                log.error("the controller refuses us: %s", problem.details())
+            end = End.LOST
+        except asyncio.InvalidStateError:  # written to after it ended
+            end = End.LOST
+        finally:
+            self._stream.cancel()
+            if self._worker is not None:
+                self._worker.supersede()
+            if self._carrying_out is not None:
+                await asyncio.gather(self._carrying_out, return_exceptions=True)
+            if self._worker is not None:
+                await asyncio.to_thread(self._worker.clear)
+        return end
+
+    async def tell(self, message: control.FromWorker) -> None:
+        """Sends a message; one that the stream does not take any more is lost with the stream."""
+        async with self._writing:
+            await self._stream.write(message)
+
+    async def _follow(self) -> End:
+        getting_ready: asyncio.Task[None] | None = None
+        try:
+            async for message in self._stream:
+                match message:
+                    case control.Welcome():
+                        getting_ready = asyncio.create_task(self._get_ready(message))
+                    case control.Refused():
+                        log.log(logging.INFO if message.retry else logging.ERROR, "refused: %s", message.reason)
+                        return End.LOST if message.retry else End.REFUSED
+                    case control.Release():
+                        return End.TAKEN if message.at_once else End.RELEASED
+                    case _:
+                        self._begin(message)
+                if getting_ready is not None and getting_ready.done():
+                    getting_ready.result()
+            return End.LOST
+        finally:
+            if getting_ready is not None:
+                await asyncio.gather(getting_ready, return_exceptions=True)
+
+    async def _get_ready(self, welcome: control.Welcome) -> None:
+        try:
+            self._worker = await self._prepare(welcome)
+        except SpotjaxError as problem:
+            log.error("cannot serve what the fleet serves: %s", problem)
+            raise
+        await self.tell(self._worker.ready())
+
+    def _begin(self, command: control.Command) -> None:
+        """Starts a command when the one before it is done, which a new preparation puts an end to."""
+        if self._worker is not None and isinstance(command, control.Prepare | control.Clear):
+            self._worker.supersede()
+        before, worker = self._carrying_out, self._worker
+        self._carrying_out = asyncio.create_task(self._carry_out(before, worker, command))
+
+    async def _carry_out(
+        self, before: asyncio.Task[None] | None, worker: Worker | None, command: control.Command
+    ) -> None:
+        if before is not None:
+            await asyncio.gather(before, return_exceptions=True)
+        if worker is None:
+            await self.tell(control.Failed(command.id, "", "not ready yet"))
+            return
+        try:
+            answer: control.FromWorker = await worker.carry_out(command)
+        except PeerUnreachable as problem:
+            answer = control.Failed(command.id, problem.instance, str(problem))
+        except ConnectionLost as problem:
+            answer = control.Failed(command.id, "", str(problem))
+        except Exception as problem:
+            log.exception("command %s failed", type(command).__name__)
+            answer = control.Failed(command.id, "", str(problem))
+        await self.tell(answer)

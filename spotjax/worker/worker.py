@@ -1,0 +1,226 @@
+"""What one worker has, and how it carries out the controller's commands. Speaks with nobody: see ``session``.
+
+Model, parameters, stages and their executor for one instance. Survives sessions: a worker that lost its controller
+keeps its parameters and offers them when it registers again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from spotjax.errors import ConfigError, SliceUnavailable
+from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.slices import ArraySlice
+from spotjax.models.catalog import open_model
+from spotjax.models.fingerprint import fingerprint
+from spotjax.models.spec import ModelSpec
+from spotjax.planner.holdings import StackedNeeds
+from spotjax.planner.plan import MigrationPlan
+from spotjax.protocol import control, reads
+from spotjax.reshard.host import Host
+from spotjax.reshard.parameter_store import ParameterStore
+from spotjax.reshard.shards import Shard, ShardStore
+from spotjax.reshard.transfer import Preparation, Traffic
+from spotjax.runtime.buckets import Buckets
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.executables import Devices
+from spotjax.sizing import resolve_dtype
+from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
+from spotjax.worker.links import Links
+from spotjax.worker.memory import StoreMemory
+from spotjax.worker.peers import RemotePeers
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer
+
+log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One instance's model. ``load`` makes one.
+
+    Attributes:
+      setup: what it serves.
+      executor: runs its stages.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        setup: control.ModelSetup,
+        host: Host,
+        executor: StageExecutor,
+        peers: RemotePeers,
+        links: Links,
+        store: ParameterStore | None,
+        memory: StoreMemory | None,
+    ) -> None:
+        self.setup, self.executor = setup, executor
+        self._name, self._host, self._peers, self._links = name, host, peers, links
+        self._store, self._memory = store, memory
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        devices: Devices,
+        setup: control.ModelSetup,
+        peers: RemotePeers,
+        links: Links,
+        make_executor: Callable[[CompiledModel, int], StageExecutor],
+        programs: Path | None,
+        stores: Path | None,
+    ) -> Worker:
+        """Opens the model, compiles and attaches to what an earlier process of this name left. Takes long, blocks.
+
+        Args:
+          name: of the instance.
+          devices: its devices.
+          setup: what to serve.
+          peers: the other workers, to read from.
+          links: the same, to send steps to.
+          make_executor: for the compiled functions and the longest sequence.
+          programs: directory of compiled programs, None for none.
+          stores: directory of parameter stores, None for none.
+
+        Raises:
+          CheckpointError: the model cannot be loaded.
+          ConfigError: its weights are not those that the controller has, or another process has the store.
+        """
+        dtype = resolve_dtype(setup.dtype, devices[0].platform)
+        model = open_model(setup.model)
+        own = fingerprint(model.checkpoint, dtype)
+        if own != setup.fingerprint:
+            raise ConfigError(
+                f"the weights of {setup.model} on this machine are not those that the controller has; put the same "
+                "files on both"
+            )
+        spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
+        compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs)
+        buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
+        store = ParameterStore.open(stores, name, own) if stores is not None else None
+        memory = StoreMemory(store) if store is not None else None
+        host = Host(compiled, buckets, model.checkpoint, {name: devices}, peers, memory)
+        for tensor in setup.degrees:
+            host.compile_for(tensor, partial(_log_progress, tensor))
+        if store is not None:
+            host.store = attach(store, name, devices)
+        executor = make_executor(compiled, setup.max_positions)
+        return cls(name, setup, host, executor, peers, links, store, memory)
+
+    def ready(self) -> control.Ready:
+        """What there is to offer."""
+        held = tuple(
+            control.Parts(device.index, dict(arrays)) for device, arrays in self._host.held().items() if arrays
+        )
+        return control.Ready(held, self._compiled)
+
+    async def carry_out(self, command: control.Command) -> control.Done:
+        """One command.
+
+        Raises:
+          PeerUnreachable: another worker is needed and cannot be read from.
+          SliceUnavailable: this worker does not have what the plan says.
+        """
+        traffic = Traffic()
+        self._peers.begin()
+        match command:
+            case control.Prepare():
+                traffic = await asyncio.to_thread(self._prepare, command)
+            case control.CopyPages():
+                traffic = await asyncio.to_thread(self._host.copy_pages, command.transfers)
+            case control.Switch():
+                traffic = await asyncio.to_thread(self._host.switch, command.transfers)
+            case control.Adopt():
+                await self._adopt(command.pipelines)
+            case control.Clear():
+                self.clear()
+        return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
+
+    def provide(self, what: bytes) -> Sequence[Buffer]:
+        """Answers a bulk read of another worker; called in threads.
+
+        Raises:
+          SliceUnavailable: it is not here.
+        """
+        wanted = reads.decode(what)
+        if isinstance(wanted, reads.ReadSlice):
+            source = DeviceRef(self._name, wanted.device)
+            content = self._host.store.read(source, ArraySlice(wanted.name, wanted.index))
+            return [np.ascontiguousarray(content).reshape(-1).view(np.uint8).data]
+        placement = self._host.placement
+        if placement is None or placement.epoch != wanted.epoch:
+            raise SliceUnavailable(f"KV of epoch {wanted.epoch} is not here any more")
+        return [self._host.read_pages(wanted.replica, wanted.layers, wanted.pages).data]
+
+    def supersede(self) -> None:
+        """Puts an early end to a command that reads from others."""
+        self._peers.supersede()
+
+    def clear(self) -> None:
+        """Gives up all stages; parameters stay."""
+        self.executor.close()
+        self._host.clear()
+
+    def close(self, *, for_good: bool) -> None:
+        """Frees everything; the store stays for a later process unless this end is ``for_good``."""
+        self.clear()
+        self._host.close()
+        if self._store is not None:
+            self._store.remove() if for_good else self._store.close()
+
+    @property
+    def _compiled(self) -> int:
+        return self._host.model.executables.compiled
+
+    def _prepare(self, command: control.Prepare) -> Traffic:
+        placement = command.placement.placement()
+        self._host.placement = command.current.placement() if command.current is not None else None
+        self._peers.addresses = command.addresses
+        self._links.addresses = {**command.addresses, CONTROLLER: self._links.controller}
+        self._peers.epoch = self._host.placement.epoch if self._host.placement is not None else 0
+        needs = {DeviceRef(self._name, parts.device): StackedNeeds(parts.arrays, {}) for parts in command.needs}
+        plan = MigrationPlan(command.transfers, (), 0, 0, 0)
+        preparation = Preparation(placement, needs, plan, command.heirs, command.carried)
+        return self._host.prepare(preparation, command.steps)
+
+    async def _adopt(self, pipelines: Sequence[str]) -> None:
+        self._host.adopt()
+        placement = self._host.placement
+        assert placement is not None, "it was just adopted"
+        roles, last = {}, placement.shape.stage - 1
+        for (data, number), stage in self._host.stages.items():
+            onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
+            roles[pipelines[data], number] = Role(stage, number, number == last, onward)
+            if onward != self._name:
+                await self._links.connect(onward)
+        self.executor.install(roles)
+        if self._memory is not None:
+            self._memory.keep(self._host.held())
+
+
+def attach(store: ParameterStore, name: str, devices: Devices) -> ShardStore:
+    """The shards that a store has, on the devices that they were on."""
+
+    held: dict[DeviceRef, dict[str, Shard]] = {}
+    for stored in store.attached():
+        device, array, index = stored.key
+        if device < len(devices):
+            buffer = jax.device_put(stored.content, devices[device])
+            held.setdefault(DeviceRef(name, device), {})[array] = Shard(index, buffer)
+    if held:
+        log.info("attached to parameters that an earlier process left", extra={"devices": len(held)})
+    return ShardStore(held)
+
+
+def _log_progress(tensor: int, done: int, total: int) -> None:
+    if done == total or done % 50 == 0:
+        log.info("tensor degree %d: %d of %d functions compiled", tensor, done, total)
