@@ -108,7 +108,7 @@ class Endpoint:
         await self._reader.fetch(address, what, into, timeout)
 
     async def close(self) -> None:
-        """Closes everything; what waits to be sent has a second. A ``provide`` at work is waited for. May be repeated."""
+        """Closes everything; may be repeated. What waits to be sent has a second; a ``provide`` at work is waited for."""
         self._closed = True
         while self._listeners:
             listener = self._listeners.pop()
@@ -211,17 +211,14 @@ class Endpoint:
     async def _adopt(self, sock: socket.socket, peer: str, *, called: bool) -> Connection:
         """Turns a connected socket into a connection; TLS, if any, is established."""
         loop = asyncio.get_running_loop()
-
-        def made() -> Connection:
-            return Connection(peer, self._decoder, self._receive, self._limits, called=called)
-
+        connection = Connection(peer, self._decoder, self._receive, self._limits, called=called)
         if called:
             context = self._tls.server if self._tls else None
             wait = GREETING_SECONDS if context else None
-            _, connection = await loop.connect_accepted_socket(made, sock, ssl=context, ssl_handshake_timeout=wait)
+            await loop.connect_accepted_socket(lambda: connection, sock, ssl=context, ssl_handshake_timeout=wait)
         else:
             context, host = (self._tls.client, split_address(peer)[0]) if self._tls else (None, None)
-            _, connection = await loop.create_connection(made, sock=sock, ssl=context, server_hostname=host)
+            await loop.create_connection(lambda: connection, sock=sock, ssl=context, server_hostname=host)
         self._connections.add(connection)
         connection.closed.add_done_callback(lambda _: self._gone(connection, peer))
         return connection

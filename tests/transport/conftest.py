@@ -14,9 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import uvloop
-from transport_cases import Authority, Header, Inbox, Proxy
-
-from spotjax.transport.endpoint import Endpoint
+from transport_cases import Authority, Net
 
 
 def pytest_asyncio_loop_factories(config: Any, item: Any) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -36,39 +34,13 @@ def open_sockets() -> set[str]:
     return found
 
 
-class Net:
-    """Makes endpoints and proxies, and closes them."""
-
-    def __init__(self) -> None:
-        self.endpoints: list[Endpoint] = []
-        self.proxies: list[Proxy] = []
-
-    async def listening(self, **settings: Any) -> tuple[str, Inbox]:
-        """An endpoint's address and what it gets."""
-        inbox = self.endpoint(**settings)
-        return f"127.0.0.1:{await inbox.endpoint.listen('127.0.0.1:0')}", inbox
-
-    def endpoint(self, **settings: Any) -> Inbox:
-        """An endpoint that keeps what it gets."""
-        inbox = Inbox()
-        inbox.endpoint = Endpoint(Header, settings.pop("receive", inbox.receive), **settings)
-        self.endpoints.append(inbox.endpoint)
-        return inbox
-
-    async def proxy(self, target: str, answer: Callable[[int, int, bytes], bytes | None]) -> tuple[str, Proxy]:
-        """The address of a proxy before ``target``."""
-        proxy = Proxy(target, answer)
-        self.proxies.append(proxy)
-        return await proxy.listen(), proxy
-
-
 @pytest_asyncio.fixture
 async def net() -> AsyncIterator[Net]:
     before = open_sockets()
     made = Net()
     yield made
     for proxy in made.proxies:
-        await proxy.close()
+        await asyncio.to_thread(proxy.close)
     for endpoint in made.endpoints:
         await endpoint.close()
     assert asyncio.all_tasks() == {asyncio.current_task()}

@@ -47,7 +47,8 @@ def test_frames_survive_any_split(lengths: list[tuple[int, int]], steps: list[in
     frames = [(content(header, i), content(payload, -i - 1 & 0xFF)) for i, (header, payload) in enumerate(lengths)]
     got: list[tuple[bytes, memoryview]] = []
     reader = FrameReader(lambda header, payload: got.append((header, payload)), LIMITS)
-    feed(reader, b"".join(frame_start(header, len(payload), LIMITS) + payload for header, payload in frames), steps)
+    stream = b"".join(frame_start(header, len(payload), LIMITS) + payload for header, payload in frames)
+    feed(reader, stream, [*steps, 10_000])
     assert [(header, bytes(payload)) for header, payload in got] == frames
     assert not reader.partial
 
@@ -104,7 +105,12 @@ def test_greetings_say_what_a_connection_is_for(purpose: Purpose, secure: bool) 
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(b"GET ", "another program"), (b"SJ\x02\x01", "version 2"), (b"SJ\x01\x7f", "unknown kind"), (b"SJ\x01\x00", "kind")],
+    [
+        (b"GET ", "another program"),
+        (b"SJ\x02\x01", "version 2"),
+        (b"SJ\x01\x7f", "unknown kind"),
+        (b"SJ\x01\x00", "kind"),
+    ],
 )
 def test_foreign_greetings_are_refused(data: bytes, message: str) -> None:
     with pytest.raises(TransportError, match=message):

@@ -13,8 +13,7 @@ from contextlib import asynccontextmanager
 import msgspec
 import numpy as np
 import pytest
-from conftest import Net
-from transport_cases import Header, Inbox, Result, Step
+from transport_cases import Header, Inbox, Net, Result, Step
 
 from spotjax.errors import ConnectionLost, TransportError
 from spotjax.transport.connection import HIGH_WATER, Connection
@@ -119,7 +118,8 @@ async def test_nobody_there_is_an_error_in_time(net: Net) -> None:
         HELLO + b"SJX1" + b"\xff" * 12,
         greeting(Purpose.BULK, False) + b"\x00" * 64,
         greeting(Purpose.BULK, False) + frame_start(b"\xc1\xc1", 0, Limits()),
-        greeting(Purpose.BULK, False) + frame_start(msgspec.msgpack.encode({"type": "chunk", "checksum": 1}), 0, Limits()),
+        greeting(Purpose.BULK, False)
+        + frame_start(msgspec.msgpack.encode({"type": "chunk", "checksum": 1}), 0, Limits()),
     ],
 )
 async def test_garbage_ends_that_connection_with_a_log_line(
@@ -272,7 +272,10 @@ async def test_closing_in_the_middle_of_everything_leaves_nothing(net: Net) -> N
     connection = await client.connect(address, 5)
     connection.send(Step(1), bytes(32 << 20))
     into = memoryview(bytearray(64 << 20))
-    work = [asyncio.ensure_future(client.fetch(address, b"", into, 5)), asyncio.ensure_future(client.connect(address, 5))]
+    work = [
+        asyncio.ensure_future(client.fetch(address, b"", into, 5)),
+        asyncio.ensure_future(client.connect(address, 5)),
+    ]
     async with caller(address) as (_, writer):
         writer.write(HELLO[:2])
         await asyncio.sleep(0)

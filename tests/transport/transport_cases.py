@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
+import functools
 import itertools
+import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from cryptography import x509
@@ -19,6 +23,7 @@ from cryptography.x509.oid import NameOID
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
+from spotjax.transport.sockets import join_address, split_address
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
@@ -54,68 +59,87 @@ class Inbox:
 
 
 class Proxy:
-    """Forwards connections to ``target``.
+    """Forwards connections to ``target``, in threads of its own.
 
     ``answer(connection, position, data)`` says what becomes of bytes that the target sends: connections count from 0,
     positions are bytes since the connection began; None cuts the connection, ``b""`` swallows.
     """
 
     def __init__(self, target: str, answer: Callable[[int, int, bytes], bytes | None]) -> None:
-        self.host, port = target.rsplit(":", 1)
-        self.port = int(port)
-        self.answer = answer
+        self._target, self._answer = split_address(target), answer
         self.connections = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._server: asyncio.Server | None = None
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = join_address(self._listener.getsockname())
+        self._sockets = [self._listener]
+        self._threads: list[threading.Thread] = []
+        self._start(self._accept)
 
-    async def listen(self) -> str:
-        """Starts; the address."""
-        self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments)
+        self._threads.append(thread)
+        thread.start()
 
-    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        number, self.connections = self.connections, self.connections + 1
-        there, back = await asyncio.open_connection(self.host, self.port)
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                caller, _ = self._listener.accept()
+                self._sockets.append(caller)
+                called = socket.create_connection(self._target)
+                self._sockets.append(called)
+                answer = functools.partial(self._answer, self.connections)
+                self.connections += 1
+                self._start(self._pump, caller, called, lambda position, data: data)
+                self._start(self._pump, called, caller, answer)
 
-        async def asks() -> None:
-            while data := await reader.read(1 << 16):
-                back.write(data)
-                await back.drain()
-
-        async def answers() -> None:
-            position = 0
-            while data := await there.read(1 << 16):
-                changed = self.answer(number, position, data)
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket, change: Callable[[int, bytes], bytes | None]) -> None:
+        position = 0
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                changed = change(position, data)
                 position += len(data)
                 if changed is None:
-                    return
-                writer.write(changed)
-                await writer.drain()
+                    break
+                sink.sendall(changed)
+        for sock in (source, sink):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
-        pumps = [asyncio.ensure_future(asks()), asyncio.ensure_future(answers())]
-        try:
-            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for stream in (writer, back):
-                stream.transport.abort()
-                with contextlib.suppress(OSError):
-                    await stream.wait_closed()
-            self._tasks.discard(task)
-
-    async def close(self) -> None:
+    def close(self) -> None:
         """Cuts everything."""
-        assert self._server is not None
-        self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._server.wait_closed()
+        for sock in self._sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
+        for sock in self._sockets:
+            sock.close()
+
+
+class Net:
+    """Makes endpoints and proxies, and closes them."""
+
+    def __init__(self) -> None:
+        self.endpoints: list[Endpoint] = []
+        self.proxies: list[Proxy] = []
+
+    async def listening(self, **settings: Any) -> tuple[str, Inbox]:
+        """An endpoint's address and what it gets."""
+        inbox = self.endpoint(**settings)
+        return f"127.0.0.1:{await inbox.endpoint.listen('127.0.0.1:0')}", inbox
+
+    def endpoint(self, **settings: Any) -> Inbox:
+        """An endpoint that keeps what it gets."""
+        inbox = Inbox()
+        inbox.endpoint = Endpoint(Header, settings.pop("receive", inbox.receive), **settings)
+        self.endpoints.append(inbox.endpoint)
+        return inbox
+
+    def proxy(self, target: str, answer: Callable[[int, int, bytes], bytes | None]) -> Proxy:
+        """A proxy before ``target``."""
+        proxy = Proxy(target, answer)
+        self.proxies.append(proxy)
+        return proxy
 
 
 class Authority:
