@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +23,7 @@ import socket
 import statistics
 import struct
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from multiprocessing.connection import Connection as Pipe
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -280,8 +282,7 @@ async def streams_bulk(port: int, into: memoryview) -> float:
 
 def zmq_serve(ready: Callable[[int], None], data: memoryview) -> None:
     """Serves until the process ends."""
-    import zmq
-
+    zmq: Any = importlib.import_module("zmq")
     router = zmq.Context.instance().socket(zmq.ROUTER)
     router.sndhwm = 0
     ready(router.bind_to_random_port("tcp://127.0.0.1"))
@@ -297,8 +298,7 @@ def zmq_serve(ready: Callable[[int], None], data: memoryview) -> None:
 
 def zmq_dealer(port: int) -> Any:
     """A connected socket."""
-    import zmq
-
+    zmq: Any = importlib.import_module("zmq")
     dealer = zmq.Context.instance().socket(zmq.DEALER)
     dealer.rcvhwm = 8
     dealer.connect(f"tcp://127.0.0.1:{port}")
@@ -349,7 +349,7 @@ async def grpc_small(port: int, rounds: int) -> list[float]:
     """Seconds of each round trip."""
     block, seconds = bytes(SMALL), []
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        echo = channel.unary_unary("/bench/Echo")
+        echo: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary("/bench/Echo")
         for _ in range(rounds):
             start = now()
             await echo(block)
@@ -474,6 +474,22 @@ def started(name: str, size: int) -> tuple[BaseProcess, int]:
     return process, ours.recv()
 
 
+@contextlib.contextmanager
+def apart(pid: int) -> Iterator[None]:
+    """Two cores for two processes, as on two machines: on one core they would take turns without waking each other."""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if len(cores) < 2:
+        yield
+        return
+    os.sched_setaffinity(0, {min(cores)})
+    os.sched_setaffinity(pid, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(pid, cores)
+
+
 def measured(sizes: Sequence[int], rounds: int, repeats: int, wanted: Sequence[str]) -> dict[str, Any]:
     """Microseconds and GiB/s of every candidate, and their ratios to plain sockets."""
     timed = {name: how for name, how in candidates().items() if not wanted or name in wanted or name == "sockets"}
@@ -486,8 +502,9 @@ def measured(sizes: Sequence[int], rounds: int, repeats: int, wanted: Sequence[s
     try:
         for _ in range(repeats):
             for name, (ping, read) in timed.items():
-                port = peers[name][1]
-                small[name] += ping(port, rounds)[rounds // 10 :]
+                process, port = peers[name]
+                with apart(process.pid or 0):
+                    small[name] += ping(port, rounds)[rounds // 10 :]
                 for size in sizes if read else ():
                     assert read is not None
                     bulk[name][size].append(size / 2**30 / read(port, final[:size]))

@@ -108,7 +108,7 @@ class Endpoint:
         await self._reader.fetch(address, what, into, timeout)
 
     async def close(self) -> None:
-        """Closes everything; may be repeated. What waits to be sent has a second; a ``provide`` at work is waited for."""
+        """Closes everything; may be repeated. Waits a second for what is being sent, and for a ``provide`` at work."""
         self._closed = True
         while self._listeners:
             listener = self._listeners.pop()

@@ -157,38 +157,42 @@ class FrameReader:
         Raises:
           TransportError: the bytes are no frames, or exceed the limits. The reader is of no use afterwards.
         """
-        if self._payload is not None:
-            self._filled += count
-            self._complete()
-        else:
+        if self._payload is None:
             self._end += count
             self._parse()
-
-    def _complete(self) -> None:
-        if self._payload is not None and self._filled == len(self._payload):
+            return
+        self._filled += count
+        if self._filled == len(self._payload):
             payload, self._payload = self._payload, None
             self._deliver(self._header, payload)
 
     def _parse(self) -> None:
         """Takes all whole frames out of the intake, and the first part of an incomplete payload."""
         start = 0
-        while self._payload is None and self._end - start >= PREFIX.size:
+        intake, end = self._intake, self._end
+        while self._payload is None and end - start >= PREFIX.size:
             body = start + PREFIX.size
-            header, payload = read_prefix(self._intake, start, self._limits)
-            if self._end - body < header:
+            header, size = read_prefix(intake, start, self._limits)
+            if end - body < header:
                 self._reserve(PREFIX.size + header)
                 break
-            self._header = bytes(self._intake[body : body + header])
             start = body + header
-            self._payload = aligned(payload)
-            self._filled = min(payload, self._end - start)
-            self._payload[: self._filled] = self._intake[start : start + self._filled]
-            start += self._filled
-            self._complete()
-        rest = bytes(self._intake[start : self._end])
-        self._end = len(rest)
-        if rest:
-            self._intake[: len(rest)] = rest
+            self._header = bytes(intake[body:start])
+            payload = aligned(size)
+            there = min(size, end - start)
+            payload[:there] = intake[start : start + there]
+            start += there
+            if there == size:
+                self._deliver(self._header, payload)
+            else:
+                self._payload, self._filled = payload, there
+        self._keep(start, end)
+
+    def _keep(self, start: int, end: int) -> None:
+        """Moves what is left in the intake to its beginning."""
+        self._end = end - start
+        if self._end:
+            self._intake[: self._end] = bytes(self._intake[start:end])
         elif len(self._intake) > INTAKE:
             self._intake = memoryview(bytearray(INTAKE))
 
