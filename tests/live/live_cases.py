@@ -1,0 +1,65 @@
+"""Fleets of worker processes small enough for tests, and load on them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+
+from spotjax.fleet.status import FleetEvent, FleetStatus
+from spotjax.tools.load import Load
+from spotjax.tools.local_fleet import LocalFleet
+from spotjax.tools.request_mix import Output, mix
+from spotjax.tools.service import POLL_SECONDS
+
+NAMES = [f"instance-{number}" for number in range(4)]
+CONTROLLER = ("--max-batch", "8", "--prefill-tokens", "64", "--max-model-len", "512", "--no-fuse")
+"""Flags of the controller: few shapes, so that little is compiled."""
+REQUESTS = mix(7, 16)
+DONE_SECONDS = 60.0
+
+
+def worker_flags(programs: Path) -> tuple[str, ...]:
+    """Flags of every worker."""
+    return ("--devices-per-instance", "2", "--compilation-cache", str(programs))
+
+
+@contextlib.asynccontextmanager
+async def load_on(fleet: LocalFleet, expected: Mapping[str, Output], clients: int = 4) -> AsyncIterator[Load]:
+    """Requests run when the body begins; after it they are let end, all as expected."""
+    load = Load(fleet.client, REQUESTS, expected, clients, seed=len(fleet.history))
+    try:
+        assert await load.until(lambda: load.tokens >= 40 * clients, DONE_SECONDS), fleet.story()
+        yield load
+    finally:
+        await load.stop(DONE_SECONDS)
+    assert not load.problems, "\n".join([*load.problems, fleet.story()])
+
+
+async def more_tokens(load: Load, count: int) -> None:
+    """Waits until clients have seen so many tokens more."""
+    wanted = load.tokens + count
+    assert await load.until(lambda: load.tokens >= wanted, DONE_SECONDS), f"{load.tokens} of {wanted} tokens came"
+
+
+async def eventually(what: str, condition: Callable[[], bool]) -> None:
+    """Waits until something holds that nobody tells us of."""
+    deadline = time.monotonic() + DONE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {DONE_SECONDS:g} s: {what}"
+        await asyncio.sleep(POLL_SECONDS)
+
+
+def stages(status: FleetStatus) -> list[str]:
+    """Instances of the first replica's stages, in order; none while there is no mesh."""
+    placement = status.placement
+    if placement is None:
+        return []
+    return [placement.group(0, stage)[0].instance for stage in range(placement.shape.stage)]
+
+
+def said(fleet: LocalFleet, kind: str, since: int) -> list[FleetEvent]:
+    """Events of one kind among those after the first ``since``."""
+    return [event for event in fleet.events[since:] if event.kind == kind]

@@ -1,0 +1,70 @@
+"""Fleets that are not shared: workers as children of the controller, and mutual TLS."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from certificates import certificates
+from live_cases import CONTROLLER, NAMES, REQUESTS, worker_flags
+
+from spotjax.api.credentials import channel_credentials
+from spotjax.api.errors import Unavailable
+from spotjax.async_client import AsyncSpotjaxClient
+from spotjax.tools.load import answers
+from spotjax.tools.local_fleet import ChildrenFleet, LocalFleet
+from spotjax.tools.processes import Process
+from spotjax.tools.service import SERVE, running
+
+pytestmark = pytest.mark.timeout(300)
+
+
+async def test_workers_end_with_the_process_that_started_them(programs: Path, tmp_path: Path) -> None:
+    flags = (*CONTROLLER, "--workers", "2", *worker_flags(programs), "--parameter-store", str(tmp_path / "store"))
+    async with running(ChildrenFleet(tmp_path, flags, NAMES[:2])) as fleet:
+        await answers(fleet.client, REQUESTS[:4])
+        workers = fleet.server.tree()[1:]
+        assert len(workers) >= 2
+        fleet.server.signal(signal.SIGKILL, whole=False)
+        fleet.server.wait(10)
+        deadline = time.monotonic() + 10
+        while left := fleet.server.tree():
+            assert time.monotonic() < deadline, left
+            await asyncio.sleep(0.02)
+
+
+async def test_children_are_killed_and_added_and_end_with_nothing_left(programs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    flags = (*CONTROLLER, "--workers", "3", *worker_flags(programs), "--parameter-store", str(store))
+    async with running(ChildrenFleet(tmp_path, flags, NAMES[:3])) as fleet:
+        expected = await answers(fleet.client, REQUESTS[:4])
+        await fleet.kill(["instance-1"])
+        await fleet.until_gone(["instance-1"])
+        assert await answers(fleet.client, REQUESTS[:4]) == expected
+        await fleet.bring(["instance-1"])
+        await fleet.until_ready()
+        assert await answers(fleet.client, REQUESTS[:4]) == expected
+        assert await fleet.stop() == 0
+        assert fleet.left() == [] and not list(store.rglob("*"))
+
+
+async def test_with_tls_everything_works_and_plaintext_is_refused(programs: Path, tmp_path: Path) -> None:
+    files = certificates(tmp_path)
+    names, credentials = NAMES[:2], channel_credentials(*files)
+    plain = worker_flags(programs)
+    fleet = LocalFleet(tmp_path, names, (*CONTROLLER, *files.flags), (*plain, *files.flags), credentials=credentials)
+    async with running(fleet):
+        expected = await answers(fleet.client, REQUESTS[:4])
+        async with AsyncSpotjaxClient(fleet.address, retries=0) as plaintext:
+            with pytest.raises(Unavailable):
+                await plaintext.status()
+        stranger = Process("stranger", (*SERVE, "--join", fleet.address, "--name", "stranger", *plain), tmp_path)
+        await fleet.kill(["instance-0"])
+        await fleet.bring(["instance-0"])
+        await fleet.until_ready(names)
+        assert "stranger" not in {instance.name for instance in (await fleet.status()).instances}
+        stranger.kill()
+        assert await answers(fleet.client, REQUESTS[:4]) == expected
