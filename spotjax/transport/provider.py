@@ -23,8 +23,8 @@ Provide = Callable[[bytes], "Sequence[Buffer]"]
 """Called in a thread; returns buffers whose bytes, concatenated, are the answer. Asked again for the rest of an answer
 whose connection broke, it has to give the same bytes. What it raises refuses the read, with the error's text."""
 
-CONNECTIONS = 128
-"""Bulk connections at once; more are turned away."""
+CONNECTIONS = 512
+"""Bulk connections at once, idle ones included; more are turned away."""
 IDLE_SECONDS = 60.0
 MESSAGE_LIMIT = 4096
 """Characters of an error's text that are carried over."""

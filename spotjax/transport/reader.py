@@ -24,6 +24,8 @@ PAUSE_SECONDS = 0.02
 """Before the second try; doubles with each further one."""
 IDLE_SECONDS = 20.0
 """How long a connection is kept for the next read; less than the provider waits."""
+IDLE_CONNECTIONS = 4
+"""Kept for each peer, each of which keeps a thread of the peer waiting."""
 
 
 class Transfer:
@@ -105,9 +107,7 @@ class BulkReader:
                     stream.close()
                 raise
             else:
-                self._idle[address].append((time.monotonic(), stream))
-                if self._closed:
-                    self._forget(address)
+                self._keep(address, stream)
                 return
 
     @staticmethod
@@ -161,6 +161,12 @@ class BulkReader:
             if not self._idle[other]:
                 del self._idle[other]
         return self._idle[address].pop()[1] if self._idle.get(address) else None
+
+    def _keep(self, address: str, stream: BulkStream) -> None:
+        if self._closed or len(self._idle[address]) >= IDLE_CONNECTIONS:
+            stream.close()
+        else:
+            self._idle[address].append((time.monotonic(), stream))
 
     def _forget(self, address: str) -> None:
         """Closes the idle connections with an address where one just broke."""

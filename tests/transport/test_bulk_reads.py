@@ -301,6 +301,25 @@ async def test_a_cancelled_read_writes_no_more(net: Net) -> None:
     assert into == bytes(SIZE)
 
 
+async def test_connections_beyond_the_limit_are_turned_away(net: Net, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spotjax.transport.provider.CONNECTIONS", 2)
+    go = threading.Event()
+
+    def slow(what: bytes) -> list[bytes]:
+        go.wait(10)
+        return [b"x"]
+
+    address, _ = await net.listening(provide=slow)
+    client = net.endpoint().endpoint
+    reads = [asyncio.ensure_future(client.fetch(address, b"", aligned(1), 10)) for _ in range(3)]
+    try:
+        done, served = await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED)
+        assert [type(read.exception()) for read in done] == [ConnectionLost]
+    finally:
+        go.set()
+    await asyncio.gather(*served)
+
+
 async def test_a_read_only_destination_is_refused(net: Net) -> None:
     with pytest.raises(ValueError, match="writable"):
         await net.endpoint().endpoint.fetch("127.0.0.1:1", b"", memoryview(b"fixed"), 1)

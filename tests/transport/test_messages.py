@@ -18,6 +18,7 @@ from transport_cases import Header, Inbox, Net, Result, Step
 from spotjax.errors import ConnectionLost, TransportError
 from spotjax.transport.connection import HIGH_WATER, Connection
 from spotjax.transport.framing import Limits, Purpose, frame_start, greeting
+from spotjax.transport.loop import run
 from spotjax.transport.sockets import join_address, split_address
 
 HELLO = greeting(Purpose.MESSAGES, False)
@@ -294,3 +295,10 @@ def test_addresses_are_read_and_written(address: str) -> None:
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="not HOST:PORT"):
         split_address(address)
+
+
+def test_the_fastest_loop_is_run_and_gives_the_result_back() -> None:
+    async def where() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    assert run(where()).startswith("uvloop")
