@@ -44,7 +44,7 @@ class SpotjaxClient:
         Args:
           server: ``HOST:PORT``.
           retries: how often in a row a broken stream is taken up again before giving up; 8 take about 17 seconds.
-          credentials: for a server with TLS, see ``spotjax.api.credentials``; without them the connection is plaintext.
+          credentials: for a server with TLS, see ``spotjax.transport.credentials``; without them it is plaintext.
         """
         self.server = server
         self._retries = retries

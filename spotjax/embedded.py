@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from spotjax.config import ServeConfig
 from spotjax.engine.commit_log import MemoryCommitLog
@@ -27,6 +25,7 @@ from spotjax.reshard.local import LocalCluster
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
 from spotjax.runtime.executables import Devices
+from spotjax.runtime.program_cache import cache_directory
 from spotjax.sizing import (
     check_first_mesh,
     foreseeable_degrees,
@@ -109,16 +108,6 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
         await service.close()
         raise
     return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.max_positions)
-
-
-def cache_directory(setting: str) -> Path | None:
-    """Where compiled programs are kept between runs: as told, else in the user's cache directory; None for nowhere."""
-    if setting == "off":
-        return None
-    home = os.environ.get("SPOTJAX_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spotjax"
-    )
-    return Path(setting) if setting else Path(home, "programs")
 
 
 def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devices]:

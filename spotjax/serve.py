@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 
 from spotjax import local_workers
-from spotjax.api.credentials import server_credentials
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
 from spotjax.fleet.status import FleetStatus
 from spotjax.telemetry import logs
+from spotjax.transport.credentials import server_credentials
 
 log = logging.getLogger("spotjax.serve")
 

@@ -54,6 +54,6 @@ def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
         return SpotjaxClient(arguments.server)
     if not all(files):
         raise ConfigError("TLS needs all of --tls-certificate, --tls-key and --tls-authority")
-    from spotjax.api.credentials import channel_credentials
+    from spotjax.transport.credentials import channel_credentials
 
     return SpotjaxClient(arguments.server, credentials=channel_credentials(*files))

@@ -24,6 +24,15 @@ from spotjax.runtime.controls import Variant
 METHOD = "/spotjax.v1.Workers/Join"
 VERSION = 1
 """Both sides must speak the same."""
+MAX_MESSAGE_BYTES = 4 * 2**20
+"""What the controller's port takes of anybody."""
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),  # notice within seconds that the controller's machine died
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.enable_http_proxy", 0),
+)
+"""Of the worker's channel."""
 
 
 class PlacementMessage(msgspec.Struct, frozen=True):

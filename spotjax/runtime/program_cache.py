@@ -29,6 +29,16 @@ LOCKS = 256
 """Programs that can be compiled at once by the processes of a machine, more or less."""
 
 
+def cache_directory(setting: str) -> Path | None:
+    """Where compiled programs are kept between runs: as told, else in the user's cache directory; None for nowhere."""
+    if setting == "off":
+        return None
+    home = os.environ.get("SPOTJAX_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spotjax"
+    )
+    return Path(setting) if setting else Path(home, "programs")
+
+
 class ProgramCache:
     """Programs by key in one directory.
 

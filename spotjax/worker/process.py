@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING
 
 import grpc
 
-from spotjax.api.credentials import channel_credentials
-from spotjax.api.validation import MAX_MESSAGE_BYTES
 from spotjax.config import ServeConfig
-from spotjax.embedded import cache_directory
 from spotjax.errors import ConnectionLost
 from spotjax.protocol import control
 from spotjax.protocol.steps import StepFrame, StepHeader
 from spotjax.reshard.store_directory import default_directory
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
+from spotjax.runtime.program_cache import cache_directory
 from spotjax.transport.connection import Connection
+from spotjax.transport.credentials import channel_credentials
 from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
 from spotjax.worker.executor import CONTROLLER, StageExecutor
@@ -127,12 +126,11 @@ class WorkerProcess:
             control.VERSION, self._name, self._incarnation, kind, self._devices[0].platform, on_demand,
             self._config.zone, self._address,
         )  # fmt: skip
-        options = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES)]
         if self._tls_files is not None:
             credentials = channel_credentials(*self._tls_files)
-            channel = grpc.aio.secure_channel(self._config.join, credentials, options=options)
+            channel = grpc.aio.secure_channel(self._config.join, credentials, options=control.OPTIONS)
         else:
-            channel = grpc.aio.insecure_channel(self._config.join, options=options)
+            channel = grpc.aio.insecure_channel(self._config.join, options=control.OPTIONS)
         async with channel:
             self._session = Session(channel, registration, self._prepare)
             try:

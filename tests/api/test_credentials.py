@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from scripted_server import MODEL
 
 from spotjax import cli
-from spotjax.api.credentials import channel_credentials, server_credentials
 from spotjax.api.errors import Unavailable
 from spotjax.api.server import ApiServer
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.errors import ConfigError
 from spotjax.testing import ScriptedService
+from spotjax.transport.credentials import channel_credentials, server_credentials
 
 
 class Files(NamedTuple):
