@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
+HOST_MEMORY = -1
+"""Number of the device that stands for an instance's host memory, which can be a source and never has a position."""
+
 
 class DeviceRef(NamedTuple):
     """One device: the ``index``-th of an instance."""

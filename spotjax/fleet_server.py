@@ -181,7 +181,10 @@ class FleetServer:
         kind = self._sized(registration.kind)
         degrees = foreseeable_degrees(planning, tuple(Instance(f"{n}", kind) for n in range(foreseen)))
         print_of = await asyncio.to_thread(fingerprint, self._model.checkpoint, dtype)
-        cluster = RemoteCluster(self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse)
+        cluster = RemoteCluster(
+            self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse,
+            backup=config.kv_backup, bandwidth=config.kv_backup_bandwidth,
+        )  # fmt: skip
         self._limits, self._cluster = limits, cluster
         self._service = Controller(
             self._model.name, planning, Membership(()), cluster, MemoryCommitLog(), self._model.tokenizer,

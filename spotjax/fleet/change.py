@@ -48,6 +48,7 @@ def plan_change(
     epoch: int,
     running: Collection[int] = (),
     held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
+    backups: Mapping[tuple[int, int], str] = MappingProxyType({}),
 ) -> Preparation:
     """The next placement on the ready instances, and how to get there.
 
@@ -62,6 +63,7 @@ def plan_change(
       epoch: of the new placement.
       running: replicas that could go on without stopping if they stay as they are.
       held: parts of parameters by device; counts for devices that the current placement does not use.
+      backups: where there are copies of KV whose instance is gone; see ``Preparation``.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh of the ready instances.
@@ -70,7 +72,7 @@ def plan_change(
     decision = choose_shape(spec, instances, demand, planning.wanted)
     heirs = choose_heirs(live, decision.shape.data)
     cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances, held)
+    holdings = Holdings.of(spec, current, cohorts, instances, held, backups)
     needs = needs_of(spec, decision.shape, decision.layers, cohorts)
     lost = lost_cohorts(needs.values(), holdings)
     if lost:
@@ -80,7 +82,7 @@ def plan_change(
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     plan = plan_migration(parameters, holdings, Links.of(instances))
-    return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running))
+    return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), backups)
 
 
 def carried_over(
@@ -142,7 +144,7 @@ def plan_kv(
     stopped = {old: sequences for old, sequences in live.items() if old not in carried}
     heirs = {old: new for old, new in preparation.heirs.items() if old not in carried}
     cohorts = assign_cohorts(stopped, placement.shape.data, room, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances)
+    holdings = Holdings.of(spec, current, cohorts, instances, backups=preparation.backups)
     needs = {
         placement.devices[position]: arrays.of_kv()
         for position, arrays in needs_of(spec, placement.shape, placement.layers, cohorts).items()

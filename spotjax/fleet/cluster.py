@@ -11,7 +11,7 @@ from typing import Protocol
 from spotjax.engine.batch import Pipeline
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.holdings import Needs
-from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
 
 
 class Cluster(Protocol):
@@ -51,6 +51,18 @@ class Cluster(Protocol):
 
     def held(self) -> Mapping[DeviceRef, Needs]:
         """Which parts of parameters each device of an alive instance has, in a placement or not."""
+        ...
+
+    async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
+        """What is left of the KV of replicas that lost an instance.
+
+        Args:
+          hurt: by replica of the current placement: key of a sequence to the positions that were computed.
+        """
+        ...
+
+    def forget(self, sequences: Sequence[int]) -> None:
+        """Sequences with these keys have ended."""
         ...
 
     def joinable(self, instance: str) -> bool:

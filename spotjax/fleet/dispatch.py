@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from spotjax.engine.batch import Pipeline
 from spotjax.engine.pages import PageAllocator
@@ -22,7 +23,7 @@ from spotjax.reshard.transfer import PageTransfer
 MakeReplica = Callable[[Scheduler, Pipeline], Replica]
 MakeLimits = Callable[[int], Limits]
 """Limits of a replica whose pipeline is that deep."""
-NOBODY: Mapping[int, int] = MappingProxyType({})
+NOBODY: Mapping[int, Any] = MappingProxyType({})
 
 
 class Dispatcher:
@@ -91,11 +92,27 @@ class Dispatcher:
         """Replicas that are not stopping."""
         return frozenset(number for number, replica in enumerate(self.replicas) if not replica.stopping)
 
-    def live(self) -> dict[int, list[LiveSequence]]:
-        """What has KV worth keeping on every replica that lost no instance; the others have nothing."""
+    def live(self, survivors: Mapping[int, Mapping[int, int]] = NOBODY) -> dict[int, list[LiveSequence]]:
+        """What has KV worth keeping on every replica.
+
+        Args:
+          survivors: for replicas that lost an instance: key of a sequence to the positions whose KV is still there.
+            Others that are lost have nothing.
+        """
         return {
-            number: [LiveSequence(s.key, -(-s.computed // self._page_size), s.computed) for s in sequences]
-            for number, sequences in self._with_kv().items()
+            number: [
+                LiveSequence(s.key, -(-positions // self._page_size), positions)
+                for s in replica.scheduler.running.values()
+                if (positions := self._positions(s, replica, survivors.get(number)))
+            ]
+            for number, replica in enumerate(self.replicas)
+        }
+
+    def computed(self, replicas: Collection[int]) -> dict[int, dict[int, int]]:
+        """Key to computed positions of the sequences that run on some replicas."""
+        return {
+            number: {s.key: s.computed for s in self.replicas[number].scheduler.running.values() if s.computed}
+            for number in replicas
         }
 
     def full_pages(self, heirs: Mapping[int, int]) -> tuple[tuple[PageTransfer, ...], CopiedPages]:
@@ -179,6 +196,7 @@ class Dispatcher:
                 scheduler.pages.release(handover.pages[sequence.key])
             else:
                 sequence.pages, sequence.in_flight = handover.pages[sequence.key], False
+                sequence.computed = handover.progress[sequence.key]
                 scheduler.adopt(sequence)
 
     def park(self) -> None:
@@ -199,6 +217,12 @@ class Dispatcher:
         for number, replica in enumerate(self.replicas):
             if number not in carried:
                 yield from replica.scheduler.sequences()
+
+    @staticmethod
+    def _positions(sequence: ScheduledSequence, replica: Replica, survivors: Mapping[int, int] | None) -> int:
+        if survivors is not None:
+            return min(sequence.computed, survivors.get(sequence.key, 0))
+        return 0 if replica.lost else sequence.computed
 
     def _with_kv(self) -> dict[int, list[ScheduledSequence]]:
         return {

@@ -19,6 +19,7 @@ class Handover:
       allocators: the pages of every new replica, those of adopted sequences taken.
       adopted: new replica to the sequences that go on with their KV there.
       pages: key of an adopted sequence to its pages there.
+      progress: key of an adopted sequence to the positions whose KV it has there.
       recomputed: sequences whose KV is computed again, and those that wait, oldest first.
       transfers: which pages move where.
     """
@@ -26,6 +27,7 @@ class Handover:
     allocators: tuple[PageAllocator, ...]
     adopted: Mapping[int, tuple[ScheduledSequence, ...]]
     pages: Mapping[int, list[int]]
+    progress: Mapping[int, int]
     recomputed: tuple[ScheduledSequence, ...]
     transfers: tuple[PageTransfer, ...]
 
@@ -55,7 +57,8 @@ def full_pages(
             for sequence in sequences
             for number, page in enumerate(sequence.pages[: sequence.computed // page_size])
         ]
-        transfers.append(PageTransfer(old, heirs[old], tuple((page, page) for _, _, page in full)))
+        pairs, owners = tuple((page, page) for _, _, page in full), tuple((key, number) for key, number, _ in full)
+        transfers.append(PageTransfer(old, heirs[old], pairs, owners))
         copied.update(full)
     return tuple(transfers), frozenset(copied)
 
@@ -90,7 +93,8 @@ def hand_over(
                 allocators[cohort.new].release(pages.pop(live.key))
     transfers = tuple(_transfer(cohort, by_key, pages, copied) for cohort in cohorts)
     recomputed = tuple(by_key[key] for key in sorted(by_key.keys() - pages.keys()))
-    return Handover(allocators, adopted, pages, recomputed, transfers)
+    progress = {live.key: live.progress for cohort in cohorts for live in cohort.sequences}
+    return Handover(allocators, adopted, pages, progress, recomputed, transfers)
 
 
 def _keep_pages(
@@ -110,8 +114,8 @@ def _keep_pages(
 def _transfer(
     cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], pages: Mapping[int, list[int]], copied: CopiedPages
 ) -> PageTransfer:
-    pairs = [
-        (old, new)
+    moved = [
+        (old, new, live.key, number)
         for live in cohort.sequences
         if live.key in pages
         for number, (old, new) in enumerate(
@@ -119,7 +123,8 @@ def _transfer(
         )
         if old != new or (live.key, number, old) not in copied
     ]
-    return PageTransfer(cohort.old, cohort.new, tuple(pairs))
+    pairs, owners = tuple((old, new) for old, new, _, _ in moved), tuple((key, n) for _, _, key, n in moved)
+    return PageTransfer(cohort.old, cohort.new, pairs, owners)
 
 
 def _complete(sequence: ScheduledSequence, pages: list[int], allocator: PageAllocator) -> bool:

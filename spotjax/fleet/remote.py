@@ -16,10 +16,11 @@ from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
+from spotjax.meshes.slices import Range
 from spotjax.planner.holdings import Needs, StackedNeeds
 from spotjax.protocol import control
 from spotjax.protocol.steps import ResultHeader, StepHeader
-from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
@@ -27,6 +28,8 @@ from spotjax.transport.endpoint import Endpoint
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
+FORGET_SECONDS = 0.5
+"""Sequences that end within this time are told to the workers together."""
 
 
 class RemoteCluster:
@@ -38,17 +41,28 @@ class RemoteCluster:
       buckets: shapes that steps are padded to.
       patience: seconds after which a worker that another cannot reach counts as lost, if it did not turn out to be.
       fuse: see ``RemotePipeline``.
+      backup: whether workers copy KV to each other.
+      bandwidth: bytes per second that each may spend on it; 0 for no limit.
 
     Attributes:
       pipelines: one for every replica of the current placement.
     """
 
     def __init__(
-        self, sessions: Sessions, endpoint: Endpoint, buckets: Buckets, patience: float, *, fuse: bool
+        self,
+        sessions: Sessions,
+        endpoint: Endpoint,
+        buckets: Buckets,
+        patience: float,
+        *,
+        fuse: bool,
+        backup: bool,
+        bandwidth: int,
     ) -> None:
         self.pipelines: tuple[RemotePipeline, ...] = ()
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
-        self._patience, self._fuse = patience, fuse
+        self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
+        self._ended: list[int] = []
         self._placement: Placement | None = None
         self._prepared: Preparation | None = None
         self._held: dict[DeviceRef, Needs] = {}
@@ -57,6 +71,50 @@ class RemoteCluster:
     def held(self) -> Mapping[DeviceRef, Needs]:
         """See ``Cluster.held``."""
         return self._held
+
+    async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
+        """See ``Cluster.survivors``: asks every worker what it keeps of the layers that are gone."""
+        positions: dict[int, Mapping[int, int]] = {}
+        backups: dict[tuple[int, int], str] = {}
+        if self._placement is None or not self._backup:
+            return Survivors({replica: {} for replica in hurt})
+        for replica, computed in hurt.items():
+            left = dict(computed)
+            for number in range(self._placement.shape.stage):
+                if self._sessions.get(self._placement.group(replica, number)[0].instance) is not None:
+                    continue
+                keeper, kept = await self._most_kept(self._placement.layers[number], tuple(computed))
+                if keeper:
+                    backups[replica, number] = keeper
+                left = {key: min(positions, kept.get(key, 0)) for key, positions in left.items()}
+            positions[replica] = left
+        return Survivors(positions, backups)
+
+    async def _most_kept(self, layers: Range, sequences: tuple[int, ...]) -> tuple[str, Mapping[int, int]]:
+        """The worker that keeps most of these sequences' KV over these layers, and how many positions of each."""
+        ready = [session for session in self._sessions.all() if session.offer is not None]
+        answers = await asyncio.gather(
+            *(session.ask(lambda number: control.Coverage(number, layers, sequences)) for session in ready),
+            return_exceptions=True,
+        )
+        best: tuple[str, Mapping[int, int]] = ("", {})
+        for session, answer in zip(ready, answers, strict=True):
+            if isinstance(answer, control.Done) and sum(answer.positions) > sum(best[1].values()):
+                best = session.instance, dict(zip(sequences, answer.positions, strict=True))
+        return best
+
+    def forget(self, sequences: Sequence[int]) -> None:
+        """See ``Cluster.forget``; workers are told soon, of many at once."""
+        if self._backup and sequences:
+            self._ended += sequences
+            if len(self._ended) == len(sequences):
+                asyncio.get_running_loop().call_later(FORGET_SECONDS, self._tell_ended)
+
+    def _tell_ended(self) -> None:
+        ended, self._ended = tuple(self._ended), []
+        for session in self._sessions.all():
+            if session.offer is not None:
+                session.tell(control.Forget(ended))
 
     def joinable(self, instance: str) -> bool:
         """See ``Cluster.joinable``."""
@@ -96,8 +154,9 @@ class RemoteCluster:
         self.pipelines, self._placement, self._prepared = pipelines, placement, None
         self._held |= preparation.needs
         names = tuple(pipeline.name for pipeline in pipelines)
-        adopting = [self._adopt(name, names) for name in self._members(preparation)]
-        await asyncio.gather(*adopting)
+        members = self._members(preparation)
+        keepers = self._keepers(placement)
+        await asyncio.gather(*(self._adopt(name, names, keepers.get(name, "")) for name in members))
         return pipelines, traffic
 
     async def clear(self) -> None:
@@ -143,6 +202,7 @@ class RemoteCluster:
         new = {device.instance for device in preparation.placement.devices.values()}
         old = {device.instance for device in self._placement.devices.values()} if self._placement else set()
         sources = {t.source.instance for t in preparation.plan.transfers if t.source is not None}
+        sources |= set(preparation.backups.values())
         there = {s.instance for s in self._sessions.all() if s.offer is not None}
         return sorted(new | ((old | sources) & there))
 
@@ -163,6 +223,7 @@ class RemoteCluster:
             tuple(t for t in preparation.plan.transfers if t.target.instance == instance),
             dict(preparation.heirs),
             dict(preparation.carried),
+            tuple(preparation.backups.items()),
             dict(addresses),
             tuple(dict.fromkeys(step for pipeline in self.pipelines for step in pipeline.recent)),
         )
@@ -190,10 +251,24 @@ class RemoteCluster:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
 
-    async def _adopt(self, instance: str, pipelines: tuple[str, ...]) -> None:
+    def _keepers(self, placement: Placement) -> dict[str, str]:
+        """Who keeps copies of whose KV: the next instance in order of name, in another zone if there is one."""
+        if not self._backup:
+            return {}
+        ready = sorted(session.instance for session in self._sessions.all() if session.offer is not None)
+        zones = {name: self._sessions[name].registration.zone for name in ready}
+        keepers = {}
+        for instance in sorted({device.instance for device in placement.devices.values()} & set(ready)):
+            place = ready.index(instance)
+            others = ready[place + 1 :] + ready[:place]
+            if others:
+                keepers[instance] = min(others, key=lambda other: zones[other] == zones[instance])
+        return keepers
+
+    async def _adopt(self, instance: str, pipelines: tuple[str, ...], keeper: str) -> None:
         """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
         try:
-            await self._sessions[instance].ask(lambda number: control.Adopt(number, pipelines))
+            await self._sessions[instance].ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth))
         except InstanceLost:
             pass  # its session has ended, and with it the pipelines through it
         except CommandFailed as problem:

@@ -188,6 +188,12 @@ def steps_before(
     return int(fitting[-1]) if len(fitting) else None
 
 
+def steps_alone(seconds: float, pace: Pace) -> int:
+    """The most steps that end within ``seconds`` even if they are slow, when nothing has to move after them."""
+    left = seconds / (1 + pace.margin) - pace.in_flight_seconds
+    return max(0, ceil(left / pace.step_seconds - 1e-9) - 1)
+
+
 def saving_order(sequences: Iterable[RunningSequence]) -> tuple[str, ...]:
     """Keys, those first whose KV takes longest to compute again per byte that must move."""
 
@@ -223,7 +229,7 @@ def _before_departure(
     else:
         moving = _that_fit(left - not_before, sequences, pace, not_before)
         recomputed = tuple(sequence.key for sequence in sequences if sequence.key not in moving)
-        saved, steps = (Saved.SOME_KV, 0) if moving else (Saved.TOKENS, 0 if gone else _steps_alone(left, pace))
+        saved, steps = (Saved.SOME_KV, 0) if moving else (Saved.TOKENS, 0 if gone else steps_alone(left, pace))
         reason = (
             f"not all KV moves within {left:.3g} s: stop now and save that of {len(moving)} of {len(sequences)}"
             if moving
@@ -261,9 +267,3 @@ def _that_fit(seconds: float, sequences: Sequence[RunningSequence], pace: Pace, 
             left -= needed
             taken.append(key)
     return tuple(taken)
-
-
-def _steps_alone(seconds: float, pace: Pace) -> int:
-    """Steps that end within ``seconds`` even if they are slow."""
-    left = seconds / (1 + pace.margin) - pace.in_flight_seconds
-    return max(0, ceil(left / pace.step_seconds - 1e-9) - 1)

@@ -14,7 +14,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from spotjax.errors import PlanError
-from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
+from spotjax.meshes.instance import HOST_MEMORY, DeviceRef, Instance, InstanceState
 from spotjax.meshes.layout import LayerRanges, tensor_range
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
@@ -209,11 +209,12 @@ class Holdings:
         cohorts: Sequence[KvCohort],
         instances: Iterable[Instance],
         held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
+        backups: Mapping[tuple[int, int], str] = MappingProxyType({}),
     ) -> Holdings:
         """What the devices of a placement have: its parameters, and the KV of the cohorts that leave its replicas.
 
-        Other devices have what ``held`` says of them. Instances of the placement that are not among ``instances`` count
-        as gone.
+        Other devices have what ``held`` says of them. ``backups`` names the instance whose host memory has a copy of
+        that KV, by (replica, stage). Instances of the placement that are not among ``instances`` count as gone.
         """
         states = {instance.name: instance.state for instance in instances}
         devices: dict[DeviceRef, Mapping[str, Boxes]] = {}
@@ -228,6 +229,13 @@ class Holdings:
                 if id(has.parameters) not in boxes:
                     boxes[id(has.parameters)] = {name: (index,) for name, index in has.parameters.items()}
                 devices[device] = boxes[id(has.parameters)] | {name: (index,) for name, index in has.kv.items()}
+            for (replica, stage), keeper in backups.items():
+                kept = dict(devices.get(DeviceRef(keeper, HOST_MEMORY), {}))
+                for cohort in leaving[replica]:
+                    pages = cohort.kv_array(spec, 0).shape
+                    box = (placement.layers[stage], *((0, extent) for extent in pages))
+                    kept[f"kv.*@{cohort.name}"] = (*kept.get(f"kv.*@{cohort.name}", ()), box)
+                devices[DeviceRef(keeper, HOST_MEMORY)] = kept
         for device, arrays in held.items():
             if device not in devices:
                 devices[device] = _boxes(arrays)

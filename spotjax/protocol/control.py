@@ -15,7 +15,7 @@ from spotjax.meshes.instance import DeviceRef, InstanceType
 from spotjax.meshes.layout import LayerRanges
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.meshes.slices import Index
+from spotjax.meshes.slices import Index, Range
 from spotjax.planner.plan import Transfer
 from spotjax.reshard.transfer import PageTransfer
 from spotjax.runtime.buckets import StepShape
@@ -134,12 +134,14 @@ class Done(msgspec.Struct, frozen=True, tag=True):
       id: of the command.
       moved, loaded: bytes, see ``reshard.transfer.Traffic``.
       compiled: functions compiled so far while somebody could have waited.
+      positions: what ``Coverage`` asked for, by sequence.
     """
 
     id: int
     moved: int = 0
     loaded: int = 0
     compiled: int = 0
+    positions: tuple[int, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -216,6 +218,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
       needs: what this worker's devices must have, by stack.
       transfers: what of it has to come from elsewhere.
       heirs, carried: see ``Preparation``.
+      backups: the instance that has a copy of the KV of a stage of ``current``, by replica and stage.
       addresses: data endpoint of every instance.
       steps: shapes and sampling variants of what will soon be run, to be made ready to run.
     """
@@ -227,6 +230,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     transfers: tuple[Transfer, ...]
     heirs: dict[int, int]
     carried: dict[int, int]
+    backups: tuple[tuple[tuple[int, int], str], ...]
     addresses: dict[str, str]
     steps: tuple[tuple[StepShape, Variant], ...]
 
@@ -251,16 +255,34 @@ class Adopt(msgspec.Struct, frozen=True, tag=True):
     Attributes:
       id: of the command.
       pipelines: name of every replica's pipeline; steps carry it.
+      keeper: the instance that keeps a copy of this one's KV; empty for none.
+      bandwidth: bytes per second that copying may take; 0 for no limit.
     """
 
     id: int
     pipelines: tuple[str, ...]
+    keeper: str
+    bandwidth: int
 
 
 class Clear(msgspec.Struct, frozen=True, tag=True):
     """Give up the current placement; parameters stay."""
 
     id: int
+
+
+class Coverage(msgspec.Struct, frozen=True, tag=True):
+    """How much KV of these sequences is backed up at the worker, over all these layers? Answered in ``Done``."""
+
+    id: int
+    layers: Range
+    sequences: tuple[int, ...]
+
+
+class Forget(msgspec.Struct, frozen=True, tag=True):
+    """These sequences have ended. Has no answer."""
+
+    sequences: tuple[int, ...]
 
 
 class Release(msgspec.Struct, frozen=True, tag=True):
@@ -273,8 +295,8 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     at_once: bool
 
 
-FromController = Welcome | Refused | Prepare | CopyPages | Switch | Adopt | Clear | Release
-Command = Prepare | CopyPages | Switch | Adopt | Clear
+Command = Prepare | CopyPages | Switch | Adopt | Clear | Coverage
+FromController = Welcome | Refused | Command | Forget | Release
 
 
 def encode(message: Any) -> bytes:

@@ -36,6 +36,18 @@ class ReadPages(msgspec.Struct, frozen=True, tag=True, array_like=True):
     pages: tuple[int, ...]
 
 
-Read = ReadSlice | ReadPages
+class ReadBackup(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """KV pages that another worker backed up here, laid out in the same way.
+
+    Attributes:
+      layers: of the model.
+      owners: (key of the sequence, number of the page in it) of each page.
+    """
+
+    layers: Range
+    owners: tuple[tuple[int, int], ...]
+
+
+Read = ReadSlice | ReadPages | ReadBackup
 encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(Read).decode

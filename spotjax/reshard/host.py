@@ -262,37 +262,35 @@ class Host:
         self, transfer: PageTransfer, stage: Stage, layers: Sequence[int]
     ) -> Iterator[Callable[[Traffic], None]]:
         """What has to be done for one transfer into one stage, in parts that can be done at once."""
-        remote: dict[str, list[int]] = {}
+        remote: dict[int, list[int]] = {}
         for layer in layers:
             source = self._local_stage(transfer.old, layer)
             if source is not None:
                 yield partial(self.kv.move, transfer, layer, source, stage)
             else:
-                remote.setdefault(self._holder(transfer.old, layer), []).append(layer)
-        for instance, theirs in remote.items():
+                remote.setdefault(self._stage_number(layer), []).append(layer)
+        for number, theirs in remote.items():
             for start in range(0, len(transfer.pages), PAGES_PER_READ):
-                pages = transfer.pages[start : start + PAGES_PER_READ]
-                yield partial(self._fetch, instance, transfer.old, (theirs[0], theirs[-1] + 1), pages, stage)
+                part = slice(start, start + PAGES_PER_READ)
+                some = replace(transfer, pages=transfer.pages[part], owners=transfer.owners[part])
+                yield partial(self._fetch, number, (theirs[0], theirs[-1] + 1), some, stage)
 
-    def _holder(self, replica: int, layer: int) -> str:
-        """The instance that has a layer of a replica of the current placement."""
+    def _stage_number(self, layer: int) -> int:
+        """The stage of the current placement that has a layer."""
         assert self.placement is not None, "KV comes from a current placement"
-        number = next(n for n, (start, stop) in enumerate(self.placement.layers) if start <= layer < stop)
-        return self.placement.group(replica, number)[0].instance
+        return next(n for n, (start, stop) in enumerate(self.placement.layers) if start <= layer < stop)
 
-    def _fetch(
-        self,
-        instance: str,
-        replica: int,
-        layers: Range,
-        pages: Sequence[tuple[int, int]],
-        stage: Stage,
-        traffic: Traffic,
-    ) -> None:
-        """Copies pages of some layers from another process into a stage here."""
+    def _fetch(self, number: int, layers: Range, transfer: PageTransfer, stage: Stage, traffic: Traffic) -> None:
+        """Copies pages of some layers into a stage here, from another process's stage or from a backup of it."""
         assert self._peers is not None, "all instances are in this process"
-        flat, views = self.kv.host_pages(layers[1] - layers[0], len(pages))
-        self._peers.read_pages(instance, replica, layers, [old for old, _ in pages], flat)
+        assert self.placement is not None and self.prepared is not None, "KV comes from a current placement"
+        flat, views = self.kv.host_pages(layers[1] - layers[0], len(transfer.pages))
+        backup = self.prepared.preparation.backups.get((transfer.old, number))
+        if backup is not None:
+            self._peers.read_backup(backup, layers, transfer.owners, flat)
+        else:
+            holder = self.placement.group(transfer.old, number)[0].instance
+            self._peers.read_pages(holder, transfer.old, layers, [old for old, _ in transfer.pages], flat)
         for layer, view in zip(range(*layers), views, strict=True):
-            self.kv.write(stage, layer, [new for _, new in pages], view)
+            self.kv.write(stage, layer, [new for _, new in transfer.pages], view)
         traffic.moved += flat.nbytes

@@ -58,15 +58,24 @@ class KvMover:
           pages: n page numbers.
           into: keys (n, K, H, G) and values (n, K, G, H).
         """
+        for start in range(0, len(pages), PAGES_PER_MOVE):
+            group = pages[start : start + PAGES_PER_MOVE]
+            part = LayerPages(*(whole[start : start + len(group)] for whole in into))
+            self.to_host(stage, self.take(stage, layer, group), len(group), part)
+
+    def take(self, stage: Stage, layer: int, pages: Sequence[int]) -> LayerPages[jax.Array]:
+        """Copies at most PAGES_PER_MOVE pages of one layer on their devices; returns before that is done."""
+        chosen = np.zeros(PAGES_PER_MOVE, np.int32)
+        chosen[: len(pages)] = pages
+        read, sharding = self._model.read_pages(stage.devices), replicated(stage.mesh)
+        with self._model.calls(stage.devices):
+            return LayerPages(*read(stage.pages[layer], jax.device_put(chosen, sharding)))
+
+    def to_host(self, stage: Stage, content: LayerPages[jax.Array], count: int, into: LayerPages[np.ndarray]) -> None:
+        """Puts the first ``count`` pages that ``take`` took into host memory; shapes as in ``read``."""
         held, every = head_ranges(self._model.spec, len(stage.devices)), ((0, self._model.spec.config.kv_heads),)
-        read, sharding, done = self._model.read_pages(stage.devices), replicated(stage.mesh), 0
-        for chosen, _ in _groups([(page, 0) for page in pages]):
-            with self._model.calls(stage.devices):
-                content = read(stage.pages[layer], jax.device_put(chosen, sharding))
-            count = min(PAGES_PER_MOVE, len(pages) - done)
-            for whole, part in zip(into, content, strict=True):
-                whole[done : done + count] = _recut_heads(_shards(part), held, every)[:count]
-            done += count
+        for whole, part in zip(into, content, strict=True):
+            whole[...] = _recut_heads(_shards(part), held, every)[:count]
 
     def write(self, stage: Stage, layer: int, pages: Sequence[int], content: LayerPages[np.ndarray]) -> None:
         """Puts pages from host memory into one layer; shapes as in ``read``."""

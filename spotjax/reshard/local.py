@@ -16,7 +16,7 @@ from spotjax.meshes.placement import Placement
 from spotjax.planner.holdings import Needs
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameters import Checkpoint
-from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
@@ -54,6 +54,13 @@ class LocalCluster:
         self._buckets, self._devices, self._fuse = buckets, devices, fuse
         self._host = Host(model, buckets, checkpoint, devices)
         self._lost: set[str] = set()
+
+    async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
+        """See ``Cluster.survivors``: in one process there is nobody to keep copies."""
+        return Survivors()
+
+    def forget(self, sequences: Sequence[int]) -> None:
+        """See ``Cluster.forget``: nothing is kept of them."""
 
     def joinable(self, instance: str) -> bool:
         """See ``Cluster.joinable``: devices of this process are always ready."""

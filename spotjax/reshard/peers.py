@@ -31,6 +31,14 @@ class Peers(Protocol):
         """
         ...
 
+    def read_backup(self, instance: str, layers: Range, owners: Sequence[tuple[int, int]], into: np.ndarray) -> None:
+        """The same with copies that an instance keeps in host memory of pages by (sequence, number in it).
+
+        Raises:
+          PeerUnreachable: as above.
+        """
+        ...
+
 
 class ShardMemory(Protocol):
     """Host memory that parameters are put together in on their way to a device."""

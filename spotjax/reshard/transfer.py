@@ -1,4 +1,4 @@
-"""What is asked of a switch to a new mesh, and what it cost. Plain data, no jax."""
+"""What is asked of a switch to a new mesh, what is there to switch from, and what it cost. Plain data, no jax."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ class Preparation:
       plan: where that comes from.
       heirs: old replica to the new one that goes on with its page numbers, so that its pages can stay where they are.
       carried: those of the heirs whose replica is the same in both meshes and goes on without stopping.
+      backups: for stages of the old mesh whose instance is gone, by (replica, stage): the instance that has a copy of
+        their KV in its host memory.
     """
 
     placement: Placement
@@ -28,6 +30,7 @@ class Preparation:
     plan: MigrationPlan
     heirs: Mapping[int, int]
     carried: Mapping[int, int] = field(default_factory=dict)
+    backups: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -42,11 +45,13 @@ class PageTransfer:
     Attributes:
       old, new: replica numbers in the old and in the new mesh.
       pages: (page in the old replica, page in the new one), each holding at least one computed position.
+      owners: (key of the sequence, number of the page in it) of each, by which backups are kept.
     """
 
     old: int
     new: int
     pages: tuple[tuple[int, int], ...]
+    owners: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -60,3 +65,16 @@ class Traffic:
 
     moved: int = 0
     loaded: int = 0
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """KV that outlived the loss of an instance.
+
+    Attributes:
+      positions: by replica: key of a sequence to the positions, from the first on, whose KV is complete somewhere.
+      backups: by (replica, stage) whose instance is gone: the instance that has a copy.
+    """
+
+    positions: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    backups: Mapping[tuple[int, int], str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
+from spotjax.worker.backup import StageBackup
 
 log = logging.getLogger(__name__)
 
@@ -41,12 +42,14 @@ class Role:
       number: its place in the pipeline.
       last: there is none after it.
       next: the instance of the next stage; this one's own name if that is here; the controller after the last.
+      backup: is told what steps write; None where KV is not backed up.
     """
 
     stage: Stage
     number: int
     last: bool
     next: str
+    backup: StageBackup | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,11 @@ class StageExecutor:
         """One step on one stage. Whatever goes wrong is this instance's failure, not the end of the thread."""
         try:
             ready = header.ready and self._has(role.stage, header.want)
+            if role.backup is not None:
+                role.backup.begin(header.sequences, packed.rows, packed.pages)
             out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
+            if role.backup is not None:
+                role.backup.written(header.sequences, packed.rows)
             if role.last:
                 result = self._draw(role.stage, packed, out)
                 answer = ResultHeader(header.pipeline, header.step, *result.shape, ready)

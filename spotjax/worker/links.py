@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Callable, Mapping
 
 import msgspec
+import numpy as np
 
 from spotjax.errors import ConnectionLost
 from spotjax.transport.connection import Connection
@@ -41,6 +43,21 @@ class Links:
     def send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
         """Sends a frame, from any thread."""
         self._loop.call_soon_threadsafe(self._send, instance, header, payload)
+
+    def push(self, instance: str, header: msgspec.Struct, payload: np.ndarray) -> concurrent.futures.Future[None]:
+        """Sends a frame, from any thread; done when there is room for more.
+
+        Raises, in the future:
+          ConnectionLost: there is no connection.
+        """
+        return asyncio.run_coroutine_threadsafe(self._push(instance, header, payload), self._loop)
+
+    async def _push(self, instance: str, header: msgspec.Struct, payload: np.ndarray) -> None:
+        connection = self._open.get(instance)
+        if connection is None:
+            raise ConnectionLost(f"there is no connection to {instance}")
+        connection.send(header, payload.data)
+        await connection.drain()
 
     def _send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
         try:

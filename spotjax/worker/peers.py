@@ -13,12 +13,15 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, Range
 from spotjax.protocol import reads
 from spotjax.transport.endpoint import Endpoint
+from spotjax.worker.backup_store import BackupStore
 
 
 class RemotePeers:
     """The other workers.
 
     Args:
+      name: of this instance.
+      backups: what others have backed up here.
       endpoint: of this process.
       loop: the endpoint's.
       timeout: seconds without progress after which a peer counts as unreachable.
@@ -28,9 +31,12 @@ class RemotePeers:
       epoch: of the placement that KV is read of.
     """
 
-    def __init__(self, endpoint: Endpoint, loop: asyncio.AbstractEventLoop, timeout: float) -> None:
+    def __init__(
+        self, name: str, backups: BackupStore, endpoint: Endpoint, loop: asyncio.AbstractEventLoop, timeout: float
+    ) -> None:
         self.addresses: Mapping[str, str] = {}
         self.epoch = 0
+        self._name, self._backups = name, backups
         self._endpoint, self._loop, self._timeout = endpoint, loop, timeout
         self._superseded = False
         self._reading: set[concurrent.futures.Future[None]] = set()
@@ -52,6 +58,13 @@ class RemotePeers:
     def read_pages(self, instance: str, replica: int, layers: Range, pages: Sequence[int], into: np.ndarray) -> None:
         """See ``Peers.read_pages``."""
         self._read(instance, reads.ReadPages(self.epoch, replica, layers, tuple(pages)), into)
+
+    def read_backup(self, instance: str, layers: Range, owners: Sequence[tuple[int, int]], into: np.ndarray) -> None:
+        """See ``Peers.read_backup``."""
+        if instance == self._name:
+            into[...] = self._backups.read(layers, owners)
+        else:
+            self._read(instance, reads.ReadBackup(layers, tuple(owners)), into)
 
     def _read(self, instance: str, what: reads.Read, into: np.ndarray) -> None:
         if not into.nbytes:

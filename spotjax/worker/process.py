@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import grpc
+import numpy as np
 
 from spotjax.config import ServeConfig
 from spotjax.errors import ConnectionLost
 from spotjax.protocol import control
-from spotjax.protocol.steps import StepFrame, StepHeader
+from spotjax.protocol.backup import BackupHeader
+from spotjax.protocol.steps import StepHeader
 from spotjax.reshard.store_directory import default_directory
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
@@ -29,6 +31,7 @@ from spotjax.transport.connection import Connection
 from spotjax.transport.credentials import channel_credentials
 from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
+from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.executor import CONTROLLER, StageExecutor
 from spotjax.worker.heartbeat import BEATS_PER_LEASE, Heartbeat, TlsFiles
 from spotjax.worker.links import Links
@@ -69,6 +72,7 @@ class WorkerProcess:
         files = (config.tls_certificate, config.tls_key, config.tls_authority)
         self._tls_files = TlsFiles(*files) if config.tls_certificate else None
         self._worker: Worker | None = None
+        self._backups = BackupStore()
         self._session: Session | None = None
         self._heartbeat: Heartbeat | None = None
         self._leaving = asyncio.Event()
@@ -80,11 +84,11 @@ class WorkerProcess:
         devices = local_devices(self._config.devices_per_instance)
         self._devices = tuple(devices[: self._config.devices_per_instance] if devices[0].platform == "cpu" else devices)
         tls = Tls.from_files(*self._tls_files) if self._tls_files is not None else None
-        self._endpoint = Endpoint(StepFrame, self._receive, provide=self._provide, tls=tls)
+        self._endpoint = Endpoint(StepHeader | BackupHeader, self._receive, provide=self._provide, tls=tls)
         port = await self._endpoint.listen(self._config.data_listen)
         self._address = f"{self._config.advertise or self._config.data_listen.rpartition(':')[0]}:{port}"
         self._links = Links(self._endpoint, self._link_broken)
-        self._peers = RemotePeers(self._endpoint, asyncio.get_running_loop(), READ_SECONDS)
+        self._peers = RemotePeers(self._name, self._backups, self._endpoint, asyncio.get_running_loop(), READ_SECONDS)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._told_to_leave)
 
@@ -155,7 +159,8 @@ class WorkerProcess:
                 self._config.parameter_store or default_directory()
             )  # fmt: skip
             self._worker = await asyncio.to_thread(
-                Worker.load, self._name, self._devices, welcome.setup, self._peers, self._links, self._make_executor,
+                Worker.load, self._name, self._devices, welcome.setup, self._peers, self._links, self._backups,
+                self._make_executor,
                 cache_directory(self._config.compilation_cache), stores,
             )  # fmt: skip
         return self._worker
@@ -188,10 +193,13 @@ class WorkerProcess:
             os._exit(1)
         self._leaving.set()
 
-    def _receive(self, connection: Connection, header: StepFrame, payload: memoryview) -> None:
-        if self._worker is None or not isinstance(header, StepHeader):
-            raise ConnectionLost(f"{connection.peer} sent a {type(header).__name__}, which is of no use here")
-        self._worker.executor.receive(header, payload)
+    def _receive(self, connection: Connection, header: StepHeader | BackupHeader, payload: memoryview) -> None:
+        if self._worker is None:
+            raise ConnectionLost(f"{connection.peer} sent a {type(header).__name__} before there was a model")
+        if isinstance(header, StepHeader):
+            self._worker.executor.receive(header, payload)
+        else:
+            self._backups.put(header, np.frombuffer(payload, np.uint8))
 
     def _provide(self, what: bytes) -> Sequence[Buffer]:
         if self._worker is None:

@@ -96,6 +96,9 @@ class Session:
                         return End.LOST if message.retry else End.REFUSED
                     case control.Release():
                         return End.TAKEN if message.at_once else End.RELEASED
+                    case control.Forget():
+                        if self._worker is not None:
+                            self._worker.forget(message.sequences)
                     case _:
                         self._begin(message)
                 if getting_ready is not None and getting_ready.done():

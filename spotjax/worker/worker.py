@@ -33,6 +33,8 @@ from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.sizing import resolve_dtype
+from spotjax.worker.backup import Backup
+from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
 from spotjax.worker.links import Links
 from spotjax.worker.memory import StoreMemory
@@ -60,12 +62,16 @@ class Worker:
         executor: StageExecutor,
         peers: RemotePeers,
         links: Links,
+        backups: BackupStore,
         store: ParameterStore | None,
         memory: StoreMemory | None,
     ) -> None:
         self.setup, self.executor = setup, executor
         self._name, self._host, self._peers, self._links = name, host, peers, links
         self._store, self._memory = store, memory
+        self._backups = backups
+        self._backup: Backup | None = None
+        self._keeper = ""
 
     @classmethod
     def load(
@@ -75,6 +81,7 @@ class Worker:
         setup: control.ModelSetup,
         peers: RemotePeers,
         links: Links,
+        backups: BackupStore,
         make_executor: Callable[[CompiledModel, int], StageExecutor],
         programs: Path | None,
         stores: Path | None,
@@ -87,6 +94,7 @@ class Worker:
           setup: what to serve.
           peers: the other workers, to read from.
           links: the same, to send steps to.
+          backups: what they have backed up here.
           make_executor: for the compiled functions and the longest sequence.
           programs: directory of compiled programs, None for none.
           stores: directory of parameter stores, None for none.
@@ -114,7 +122,7 @@ class Worker:
         if store is not None:
             host.store = attach(store, name, devices)
         executor = make_executor(compiled, setup.max_positions)
-        return cls(name, setup, host, executor, peers, links, store, memory)
+        return cls(name, setup, host, executor, peers, links, backups, store, memory)
 
     def ready(self) -> control.Ready:
         """What there is to offer."""
@@ -140,9 +148,12 @@ class Worker:
             case control.Switch():
                 traffic = await asyncio.to_thread(self._host.switch, command.transfers)
             case control.Adopt():
-                await self._adopt(command.pipelines)
+                await self._adopt(command)
             case control.Clear():
                 self.clear()
+            case control.Coverage():
+                positions = self._backups.positions(command.layers, command.sequences)
+                return control.Done(command.id, positions=positions, compiled=self._compiled)
         return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
 
     def provide(self, what: bytes) -> Sequence[Buffer]:
@@ -152,6 +163,8 @@ class Worker:
           SliceUnavailable: it is not here.
         """
         wanted = reads.decode(what)
+        if isinstance(wanted, reads.ReadBackup):
+            return [self._backups.read(wanted.layers, wanted.owners).data]
         if isinstance(wanted, reads.ReadSlice):
             source = DeviceRef(self._name, wanted.device)
             content = self._host.store.read(source, ArraySlice(wanted.name, wanted.index))
@@ -161,12 +174,20 @@ class Worker:
             raise SliceUnavailable(f"KV of epoch {wanted.epoch} is not here any more")
         return [self._host.read_pages(wanted.replica, wanted.layers, wanted.pages).data]
 
+    def forget(self, sequences: Sequence[int]) -> None:
+        """These sequences have ended: their copies are of no use any more."""
+        self._backups.forget(sequences)
+        if self._backup is not None:
+            self._backup.forget(sequences)
+
     def supersede(self) -> None:
         """Puts an early end to a command that reads from others."""
         self._peers.supersede()
 
     def clear(self) -> None:
-        """Gives up all stages; parameters stay."""
+        """Gives up all stages, and what others backed up here; parameters stay."""
+        self._end_backup()
+        self._backups.clear()
         self.executor.close()
         self._host.clear()
 
@@ -189,22 +210,43 @@ class Worker:
         self._peers.epoch = self._host.placement.epoch if self._host.placement is not None else 0
         needs = {DeviceRef(self._name, parts.device): StackedNeeds(parts.arrays, {}) for parts in command.needs}
         plan = MigrationPlan(command.transfers, (), 0, 0, 0)
-        preparation = Preparation(placement, needs, plan, command.heirs, command.carried)
+        backups = dict(command.backups)
+        preparation = Preparation(placement, needs, plan, command.heirs, command.carried, backups)
         return self._host.prepare(preparation, command.steps)
 
-    async def _adopt(self, pipelines: Sequence[str]) -> None:
+    async def _adopt(self, command: control.Adopt) -> None:
         self._host.adopt()
+        await self._back_up_to(command.keeper, command.bandwidth)
         placement = self._host.placement
         assert placement is not None, "it was just adopted"
         roles, last = {}, placement.shape.stage - 1
         for (data, number), stage in self._host.stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
-            roles[pipelines[data], number] = Role(stage, number, number == last, onward)
+            backup = self._backup.of(stage) if self._backup is not None else None
+            roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, backup)
             if onward != self._name:
                 await self._links.connect(onward)
         self.executor.install(roles)
+        if self._backup is not None:
+            self._backup.install(role.backup for role in roles.values() if role.backup is not None)
         if self._memory is not None:
             self._memory.keep(self._host.held())
+
+    async def _back_up_to(self, keeper: str, bandwidth: int) -> None:
+        """Has KV copied to that instance from now on; anew if it was another one before."""
+        if keeper == self._keeper and self._backup is not None:
+            return
+        await asyncio.to_thread(self._end_backup)
+        if keeper:
+            await self._links.connect(keeper)
+            push = partial(self._links.push, keeper)
+            self._backup = Backup(self._host.kv, self._host.model.page_size, push, bandwidth)
+            self._keeper = keeper
+
+    def _end_backup(self) -> None:
+        if self._backup is not None:
+            self._backup.close()
+        self._backup, self._keeper = None, ""
 
 
 def attach(store: ParameterStore, name: str, devices: Devices) -> ShardStore:
