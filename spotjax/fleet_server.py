@@ -160,7 +160,7 @@ class FleetServer:
     def step_lost(self, session: WorkerSession, instance: str, problem: str) -> None:
         """See ``Watcher.step_lost``: whoever cannot be sent steps to is of no use to the fleet."""
         log.warning("%s says of %s: %s", session.instance, instance, problem)
-        self._sessions.end(instance, f"{session.instance} lost a step to it: {problem}")
+        self._sessions.give_up(instance, f"{session.instance} lost a step to it: {problem}")
 
     def ended(self, session: WorkerSession, why: str) -> None:
         """See ``Watcher.ended``."""

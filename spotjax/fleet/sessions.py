@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
+import msgspec
 
 from spotjax.errors import InstanceLost
 from spotjax.fleet.leases import Leases
+from spotjax.fleet.probation import Probation
 from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
 
@@ -22,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LOOKS_PER_LEASE = 16
 """How often, within a lease, leases are looked at."""
+GOODBYE_SECONDS = 1.0
+"""For a worker to take what was sent to it before its session ended."""
 
 
 class Watcher(Protocol):
@@ -67,7 +71,8 @@ class WorkerSession:
         self.offer: control.Ready | None = None
         self.compiled = 0
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.outgoing: asyncio.Queue[control.FromController] = asyncio.Queue()
+        self.outgoing: asyncio.Queue[control.FromController | None] = asyncio.Queue()
+        """Ends with None."""
         self._asked: dict[int, asyncio.Future[control.Done]] = {}
         self._ids = itertools.count()
 
@@ -78,7 +83,8 @@ class WorkerSession:
 
     def tell(self, message: control.FromController) -> None:
         """Sends a message, if there still is somebody to read it."""
-        self.outgoing.put_nowait(message)
+        if not self.over.done():
+            self.outgoing.put_nowait(message)
 
     async def ask(self, command: Callable[[int], control.Command]) -> control.Done:
         """Has a command carried out.
@@ -102,9 +108,10 @@ class WorkerSession:
             self._asked.pop(number, None)
 
     def end(self, why: str) -> None:
-        """Ends it from this side: nothing that comes after counts."""
+        """Ends it from this side: nothing that comes after counts. What was told before is still sent."""
         if not self.over.done():
             self.over.set_result(why)
+            self.outgoing.put_nowait(None)
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(InstanceLost(f"instance {self.instance} is gone: {why}"))
@@ -146,6 +153,7 @@ class Sessions:
     def __init__(self, leases: Leases, clock: Callable[[], float], watcher: Watcher) -> None:
         self._leases, self._clock, self._watcher = leases, clock, watcher
         self._current: dict[str, WorkerSession] = {}
+        self._probation = Probation()
 
     def __getitem__(self, instance: str) -> WorkerSession:
         """The session of an instance.
@@ -186,6 +194,14 @@ class Sessions:
             session.end(why)
             self._watcher.ended(session, why)
 
+    def give_up(self, instance: str, why: str) -> None:
+        """Ends the session of an instance that failed, if there is one; the process must stay out for some time."""
+        session = self._current.get(instance)
+        if session is not None:
+            seconds = self._probation.failed(instance, session.registration.incarnation, self._clock())
+            log.error("instance %s is given up and must stay out for %g s: %s", instance, seconds, why)
+            self.end(instance, why)
+
     async def watch(self, lease_seconds: float) -> None:
         """Ends the sessions of the silent. Runs until cancelled."""
         interval = lease_seconds / LOOKS_PER_LEASE
@@ -196,33 +212,32 @@ class Sessions:
             if late > 2 * interval:  # we did not run ourselves; beats may be waiting to be read
                 self._leases.stalled(late, self._clock())
             for instance in self._leases.expired(self._clock()):
-                self.end(instance, f"silent for {lease_seconds:g} s")
+                self.give_up(instance, f"silent for {lease_seconds:g} s")
 
     async def _join(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One stream, from the first to the last message."""
-        registration = await context.read()
+        try:
+            registration = await context.read()
+        except msgspec.DecodeError as problem:
+            message = f"the first message is no registration: {problem}; install the same version of spotjax on both"
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, message)
         if not isinstance(registration, control.Register):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be a registration")
         answer = await self._admit(registration)
-        await context.write(answer)
         if isinstance(answer, control.Refused):
             log.warning("worker refused: %s", answer.reason, extra={"instance": registration.instance})
+            await context.write(answer)
             return
         session = WorkerSession(registration)
-        if registration.instance in self._current:  # somebody was quicker while the answer was worked out
-            return
+        session.tell(answer)
         self._current[session.instance] = session
         self._leases.grant(session.instance, registration.incarnation, self._clock())
         self._watcher.registered(session)
-        why = "its connection closed"
         try:
             await self._converse(session, context)
-        except InstanceLost as problem:
-            why = str(problem)
         finally:
             if self._current.get(session.instance) is session:
-                self.end(session.instance, why)
-            session.end(why)
+                self.end(session.instance, "its connection closed")
 
     async def _admit(self, registration: control.Register) -> control.Welcome | control.Refused:
         if registration.version != control.VERSION:
@@ -231,24 +246,35 @@ class Sessions:
                 "the same version of spotjax on both",
                 retry=False,
             )
-        current = self._current.get(registration.instance)
-        if current is not None and current.registration.incarnation == registration.incarnation:
-            self.end(registration.instance, "it registers again")
-        elif current is not None:
-            return control.Refused(f"an instance named {registration.instance} is in the fleet already", retry=True)
-        return await self._watcher.welcome(registration)
+        name, incarnation = registration.instance, registration.incarnation
+        current = self._current.get(name)
+        if current is not None and current.registration.incarnation == incarnation:
+            self.end(name, "it registers again")
+        seconds = self._probation.remaining(name, incarnation, self._clock())
+        if seconds > 0:
+            return control.Refused(f"it failed and must stay out for another {seconds:.1f} s", retry=True)
+        answer = None if name in self._current else await self._watcher.welcome(registration)
+        if answer is None or name in self._current:  # or somebody was quicker while the answer was worked out
+            return control.Refused(f"an instance named {name} is in the fleet already", retry=True)
+        return answer
 
     async def _converse(self, session: WorkerSession, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """Passes messages both ways until either side ends."""
-        tasks = {asyncio.create_task(self._read(session, context)), asyncio.create_task(self._write(session, context))}
+        reading = asyncio.create_task(self._read(session, context))
+        writing = asyncio.create_task(self._write(session, context))
         try:
-            await asyncio.wait({*tasks, session.over}, return_when=asyncio.FIRST_COMPLETED)
+            ends: set[asyncio.Future[Any]] = {reading, writing, session.over}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if session.over.done():
+                await asyncio.wait({writing}, timeout=GOODBYE_SECONDS)
         finally:
-            for task in tasks:
+            for task in (reading, writing):
                 task.cancel()
-            for problem in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(problem, Exception):
+            for problem in await asyncio.gather(reading, writing, return_exceptions=True):
+                if isinstance(problem, grpc.aio.BaseError | asyncio.InvalidStateError):
                     log.debug("the stream of %s broke: %s", session.instance, problem)
+                elif isinstance(problem, Exception):
+                    log.error("the session with %s fails: %s", session.instance, problem, exc_info=problem)
 
     async def _read(self, session: WorkerSession, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
@@ -257,6 +283,7 @@ class Sessions:
             match message:
                 case control.Ready():
                     session.offer, session.compiled = message, message.compiled
+                    self._probation.serves(session.instance, session.registration.incarnation, self._clock())
                     self._watcher.ready(session)
                 case control.Done() | control.Failed():
                     session.answered(message)
@@ -268,5 +295,5 @@ class Sessions:
                     log.warning("%s sends a second registration, which is ignored", session.instance)
 
     async def _write(self, session: WorkerSession, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        while True:
-            await context.write(await session.outgoing.get())
+        while (message := await session.outgoing.get()) is not None:
+            await context.write(message)
