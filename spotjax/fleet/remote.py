@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from spotjax.errors import ConnectionLost, InstanceLost
 from spotjax.fleet.remote_pipeline import RemotePipeline
-from spotjax.fleet.sessions import CommandFailed, Sessions
+from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.slices import Range
@@ -30,6 +31,14 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 2.0
 FORGET_SECONDS = 0.5
 """Sequences that end within this time are told to the workers together."""
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A preparation and the workers that carry it out. Who registers anew meanwhile knows nothing of it."""
+
+    preparation: Preparation
+    members: Mapping[str, WorkerSession]
 
 
 class RemoteCluster:
@@ -64,7 +73,7 @@ class RemoteCluster:
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
         self._ended: list[int] = []
         self._placement: Placement | None = None
-        self._prepared: Preparation | None = None
+        self._prepared: _Change | None = None
         self._held: dict[DeviceRef, Needs] = {}
         self._connections: dict[str, Connection] = {}
 
@@ -132,10 +141,11 @@ class RemoteCluster:
         """See ``Cluster.prepare``."""
         self._prepared = None
         members = self._members(preparation)
-        addresses = {name: self._sessions[name].registration.address for name in members}
-        commands = {name: partial(self._prepare_command, preparation, name, addresses) for name in members}
-        done = await self._all(commands)
-        self._prepared = preparation
+        addresses = {session.instance: session.registration.address for session in self._sessions.all()}
+        done = await self._all(
+            {session: partial(self._prepare_command, preparation, name, addresses) for name, session in members.items()}
+        )
+        self._prepared = _Change(preparation, members)
         return _sum(done)
 
     async def copy_pages(self, transfers: Sequence[PageTransfer]) -> Traffic:
@@ -144,7 +154,7 @@ class RemoteCluster:
 
     async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[RemotePipeline], Traffic]:
         """See ``Cluster.switch``."""
-        preparation = self._next
+        preparation, members = self._next.preparation, self._next.members
         traffic = _sum(await self._everyone(lambda number: control.Switch(number, tuple(transfers))))
         placement = preparation.placement
         for data in preparation.changed:
@@ -154,9 +164,8 @@ class RemoteCluster:
         self.pipelines, self._placement, self._prepared = pipelines, placement, None
         self._held |= preparation.needs
         names = tuple(pipeline.name for pipeline in pipelines)
-        members = self._members(preparation)
         keepers = self._keepers(placement)
-        await asyncio.gather(*(self._adopt(name, names, keepers.get(name, "")) for name in members))
+        await asyncio.gather(*(self._adopt(session, names, keepers.get(name, "")) for name, session in members.items()))
         return pipelines, traffic
 
     async def clear(self) -> None:
@@ -173,11 +182,7 @@ class RemoteCluster:
 
     def lose(self, instance: str) -> None:
         """See ``Cluster.lose``."""
-        self._held = {device: held for device, held in self._held.items() if device.instance != instance}
-        self._connections.pop(instance, None)
-        for pipeline in self.pipelines:
-            if instance in pipeline.instances:
-                pipeline.lose(f"instance {instance} was lost during the step")
+        self._forget_instance(instance)
         self._sessions.end(instance, "it is no longer part of the fleet")
 
     async def close(self) -> None:
@@ -192,19 +197,31 @@ class RemoteCluster:
                 return
         log.debug("dropped a result of pipeline %s: not of this epoch", header.pipeline)
 
+    def _forget_instance(self, instance: str) -> None:
+        """It is gone: nothing is there to be read, and steps that need it fail."""
+        self._held = {device: held for device, held in self._held.items() if device.instance != instance}
+        self._connections.pop(instance, None)
+        for pipeline in self.pipelines:
+            if instance in pipeline.instances:
+                pipeline.lose(f"instance {instance} was lost during the step")
+
     @property
-    def _next(self) -> Preparation:
+    def _next(self) -> _Change:
         assert self._prepared is not None, "prepare comes first"
         return self._prepared
 
-    def _members(self, preparation: Preparation) -> list[str]:
-        """Workers that the change is a matter of: those of the new mesh, and those of the old one that are alive."""
+    def _members(self, preparation: Preparation) -> dict[str, WorkerSession]:
+        """Workers that the change is a matter of: those of the new mesh, and those of the old one that are alive.
+
+        Raises:
+          InstanceLost: one of the new mesh is not alive.
+        """
         new = {device.instance for device in preparation.placement.devices.values()}
         old = {device.instance for device in self._placement.devices.values()} if self._placement else set()
         sources = {t.source.instance for t in preparation.plan.transfers if t.source is not None}
         sources |= set(preparation.backups.values())
         there = {s.instance for s in self._sessions.all() if s.offer is not None}
-        return sorted(new | ((old | sources) & there))
+        return {name: self._sessions[name] for name in sorted(new | ((old | sources) & there))}
 
     def _prepare_command(
         self, preparation: Preparation, instance: str, addresses: Mapping[str, str], number: int
@@ -229,15 +246,18 @@ class RemoteCluster:
         )
 
     async def _everyone(self, command: Callable[[int], control.Command]) -> list[control.Done]:
-        return await self._all(dict.fromkeys(self._members(self._next), command))
+        """Has all members of the change carry out a command; those that only leave may be gone."""
+        new = {device.instance for device in self._next.preparation.placement.devices.values()}
+        members = self._next.members.items()
+        return await self._all({s: command for name, s in members if name in new or not s.over.done()})
 
-    async def _all(self, commands: Mapping[str, Callable[[int], control.Command]]) -> list[control.Done]:
+    async def _all(self, commands: Mapping[WorkerSession, Callable[[int], control.Command]]) -> list[control.Done]:
         """Has every worker carry out its command; the first that cannot is the end of it.
 
         Raises:
           InstanceLost: a worker is gone, or was given up because of what it or another said.
         """
-        asked = [asyncio.create_task(self._sessions[name].ask(command)) for name, command in commands.items()]
+        asked = [asyncio.create_task(session.ask(command)) for session, command in commands.items()]
         try:
             return list(await asyncio.gather(*asked))
         except CommandFailed as problem:
@@ -265,14 +285,14 @@ class RemoteCluster:
                 keepers[instance] = min(others, key=lambda other: zones[other] == zones[instance])
         return keepers
 
-    async def _adopt(self, instance: str, pipelines: tuple[str, ...], keeper: str) -> None:
+    async def _adopt(self, session: WorkerSession, pipelines: tuple[str, ...], keeper: str) -> None:
         """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
         try:
-            await self._sessions[instance].ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth))
+            await session.ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth))
         except InstanceLost:
-            pass  # its session has ended, and with it the pipelines through it
+            self._forget_instance(session.instance)  # it may have been gone before there were pipelines through it
         except CommandFailed as problem:
-            self._sessions.end(instance, f"it could not adopt a placement: {problem}")
+            await self._blame(problem)
 
     async def _blame(self, problem: CommandFailed) -> str:
         """Gives up whoever is at fault for a failed command; says who."""
@@ -281,8 +301,7 @@ class RemoteCluster:
         if session is not None and problem.unreachable:
             await asyncio.wait({session.over}, timeout=self._patience)  # most likely it is dead already
         if session is not None and not session.over.done():
-            log.error("instance %s is given up: %s", name, problem)
-            self._sessions.end(name, str(problem))
+            self._sessions.give_up(name, str(problem))
         return f"instance {name} is gone: {problem}"
 
     async def _connect(self, instance: str) -> None:
@@ -291,7 +310,7 @@ class RemoteCluster:
             self._connections[instance] = await self._endpoint.connect(address, CONNECT_SECONDS)
         except ConnectionLost as problem:
             self._prepared = None
-            self._sessions.end(instance, str(problem))
+            self._sessions.give_up(instance, str(problem))
             raise InstanceLost(f"instance {instance} cannot be reached: {problem}") from problem
 
     def _pipeline(self, placement: Placement, data: int) -> RemotePipeline:
