@@ -13,7 +13,7 @@ from collections.abc import Collection, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spotjax.tools.load import Load, largest_gap
+from spotjax.tools.load import Load, longest
 from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.service import NotInTime, Service, alive, ready
 
@@ -151,12 +151,17 @@ class Outcome:
     Attributes:
       event: what it was.
       moment: monotonic seconds.
-      gap: largest time between two tokens of one stream from then to the next event, seconds.
+      pause: begin and end of the longest pause of one stream's tokens from then to the next event, same clock.
     """
 
     event: Event
     moment: float
-    gap: float
+    pause: tuple[float, float]
+
+    @property
+    def gap(self) -> float:
+        """Length of the pause in seconds."""
+        return self.pause[1] - self.pause[0]
 
 
 class Chaos:
@@ -210,7 +215,7 @@ class Chaos:
         """All events so far and the pauses that they made."""
         ends = [moment for _, moment in self._happened[1:]] + [time.monotonic()]
         return [
-            Outcome(event, moment, largest_gap(self._load.streams, moment, end))
+            Outcome(event, moment, longest(self._load.streams, moment, end))
             for (event, moment), end in zip(self._happened, ends, strict=True)
         ]
 

@@ -125,6 +125,8 @@ async def _disturbed(
         load.problems.append(f"{load.tokens} tokens before the first event, too few to begin")
     finally:
         report.outcomes = chaos.outcomes()
+        for begin_of, end_of in sorted({outcome.pause for outcome in report.outcomes}):
+            service.note(f"    tokens of a stream paused for {end_of - begin_of:.3f} s", at=end_of)
         await load.stop(COMPLETE_SECONDS)
         report.problems += load.problems
         report.requests, report.tokens, report.seconds = load.finished, load.tokens, time.monotonic() - begin

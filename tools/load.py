@@ -143,21 +143,15 @@ async def answers(client: AsyncSpotjaxClient, requests: Sequence[Request]) -> di
     return dict(zip((request.name for request in requests), outputs, strict=True))
 
 
-def largest_gap(streams: Sequence[Stream], start: float, stop: float) -> float:
-    """Longest time between two arrivals of one stream, among those that overlap [start, stop]; 0 if there are none."""
-    begin, end = longest(streams, start, stop)
-    return end - begin
-
-
 def longest(streams: Sequence[Stream], start: float, stop: float) -> tuple[float, float]:
-    """That time, from one arrival to the next; (start, start) if there is none."""
-    gaps = (
+    """The longest time from one arrival of a stream to its next that overlaps [start, stop]; (start, start) if none."""
+    pauses = (
         (earlier, later)
         for stream in streams
         for earlier, later in itertools.pairwise(stream.times)
         if earlier < stop and later > start
     )
-    return max(gaps, key=lambda gap: gap[1] - gap[0], default=(start, start))
+    return max(pauses, key=lambda pause: pause[1] - pause[0], default=(start, start))
 
 
 def median_gap(streams: Sequence[Stream], start: float, stop: float) -> float:

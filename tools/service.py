@@ -10,6 +10,7 @@ import contextlib
 import signal
 import sys
 import time
+from bisect import insort
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,9 +105,9 @@ class Service:
         gone = set(names)
         await self.until(f"{', '.join(sorted(gone))} gone", lambda s: not gone & alive(s), seconds)
 
-    def note(self, text: str) -> None:
-        """Adds a line to the history."""
-        self.history.append((time.monotonic(), text))
+    def note(self, text: str, at: float | None = None) -> None:
+        """Adds a line to the history, of now or of a moment before."""
+        insort(self.history, (time.monotonic() if at is None else at, text))
 
     def story(self, lines: int = 120) -> str:
         """The end of the history and of all logs, for people."""

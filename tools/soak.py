@@ -71,7 +71,10 @@ async def soak(arguments: argparse.Namespace) -> Report:
                 bar.console.print(f"[dim]{escape(str(event))}[/dim]")
                 return time.monotonic() < deadline
 
-            return await run(service, arguments.seed, events, arguments.clients, progress=progress)
+            report = await run(service, arguments.seed, events, arguments.clients, progress=progress)
+            if arguments.logs:
+                (directory / "history.txt").write_text(service.story(len(service.history)) + "\n")
+            return report
 
 
 def summary(report: Report) -> Table:

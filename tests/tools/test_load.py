@@ -12,7 +12,7 @@ from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.testing import ByteTokenizer, ScriptedService
-from spotjax.tools.load import Load, Stream, answers, largest_gap, median_gap
+from spotjax.tools.load import Load, Stream, answers, longest, median_gap
 from spotjax.tools.request_mix import mix
 
 REQUESTS = mix(1, 16, longest=12)
@@ -76,10 +76,10 @@ async def test_a_broken_connection_is_a_problem(client: AsyncSpotjaxClient, serv
     assert len(load.problems) == 1
 
 
-def test_the_largest_gap_is_that_of_a_stream_across_the_moment() -> None:
-    assert largest_gap(STREAMS, 1.1, 1.15) == pytest.approx(0.45)
-    assert largest_gap(STREAMS, 1.6, 1.7) == pytest.approx(0.8)
-    assert largest_gap(STREAMS, 3.0, 4.0) == 0
+def test_the_longest_pause_is_that_of_a_stream_across_the_moment() -> None:
+    assert longest(STREAMS, 1.1, 1.15) == (1.05, 1.5)
+    assert longest(STREAMS, 1.6, 1.7) == (1.2, 2.0)
+    assert longest(STREAMS, 3.0, 4.0) == (3.0, 3.0)
 
 
 def test_the_median_gap_is_of_arrivals_in_the_time() -> None:
