@@ -73,6 +73,7 @@ class RemoteCluster:
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
         self._ended: list[int] = []
         self._placement: Placement | None = None
+        self._serving: Mapping[str, WorkerSession] = {}
         self._prepared: _Change | None = None
         self._held: dict[DeviceRef, Needs] = {}
         self._connections: dict[str, Connection] = {}
@@ -90,7 +91,7 @@ class RemoteCluster:
         for replica, computed in hurt.items():
             left = dict(computed)
             for number in range(self._placement.shape.stage):
-                if self._sessions.get(self._placement.group(replica, number)[0].instance) is not None:
+                if not self._serving[self._placement.group(replica, number)[0].instance].over.done():
                     continue
                 keeper, kept = await self._most_kept(self._placement.layers[number], tuple(computed))
                 if keeper:
@@ -161,7 +162,7 @@ class RemoteCluster:
             await self._connect(placement.group(data, 0)[0].instance)
         carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
         pipelines = tuple(carried.get(data) or self._pipeline(placement, data) for data in range(placement.shape.data))
-        self.pipelines, self._placement, self._prepared = pipelines, placement, None
+        self.pipelines, self._placement, self._serving, self._prepared = pipelines, placement, members, None
         self._held |= preparation.needs
         names = tuple(pipeline.name for pipeline in pipelines)
         keepers = self._keepers(placement)
@@ -187,7 +188,7 @@ class RemoteCluster:
 
     async def close(self) -> None:
         """See ``Cluster.close``: workers stay as they are, and register again when there is a controller."""
-        self.pipelines = ()
+        self.pipelines, self._connections = (), {}
 
     def receive(self, header: ResultHeader, payload: memoryview) -> None:
         """A result from a last stage; one of an old epoch is dropped."""
@@ -307,11 +308,19 @@ class RemoteCluster:
     async def _connect(self, instance: str) -> None:
         try:
             address = self._sessions[instance].registration.address
-            self._connections[instance] = await self._endpoint.connect(address, CONNECT_SECONDS)
+            connection = await self._endpoint.connect(address, CONNECT_SECONDS)
         except ConnectionLost as problem:
             self._prepared = None
             self._sessions.give_up(instance, str(problem))
             raise InstanceLost(f"instance {instance} cannot be reached: {problem}") from problem
+        if self._connections.get(instance) is not connection:
+            self._connections[instance] = connection
+            connection.closed.add_done_callback(lambda _: self._disconnected(instance, connection))
+
+    def _disconnected(self, instance: str, connection: Connection) -> None:
+        """Steps on their way may be lost with a connection."""
+        if self._connections.get(instance) is connection:
+            self._sessions.end(instance, "its connection for steps closed")
 
     def _pipeline(self, placement: Placement, data: int) -> RemotePipeline:
         instances = [placement.group(data, number)[0].instance for number in range(placement.shape.stage)]
