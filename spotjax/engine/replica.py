@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 from spotjax.engine.batch import Batch, Pipeline
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Scheduler
+from spotjax.engine.step_times import StepTimes
 from spotjax.engine.text import Detokenizer, advance
 from spotjax.errors import InstanceLost
 
@@ -24,15 +26,25 @@ class Replica:
       log: where tokens are committed.
       detokenizer: for text and stop texts.
       deliver: called with new states after they are committed.
+      clock: monotonic seconds.
+
+    Attributes:
+      step_times: of the steps that came back.
     """
 
     def __init__(
-        self, scheduler: Scheduler, pipeline: Pipeline, log: CommitLog, detokenizer: Detokenizer, deliver: Deliver
+        self,
+        scheduler: Scheduler,
+        pipeline: Pipeline,
+        log: CommitLog,
+        detokenizer: Detokenizer,
+        deliver: Deliver,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.scheduler, self.pipeline = scheduler, pipeline
+        self.scheduler, self.pipeline, self.step_times = scheduler, pipeline, StepTimes()
         self.lost = False
         """Whether an instance of the replica is gone; its KV is of no use then."""
-        self._log, self._detokenizer, self._deliver = log, detokenizer, deliver
+        self._log, self._detokenizer, self._deliver, self._clock = log, detokenizer, deliver, clock
         self._wake = asyncio.Event()
         self._stopping = False
 
@@ -84,12 +96,14 @@ class Replica:
 
     async def _step(self, batch: Batch) -> None:
         """One decoding step: run, commit, deliver. What a lost instance computed is dropped, never committed."""
+        started = self._clock()
         try:
             result = await self.pipeline.run(batch)
         except InstanceLost:
             self.lost = True
             self.stop()
             return
+        self.step_times.add(self._clock() - started)
         states = {
             span.sequence: advance(span.state, result.sampled[span.sequence], self._detokenizer)
             for span in batch.spans

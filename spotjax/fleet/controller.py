@@ -1,6 +1,7 @@
 """The controller: takes requests, streams what is committed, shows and changes the fleet. A ``fleet.service.Service``.
 
-Puts the parts together; how a mesh changes is in ``reconfigure``, what runs next in ``engine.scheduler``.
+Puts the parts together; who is there is in ``attendance``, how a mesh changes in ``reconfigure``, what runs next in
+``engine.scheduler``.
 """
 
 from __future__ import annotations
@@ -8,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 from spotjax.engine.batch import Pipeline
 from spotjax.engine.commit_log import CommitLog
@@ -20,7 +20,9 @@ from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.engine.text import Detokenizer
-from spotjax.errors import Draining, InstanceLost, InvalidRequest, Overloaded
+from spotjax.errors import Draining, InvalidRequest, Overloaded
+from spotjax.fleet.attendance import Attendance, Supply
+from spotjax.fleet.boundary import Leave
 from spotjax.fleet.change import Planning
 from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
@@ -29,11 +31,10 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.requests import AcceptedRequest, RequestTable
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
-from spotjax.meshes.instance import Instance, InstanceState
+from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
 
 log = logging.getLogger(__name__)
-Supply = Callable[[int], Awaitable[Sequence[str]]]
 PURGE_SECONDS = 10.0
 """How often finished requests are looked through for those past their retention."""
 
@@ -73,8 +74,8 @@ class Controller:
       limits: what is accepted.
       clock: monotonic seconds.
       wall_clock: Unix time in seconds.
-      supply: starts so many more instances and names them; they arrive sooner or later. By default it takes those that
-        are gone.
+      supply: where more instances come from; see ``Attendance``.
+      leave: when the mesh leaves an instance that has notice.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Controller:
         clock: Clock,
         wall_clock: Clock,
         supply: Supply | None = None,
+        leave: Leave = "early",
     ) -> None:
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._end_tokens, self._clock = log, detokenizer, end_tokens, clock
@@ -99,20 +101,18 @@ class Controller:
         """Fails with the error that the service cannot go on from."""
         self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
         self._reconfigurer = Reconfigurer(
-            planning, members, cluster, self._dispatcher, self._events, clock, self._commit_ended
+            planning, members, cluster, self._dispatcher, self._events, clock, self._commit_ended, leave
         )
+        self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
         self._keys = itertools.count()
         self._draining = False
         self._ready_since: float | None = None
         self._all_finished = asyncio.Event()
         self._purging: asyncio.Task[None] | None = None
-        self._changes: set[asyncio.Task[Reconfiguration]] = set()
-        self._supply: Supply = supply or self._take_spare
-        self._awaited: dict[str, asyncio.Future[Reconfiguration]] = {}
 
     async def start(self) -> Reconfiguration:
         """Forms the first mesh."""
-        report = await self._reconfigurer.reconfigure()
+        report = await self._attendance.open()
         self._ready_since = self._clock()
         self._purging = asyncio.create_task(self._purge())
         self._events.record("ready", self._reconfigurer.epoch, f"serving {self._model_name}")
@@ -122,7 +122,7 @@ class Controller:
         """Stops at the next token boundary and frees everything; unfinished requests stay in the commit log."""
         if self._purging is not None:
             self._purging.cancel()
-        await asyncio.gather(*self._changes, return_exceptions=True)
+        await self._attendance.close()
         await self._dispatcher.stop()
         self._events.close()
         await self._cluster.close()
@@ -199,64 +199,31 @@ class Controller:
 
     async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:
         """See ``FleetService.preempt``."""
-        joining = self._members.require_alive(instance).state is InstanceState.JOINING
-        if joining or grace_seconds <= 0:
-            self._cluster.evict(instance, at_once=True)
-            self._lose(instance, "before it joined" if joining else "without notice")
-            return await self._finish(self._reconfigurer.reconfigure())
-        return await self._finish(self._notice(instance, grace_seconds))
+        return await self._attendance.preempt(instance, grace_seconds)
 
     async def release(self, instance: str) -> Reconfiguration:
         """See ``FleetService.release``."""
-        self._members.require_alive(instance)
-        self._reconfigurer.require_feasible_without(instance)
-        self._members.set_state(instance, InstanceState.DRAINING)
-        self._events.record("notice", self._reconfigurer.epoch, f"instance {instance} is drained", instance=instance)
-        return await self._finish(self._leave(instance, None))
+        return await self._attendance.release(instance)
 
     async def add(self, count: int) -> Reconfiguration:
         """See ``FleetService.add``."""
-        names = await self._supply(count)
-        absent = [name for name in names if not self._cluster.joinable(name)]
-        if not absent:
-            return await self._finish(self._reconfigurer.reconfigure())
-        for name in absent:
-            self._awaited[name] = asyncio.get_running_loop().create_future()
-        reports = await asyncio.gather(*(self._awaited[name] for name in absent))
-        return max(reports, key=lambda report: report.epoch)
-
-    # What becomes known of instances that are processes of their own:
+        return await self._attendance.add(count)
 
     def registered(self, instance: Instance) -> None:
-        """A new instance gets ready to join."""
-        self._members.register(replace(instance, state=InstanceState.JOINING))
-        message = f"instance {instance.name} registered, {instance.type.devices} devices at {instance.address}"
-        self._events.record("registered", self._reconfigurer.epoch, message, instance=instance.name)
+        """See ``Attendance.registered``."""
+        self._attendance.registered(instance)
 
     def arrived(self, instance: str) -> None:
-        """It is ready to join."""
-        if self._ready_since is None:
-            return  # part of the first mesh
-        change = self._in_background(self._reconfigurer.reconfigure())
-        if (awaited := self._awaited.pop(instance, None)) is not None:
-            change.add_done_callback(lambda done: _pass_on(done, awaited))
+        """See ``Attendance.arrived``."""
+        self._attendance.arrived(instance)
 
     def noticed(self, instance: str, seconds: float) -> None:
-        """It will be gone in so many seconds."""
-        if instance in self._members.having(InstanceState.READY):
-            self._in_background(self._notice(instance, seconds))
-        elif instance in self._members.having(InstanceState.JOINING):
-            self.gone(instance, "before it joined")
+        """See ``Attendance.noticed``."""
+        self._attendance.noticed(instance, seconds)
 
     def gone(self, instance: str, how: str) -> None:
-        """It is gone already."""
-        if (awaited := self._awaited.pop(instance, None)) is not None and not awaited.done():
-            awaited.set_exception(InstanceLost(f"instance {instance} is gone before it joined: {how}"))
-        if instance not in {alive.name for alive in self._members.alive()}:
-            return
-        self._lose(instance, how)
-        if self._ready_since is not None:
-            self._in_background(self._reconfigurer.reconfigure())
+        """See ``Attendance.gone``."""
+        self._attendance.gone(instance, how)
 
     async def drain(self, seconds: float) -> bool:
         """See ``Service.drain``."""
@@ -296,10 +263,11 @@ class Controller:
             )
 
     def _make_replica(self, scheduler: Scheduler, pipeline: Pipeline) -> Replica:
-        return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver)
+        return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock)
 
     def _deliver(self, states: Sequence[RequestState]) -> None:
         self._requests.committed(states, self._clock())
+        self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
         if not self._requests.running:
             self._all_finished.set()
 
@@ -307,52 +275,6 @@ class Controller:
         """Commits sequences that ended outside a step."""
         self._log.append(states)
         self._deliver(states)
-
-    async def _take_spare(self, count: int) -> Sequence[str]:
-        return self._members.take_spare(count)
-
-    async def _notice(self, instance: str, grace_seconds: float) -> Reconfiguration:
-        self._members.set_state(instance, InstanceState.NOTICED)
-        message = f"instance {instance} will be taken in {grace_seconds:g} s"
-        self._events.record("notice", self._reconfigurer.epoch, message, instance=instance, seconds=grace_seconds)
-        return await self._leave(instance, grace_seconds)
-
-    async def _leave(self, instance: str, grace_seconds: float | None) -> Reconfiguration:
-        """Moves off an instance, which is gone when that is done or when its grace, if it has an end, is over."""
-        deadline = None
-        if grace_seconds is not None:
-            call_later = asyncio.get_running_loop().call_later
-            deadline = call_later(grace_seconds, self._lose_leaving, instance, "at its deadline")
-        try:
-            return await self._reconfigurer.reconfigure()
-        finally:
-            if deadline is not None:
-                deadline.cancel()
-            self._lose_leaving(instance, "as announced")
-
-    def _in_background(self, change: Coroutine[Any, Any, Reconfiguration]) -> asyncio.Task[Reconfiguration]:
-        task = asyncio.create_task(change)
-        self._changes.add(task)
-        task.add_done_callback(self._change_ended)
-        return task
-
-    async def _finish(self, change: Coroutine[Any, Any, Reconfiguration]) -> Reconfiguration:
-        """Carries a change through even if whoever asked for it goes away. An error in one ends the service."""
-        return await asyncio.shield(self._in_background(change))
-
-    def _change_ended(self, change: asyncio.Task[Reconfiguration]) -> None:
-        self._changes.discard(change)
-        if not change.cancelled() and (problem := change.exception()) is not None:
-            self._failed(problem)
-
-    def _lose_leaving(self, instance: str, how: str) -> None:
-        if instance in self._members.having(InstanceState.NOTICED) + self._members.having(InstanceState.DRAINING):
-            self._cluster.evict(instance, at_once=False)  # else it is gone, or gone and back
-            self._lose(instance, how)
-
-    def _lose(self, instance: str, how: str) -> None:
-        self._reconfigurer.lose(instance)
-        self._events.record("lost", self._reconfigurer.epoch, f"instance {instance} is gone {how}", instance=instance)
 
     def _failed(self, problem: BaseException) -> None:
         log.critical("the service cannot go on", exc_info=problem)
@@ -363,18 +285,6 @@ class Controller:
         while True:
             await asyncio.sleep(PURGE_SECONDS)
             self._requests.purge(self._clock())
-
-
-def _pass_on(change: asyncio.Task[Reconfiguration], awaited: asyncio.Future[Reconfiguration]) -> None:
-    """What a change comes to, to who waits for it."""
-    if awaited.done():
-        return
-    if change.cancelled():
-        awaited.cancel()
-    elif (problem := change.exception()) is not None:
-        awaited.set_exception(problem)
-    else:
-        awaited.set_result(change.result())
 
 
 def _replica_status(number: int, replica: Replica) -> ReplicaStatus:

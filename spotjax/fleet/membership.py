@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from math import inf
 
 from spotjax.errors import NoSpareDevices, UnknownInstance
 from spotjax.meshes.instance import Instance, InstanceState
 
-ALIVE = (InstanceState.JOINING, InstanceState.READY, InstanceState.NOTICED, InstanceState.DRAINING)
+LEAVING = (InstanceState.NOTICED, InstanceState.DRAINING)
+ALIVE = (InstanceState.JOINING, InstanceState.READY, *LEAVING)
 
 
 class Membership:
@@ -20,6 +23,8 @@ class Membership:
 
     def __init__(self, instances: Iterable[Instance]) -> None:
         self._instances = {instance.name: instance for instance in instances}
+        self._deadlines: dict[str, float] = {}
+        self._losses: Counter[str] = Counter()
 
     def all(self) -> tuple[Instance, ...]:
         """Every instance, in order of name registration."""
@@ -37,25 +42,53 @@ class Membership:
         """Names of those in one state."""
         return tuple(instance.name for instance in self._instances.values() if instance.state is state)
 
+    def is_alive(self, name: str) -> bool:
+        """Whether there is an instance of that name that is not gone."""
+        return name in self._instances and self._instances[name].state in ALIVE
+
     def require_alive(self, name: str) -> Instance:
         """An instance that is not gone.
 
         Raises:
           UnknownInstance: there is none of that name.
         """
-        instance = self._instances.get(name)
-        if instance is None or instance.state not in ALIVE:
+        if not self.is_alive(name):
             known = ", ".join(instance.name for instance in self.alive()) or "none"
             raise UnknownInstance(f"instance {name!r} is not part of the fleet; alive are: {known}")
-        return instance
+        return self._instances[name]
 
     def register(self, instance: Instance) -> None:
         """Takes an instance up, or one of that name that was there before anew."""
         self._instances[instance.name] = instance
+        self._deadlines.pop(instance.name, None)
 
     def set_state(self, name: str, state: InstanceState) -> None:
         """Moves an instance to another state."""
         self._instances[name] = replace(self._instances[name], state=state)
+        if state is InstanceState.GONE:
+            self._losses[name] += 1
+        if state is not InstanceState.NOTICED:
+            self._deadlines.pop(name, None)
+
+    def notice(self, name: str, deadline: float) -> None:
+        """An instance will be gone at a deadline, in monotonic seconds; of several notices the earliest counts."""
+        deadline = min(deadline, self._deadlines.get(name, inf))
+        self.set_state(name, InstanceState.NOTICED)
+        self._deadlines[name] = deadline
+
+    def deadline(self, name: str) -> float:
+        """Until when an instance that has joined is there: for ever without a notice, minus infinity if it is gone."""
+        if self._instances[name].state in (InstanceState.GONE, InstanceState.JOINING):
+            return -inf  # one that joins again is not what it was
+        return self._deadlines.get(name, inf)
+
+    def losses(self, name: str) -> int:
+        """How often an instance of that name was lost: by this, one that is back is told from its old self."""
+        return self._losses[name]
+
+    def is_leaving(self, name: str) -> bool:
+        """Whether an instance is there, but not for long."""
+        return name in self._instances and self._instances[name].state in LEAVING
 
     def take_spare(self, count: int) -> tuple[str, ...]:
         """Lets ``count`` instances that are gone begin to join, and names them.

@@ -1,27 +1,32 @@
 """Carries out changes of the mesh, one at a time, and starts over when an instance vanishes in the middle of one.
 
-The way of a preemption: plan, bring parameters into place while decoding goes on, stop at a token boundary, move KV,
-switch the epoch, go on from the watermarks. Without notice it is the same way, with fewer sources.
+The way of a preemption: plan, bring parameters and full pages of KV into place while decoding goes on, stop at a token
+boundary, move the rest of the KV, switch the epoch, go on from the watermarks. Without notice it is the same way, with
+fewer sources. Which boundary it is, is ``boundary``'s to say.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from spotjax.engine.request import RequestState
 from spotjax.errors import InstanceLost, NoFeasibleShape
+from spotjax.fleet.boundary import Boundary, Leave, standing_on
 from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
 from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.precopy import Precopy
 from spotjax.fleet.status import Reconfiguration
+from spotjax.fleet.tempo import Tempo
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
+from spotjax.planner.deadline import Arrangement
 from spotjax.planner.optimizer import choose_shape
-from spotjax.reshard.transfer import Preparation, Traffic
+from spotjax.reshard.transfer import Preparation, Survivors, Traffic
 
 Clock = Callable[[], float]
 """Monotonic seconds."""
@@ -38,6 +43,7 @@ class Reconfigurer:
       events: told about everything.
       clock: monotonic seconds.
       committed: told about sequences that ended in the course of a change.
+      leave: when the mesh leaves an instance that has notice.
 
     Attributes:
       placement: the current mesh, None while there is none.
@@ -53,17 +59,25 @@ class Reconfigurer:
         events: EventLog,
         clock: Clock,
         committed: Callable[[Sequence[RequestState]], None],
+        leave: Leave = "early",
     ) -> None:
         self.placement: Placement | None = None
         self.epoch = 0
         self._planning, self._members, self._cluster = planning, members, cluster
         self._dispatcher, self._events, self._clock, self._committed = dispatcher, events, clock, committed
+        self._tempo = Tempo(planning.spec.kv_bytes_per_position)
+        self._boundary = Boundary(leave, members, dispatcher, self._tempo, clock)
         self._one_at_a_time = asyncio.Lock()
 
     def lose(self, instance: str) -> None:
         """An instance is gone, whatever it was doing. Steps that need it fail from now on."""
         self._members.set_state(instance, InstanceState.GONE)
         self._cluster.lose(instance)
+        self._boundary.stir()
+
+    def hurry(self) -> None:
+        """Waits for no deadline any more."""
+        self._boundary.hurry()
 
     def require_feasible_without(self, instance: str) -> None:
         """Verifies that the instances but one can hold the model.
@@ -77,8 +91,10 @@ class Reconfigurer:
     async def reconfigure(self) -> Reconfiguration:
         """Makes the mesh fit to the instances that there are now, however often that takes.
 
+        Call it whenever that may have changed; a change that waits for its last token boundary then looks again.
         Must not be cancelled: half a change leaves no replica running.
         """
+        self._boundary.stir()
         async with self._one_at_a_time:
             while True:
                 try:
@@ -86,13 +102,13 @@ class Reconfigurer:
                 except InstanceLost as loss:
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
                 else:
-                    if not self._joinable():
+                    if report is not None and not self._joinable():
                         return report
 
     def _welcome(self) -> None:
         """Lets instances join. One that was lost and is back joins when the mesh has left it: its memory is empty."""
         for name in self._joinable():
-            if name not in self._in_use(self.placement):
+            if name not in standing_on(self.placement):
                 self._cluster.join(name)
                 self._members.set_state(name, InstanceState.READY)
                 self._events.record("joined", self.epoch, f"instance {name} joined", instance=name)
@@ -101,17 +117,24 @@ class Reconfigurer:
         """Joining instances that can be given work."""
         return [name for name in self._members.having(InstanceState.JOINING) if self._cluster.joinable(name)]
 
-    async def _change(self) -> Reconfiguration:
+    async def _change(self) -> Reconfiguration | None:
+        """One change; None if instances came or went before it was made, so that another is called for."""
+        self._boundary.look()
         self._welcome()
         before, started = self.placement, self._clock()
+        hurt = self._dispatcher.computed(self._hurt())
+        survivors = await self._cluster.survivors(hurt) if hurt else Survivors()
         try:
-            preparation = self._plan()
+            preparation = self._plan(survivors)
         except NoFeasibleShape as problem:
-            return await self._suspend(str(problem))
+            if any(end > started for end in self._boundary.ends(before).values()):
+                self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
+            return None if await self._boundary.serve_on(before) else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return self._report(before, preparation, Traffic(), 0.0, 0.0, kept=self._running(), recomputed=0)
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
+        self._tempo.prepared(prepared - started)
         self._events.record(
             "precopy",
             self.epoch,
@@ -120,17 +143,24 @@ class Reconfigurer:
             bytes_loaded=loaded.loaded,
             seconds=prepared - started,
         )
-        return await self._switch(preparation, loaded, started)
+        precopy = Precopy(self._dispatcher, self._cluster)
+        await self._precopy(precopy, preparation)
+        precopied = self._clock()
+        too_late = await self._decode_on(preparation, precopy)
+        if too_late is None:
+            return None
+        return await self._switch(preparation, precopy, too_late, loaded, precopied - started)
 
-    def _plan(self) -> Preparation:
+    def _plan(self, survivors: Survivors) -> Preparation:
         preparation = plan_change(
             self._planning,
             self.placement,
             self._members.joined(),
-            self._dispatcher.live(),
+            self._dispatcher.live(survivors.positions),
             self.epoch + 1,
             self._dispatcher.running(),
             self._cluster.held(),
+            survivors,
         )
         shape, plan = preparation.placement.shape, preparation.plan
         self._events.record(
@@ -145,21 +175,60 @@ class Reconfigurer:
         )
         return preparation
 
-    async def _switch(self, preparation: Preparation, loaded: Traffic, started: float) -> Reconfiguration:
-        """Copies what KV is final, stops what changes, moves the rest of the KV, starts on the new mesh."""
-        before, carried = self.placement, preparation.carried
-        transfers, copied = self._dispatcher.full_pages(self._intact(preparation))
-        early = await self._cluster.copy_pages(transfers) if copied else Traffic()
+    async def _precopy(self, precopy: Precopy, preparation: Preparation) -> None:
+        """One round of copying KV that is final, while decoding goes on."""
+        started = self._clock()
+        traffic = await precopy.round(self._intact(preparation))
+        self._tempo.copied(traffic, self._clock() - started)
+
+    def _arrange(self, preparation: Preparation, precopy: Precopy) -> tuple[Arrangement, frozenset[int]]:
+        """When to stop, and the keys of sequences whose KV there is no time for, as things stand.
+
+        Raises:
+          InstanceLost: the preparation is not good any more.
+        """
         self._require_ready(preparation)
+        newcomers = [name for name in self._joinable() if name not in standing_on(self.placement)]
+        kv = self._plan_kv(preparation)
+        return self._boundary.arrange(self.placement, preparation.carried, kv, precopy.counts(), newcomers)
+
+    async def _decode_on(self, preparation: Preparation, precopy: Precopy) -> frozenset[int] | None:
+        """Waits for the token boundary at which to stop.
+
+        Returns: keys of the sequences whose KV there is no time for; None if there is time to plan with a newcomer.
+        """
+        arrangement, too_late = self._arrange(preparation, precopy)
+        if steps := arrangement.steps:
+            self._events.record("arranged", self.epoch, f"decoding goes on for some {steps} steps", steps=steps)
+            hurt = self._hurt()
+            while arrangement.steps and not arrangement.joining:
+                await self._boundary.half_way(arrangement.steps)
+                if self._hurt() != hurt:
+                    raise InstanceLost("an instance is gone before its deadline")  # there may be copies of its KV
+                arrangement, too_late = self._arrange(preparation, precopy)
+            if not arrangement.joining:
+                await self._precopy(precopy, preparation)
+                arrangement, too_late = self._arrange(preparation, precopy)
+        return None if arrangement.joining else too_late
+
+    async def _switch(
+        self,
+        preparation: Preparation,
+        precopy: Precopy,
+        too_late: Collection[int],
+        loaded: Traffic,
+        precopy_seconds: float,
+    ) -> Reconfiguration:
+        """Stops what changes, moves the rest of the KV, starts on the new mesh."""
+        before, carried = self.placement, preparation.carried
         stopped = self._clock()
         await self._dispatcher.stop(carried)
         self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)
         running = self._running()
-        replicas = preparation.placement.shape.data
-        live, room = self._dispatcher.live(), self._dispatcher.room(replicas, carried)
-        kv = plan_kv(self._planning, preparation, before, self._members.joined(), live, room)
-        handover = self._dispatcher.hand_over(replicas, kv.cohorts, preparation.heirs, carried, copied)
+        kv = self._plan_kv(preparation, too_late)
+        data = preparation.placement.shape.data
+        handover = self._dispatcher.hand_over(data, kv.cohorts, preparation.heirs, carried, precopy.copied)
         going_on = sum(len(self._dispatcher.replicas[old].scheduler.running) for old in carried)
         try:
             pipelines, moved = await self._cluster.switch(handover.transfers)
@@ -169,38 +238,54 @@ class Reconfigurer:
         self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
         pause = self._clock() - stopped
+        self._tempo.switched(pause)
         kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())
         kept = min(kept, running)  # what came on replicas that went on meanwhile is not counted
         self._events.record(
             "switch",
             self.epoch,
             f"epoch {self.epoch}: mesh {preparation.placement.shape}, paused {pause:.3f} s, {moved.moved} bytes of KV "
-            f"moved and {early.moved} before, {kept} sequences go on, {running - kept} recompute",
+            f"moved and {precopy.bytes_moved} before, {kept} sequences go on, {running - kept} recompute",
             shape=str(preparation.placement.shape),
             pause_seconds=pause,
             kv_bytes_moved=moved.moved,
-            kv_bytes_precopied=early.moved,
+            kv_bytes_precopied=precopy.bytes_moved,
             kept=kept,
             recomputed=running - kept,
             replicas_undisturbed=len(carried),
         )
-        traffic = Traffic(loaded.moved + early.moved + moved.moved, loaded.loaded)
-        return self._report(before, preparation, traffic, stopped - started, pause, kept, running - kept, kv)
+        traffic = Traffic(loaded.moved + precopy.bytes_moved + moved.moved, loaded.loaded)
+        return self._report(before, preparation, traffic, precopy_seconds, pause, kept, running - kept, kv)
+
+    def _plan_kv(self, preparation: Preparation, but: Collection[int] = ()) -> KvChange:
+        """What becomes of KV if decoding stops now, that of some sequences left behind."""
+        live = {
+            old: [sequence for sequence in sequences if sequence.key not in but]
+            for old, sequences in self._dispatcher.live(preparation.survivors.positions).items()
+        }
+        room = self._dispatcher.room(preparation.placement.shape.data, preparation.carried)
+        return plan_kv(self._planning, preparation, self.placement, self._members.joined(), live, room)
+
+    def _hurt(self) -> list[int]:
+        """Current replicas of which an instance is gone."""
+        if self.placement is None:
+            return []
+        gone = set(self._members.having(InstanceState.GONE)) | set(self._members.having(InstanceState.JOINING))
+        replicas = range(self.placement.shape.data)
+        return [data for data in replicas if not gone.isdisjoint(self.placement.instances(data))]
 
     def _intact(self, preparation: Preparation) -> dict[int, int]:
         """Heirs, by old replica, of those that stop with all their KV: no instance of them is gone."""
         if self.placement is None:
             return {}
-        gone = frozenset(self._members.having(InstanceState.GONE)) | set(self._members.having(InstanceState.JOINING))
+        hurt = self._hurt()
         return {
-            old: new
-            for old, new in preparation.heirs.items()
-            if old not in preparation.carried and gone.isdisjoint(self.placement.instances(old))
+            old: new for old, new in preparation.heirs.items() if old not in preparation.carried and old not in hurt
         }
 
     def _require_ready(self, preparation: Preparation) -> None:
         """Raises InstanceLost if an instance of the new mesh was noticed or lost since it was planned."""
-        leaving = self._in_use(preparation.placement).difference(self._members.having(InstanceState.READY))
+        leaving = standing_on(preparation.placement).difference(self._members.having(InstanceState.READY))
         if leaving:
             raise InstanceLost(f"instance {min(leaving)} is leaving and cannot be part of the new mesh")
         if not preparation.carried.keys() <= self._dispatcher.running():
@@ -217,11 +302,6 @@ class Reconfigurer:
         self.placement = None
         self._events.record("stop", self.epoch, f"requests wait for instances: {why}")
         return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)
-
-    @staticmethod
-    def _in_use(placement: Placement | None) -> frozenset[str]:
-        """Instances that a placement stands on."""
-        return frozenset(device.instance for device in placement.devices.values()) if placement else frozenset()
 
     def _running(self) -> int:
         return sum(len(replica.scheduler.running) for replica in self._dispatcher.replicas)

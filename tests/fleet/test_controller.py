@@ -11,6 +11,7 @@ from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_se
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pure_model import is_prefix, turns
+from virtual_time import run
 
 from spotjax.engine.request import FinishReason
 from spotjax.errors import Draining, InstanceLost, InvalidRequest, NoSpareDevices, Overloaded, UnknownInstance
@@ -61,7 +62,7 @@ async def until(service: Service, condition: Callable[[], bool]) -> None:
 def test_whatever_happens_every_request_gets_exactly_its_tokens(
     fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, seed: int
 ) -> None:
-    asyncio.run(life(fleet, pages, operations, faults, Random(seed)))
+    run(life(fleet, pages, operations, faults, Random(seed)))
 
 
 async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, random: Random) -> None:
@@ -76,7 +77,7 @@ async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], 
 
     count, devices, tight = fleet
     machines = instances(count, devices, TIGHT if tight else 2**30)
-    service = make_service(random, machines, random.randint(1, count), pages, fault=fault)
+    service = make_service(random, machines, random.randint(1, count), pages, fault=fault, retain_seconds=1e9)
     controller = service.controller
     await controller.start()
     changes: list[asyncio.Task[Reconfiguration]] = []
@@ -126,7 +127,7 @@ async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], 
             outcome, (UnknownInstance, NoSpareDevices, asyncio.CancelledError)
         )
         assert not unexpected, repr(outcome)
-    await asyncio.gather(*controller._changes)
+    await asyncio.gather(*controller._attendance._changes)
     if spare := count - len(service.members.alive()):
         await controller.add(spare)
     assert len(ready(service)) == count
@@ -340,7 +341,7 @@ async def test_a_change_goes_on_when_its_caller_goes_away() -> None:
         )
         await turns(waiting)
         asking.cancel()
-        await asyncio.gather(asking, *service.controller._changes, return_exceptions=True)
+        await asyncio.gather(asking, *service.controller._attendance._changes, return_exceptions=True)
         if waiting and waiting % 2 == 0:
             assert service.members.alive() == service.members.all()[:1]
         elif waiting % 2:
