@@ -18,7 +18,7 @@ import numpy as np
 from spotjax.errors import SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.meshes.sharding import assemble, stage_mesh
+from spotjax.meshes.sharding import assemble, own, stage_mesh
 from spotjax.meshes.slices import Range
 from spotjax.planner.holdings import Needs
 from spotjax.reshard.kv import KvMover
@@ -62,7 +62,7 @@ class Host:
       model: compiled functions.
       buckets: shapes that steps are padded to.
       checkpoint: source of parameters that no device has.
-      devices: the jax devices of every instance of this process.
+      devices: the jax devices of every instance of this process; of a TPU slice, those of its other hosts, too.
       peers: other processes' instances, None if there are none.
       memory: where parameter shards are put together.
 
@@ -97,7 +97,7 @@ class Host:
         if tensor in self._compiled_for:
             return
         groups = [d[start : start + tensor] for d in self._devices.values() for start in range(0, len(d), tensor)]
-        groups = [group for group in groups if len(group) == tensor]
+        groups = [group for group in groups if len(group) == tensor and own(group)]
         warm(self.model, self._buckets, groups[:1], progress=progress)
         self._compiled_for.add(tensor)
         for group in groups[1:]:
@@ -129,7 +129,7 @@ class Host:
         carried = {new: old for old, new in preparation.carried.items()}
         for data in range(placement.shape.data):
             for number in range(placement.shape.stage):
-                if placement.group(data, number)[0].instance not in self._devices:
+                if all(self._device(reference) is None for reference in placement.group(data, number)):
                     continue
                 if data in carried:
                     stages[data, number] = self.stages[carried[data], number]
@@ -185,6 +185,8 @@ class Host:
     def read_pages(self, replica: int, layers: Range, pages: Sequence[int]) -> np.ndarray:
         """KV pages of some layers of a replica's current stage, as ``KvMover.host_pages`` lays them out.
 
+        Of a stage on several hosts of a TPU slice, the kv heads that are on this one; the others stay zero.
+
         Raises:
           SliceUnavailable: the stage that has these layers is not here.
         """
@@ -197,8 +199,9 @@ class Host:
         return flat
 
     def _device(self, reference: DeviceRef) -> jax.Device | None:
-        group = self._devices.get(reference.instance)
-        return None if group is None else group[reference.index]
+        """The jax device, if it belongs to this process."""
+        group = self._devices.get(reference.instance, ())
+        return next(iter(own(group[reference.index : reference.index + 1])), None)
 
     def _build_stage(self, placement: Placement, store: ShardStore, data: int, number: int) -> Stage:
         """A stage over buffers that are in place, without KV."""
@@ -206,9 +209,10 @@ class Host:
         devices = tuple(self._devices[reference.instance][reference.index] for reference in group)
         mesh = stage_mesh(devices)
         parameters = {}
+        here = [reference for reference in group if self._device(reference) is not None]
         for array in self.model.spec.parameters:
-            if store.get(group[0], array.name) is not None:
-                shards = [store.at(reference)[array.name].buffer for reference in group]
+            if store.get(here[0], array.name) is not None:
+                shards = [store.at(reference)[array.name].buffer for reference in here]
                 parameters[array.name] = assemble(array, self.model.spec, mesh, shards)
         last = number == placement.shape.stage - 1
         return Stage(self.model, devices, placement.layers[number], first=number == 0, last=last, parameters=parameters)
@@ -265,7 +269,7 @@ class Host:
         remote: dict[int, list[int]] = {}
         for layer in layers:
             source = self._local_stage(transfer.old, layer)
-            if source is not None:
+            if source is not None and self.kv.covers(source, stage):
                 yield partial(self.kv.move, transfer, layer, source, stage)
             else:
                 remote.setdefault(self._stage_number(layer), []).append(layer)

@@ -1,5 +1,7 @@
 """Brings KV pages of running sequences to the stages that go on with them.
 
+Of stages on several hosts of a TPU slice, every host moves what is on its own devices.
+
 Pages are taken out of the old stage in groups of PAGES_PER_MOVE, re-cut where the tensor degree changes, and written
 into the new stage's pages. All executables involved were compiled at boot. Between runtimes pages travel as host arrays
 with all kv heads, each once, whatever the tensor degrees are.
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 
 from spotjax.meshes.layout import tensor_range
-from spotjax.meshes.sharding import replicated, stage_mesh
+from spotjax.meshes.sharding import replicated
 from spotjax.meshes.slices import Range
 from spotjax.models.spec import ModelSpec
 from spotjax.reshard.shards import host_buffer
@@ -35,18 +37,18 @@ class KvMover:
         self._model = model
 
     def move(self, transfer: PageTransfer, layer: int, source: Stage, target: Stage, traffic: Traffic) -> None:
-        """Copies one layer's pages from ``source`` into ``target``."""
+        """Copies one layer's pages from ``source`` into ``target``, which it ``covers``."""
         read, write = self._model.read_pages(source.devices), self._model.write_pages(target.devices)
         traffic.moved += self._bytes_missing(source, target) * len(transfer.pages)
-        source_pages = replicated(source.mesh)
-        target_pages = replicated(target.mesh)
+        source_pages = replicated(source.own_mesh)
+        target_pages = replicated(target.own_mesh)
         for old, new in _groups(transfer.pages):
             with self._model.calls(source.devices):
-                content = read(source.pages[layer], jax.device_put(old, source_pages))
-            content = self._recut(content, len(source.devices), target)
+                content = read(source.own_pages(layer), jax.device_put(old, source_pages))
+            content = self._recut(content, source, target)
             chosen = jax.device_put(new, target_pages)
             with self._model.calls(target.devices):
-                target.pages[layer] = LayerPages(*write(target.pages[layer], chosen, content))
+                target.put_pages(layer, write(target.own_pages(layer), chosen, content))
             jax.block_until_ready(content)  # from here on the source is not needed
 
     def read(self, stage: Stage, layer: int, pages: Sequence[int], into: LayerPages[np.ndarray]) -> None:
@@ -56,7 +58,7 @@ class KvMover:
           stage: has the layer.
           layer: of the model.
           pages: n page numbers.
-          into: keys (n, K, H, G) and values (n, K, G, H).
+          into: keys (n, K, H, G) and values (n, K, G, H); kv heads that are not here are left as they are.
         """
         for start in range(0, len(pages), PAGES_PER_MOVE):
             group = pages[start : start + PAGES_PER_MOVE]
@@ -67,21 +69,21 @@ class KvMover:
         """Copies at most PAGES_PER_MOVE pages of one layer on their devices; returns before that is done."""
         chosen = np.zeros(PAGES_PER_MOVE, np.int32)
         chosen[: len(pages)] = pages
-        read, sharding = self._model.read_pages(stage.devices), replicated(stage.mesh)
+        read, sharding = self._model.read_pages(stage.devices), replicated(stage.own_mesh)
         with self._model.calls(stage.devices):
-            return LayerPages(*read(stage.pages[layer], jax.device_put(chosen, sharding)))
+            return LayerPages(*read(stage.own_pages(layer), jax.device_put(chosen, sharding)))
 
     def to_host(self, stage: Stage, content: LayerPages[jax.Array], count: int, into: LayerPages[np.ndarray]) -> None:
         """Puts the first ``count`` pages that ``take`` took into host memory; shapes as in ``read``."""
-        held, every = head_ranges(self._model.spec, len(stage.devices)), ((0, self._model.spec.config.kv_heads),)
         for whole, part in zip(into, content, strict=True):
-            whole[...] = _recut_heads(_shards(part), held, every)[:count]
+            for (start, stop), shard in zip(self.heads(stage), _shards(part), strict=True):
+                whole[:, start:stop] = shard[:count]
 
     def write(self, stage: Stage, layer: int, pages: Sequence[int], content: LayerPages[np.ndarray]) -> None:
         """Puts pages from host memory into one layer; shapes as in ``read``."""
-        every, wanted = ((0, self._model.spec.config.kv_heads),), head_ranges(self._model.spec, len(stage.devices))
-        write, sharding, done = self._model.write_pages(stage.devices), replicated(stage.mesh), 0
-        shardings = self._model.page_shardings(stage.mesh)
+        every, wanted = ((0, self._model.spec.config.kv_heads),), self.heads(stage)
+        write, sharding, done = self._model.write_pages(stage.devices), replicated(stage.own_mesh), 0
+        shardings = self._model.page_shardings(stage.own_mesh)
         for chosen, _ in _groups([(page, 0) for page in pages]):
             count = min(PAGES_PER_MOVE, len(pages) - done)
             parts = []
@@ -91,7 +93,7 @@ class KvMover:
                 parts.append(jax.device_put(_recut_heads([group], every, wanted), at))
             with self._model.calls(stage.devices):
                 chosen_pages = jax.device_put(chosen, sharding)
-                stage.pages[layer] = LayerPages(*write(stage.pages[layer], chosen_pages, LayerPages(*parts)))
+                stage.put_pages(layer, write(stage.own_pages(layer), chosen_pages, LayerPages(*parts)))
             done += count
 
     def host_pages(self, layers: int, pages: int) -> tuple[np.ndarray, list[LayerPages[np.ndarray]]]:
@@ -102,11 +104,20 @@ class KvMover:
         views = [LayerPages(*(part.reshape(shape) for part, shape in zip(both, shapes, strict=True))) for both in flat]
         return flat.reshape(-1).view(np.uint8), views
 
-    def _recut(self, content: LayerPages[jax.Array], tensor: int, target: Stage) -> LayerPages[jax.Array]:
-        """Content of ``tensor`` shards as the target stage's devices hold it."""
-        held = head_ranges(self._model.spec, tensor)
-        wanted = head_ranges(self._model.spec, len(target.devices))
-        shardings = self._model.page_shardings(stage_mesh(target.devices))
+    def heads(self, stage: Stage) -> tuple[Range, ...]:
+        """The kv heads that each of this process's devices of a stage holds."""
+        held = zip(stage.devices, head_ranges(self._model.spec, len(stage.devices)), strict=True)
+        return tuple(heads for device, heads in held if device in stage.own)
+
+    def covers(self, source: Stage, target: Stage) -> bool:
+        """Whether this process's devices of ``source`` hold all kv heads that its devices of ``target`` must hold."""
+        held = {head for heads in self.heads(source) for head in range(*heads)}
+        return all(held.issuperset(range(*heads)) for heads in self.heads(target))
+
+    def _recut(self, content: LayerPages[jax.Array], source: Stage, target: Stage) -> LayerPages[jax.Array]:
+        """Content of the source stage's shards as the target stage's devices hold it."""
+        held, wanted = self.heads(source), self.heads(target)
+        shardings = self._model.page_shardings(target.own_mesh)
         if held == wanted:
             moved = jax.device_put(tuple(content), tuple(shardings))
             return LayerPages(*moved)
@@ -123,8 +134,7 @@ class KvMover:
         per_head = 2 * self._model.page_size * c.head_size * self._model.dtype.itemsize
         held = dict(zip(source.devices, head_ranges(self._model.spec, len(source.devices)), strict=True))
         missing = 0
-        wanted = head_ranges(self._model.spec, len(target.devices))
-        for device, (start, stop) in zip(target.devices, wanted, strict=True):
+        for device, (start, stop) in zip(target.own, self.heads(target), strict=True):
             have = held.get(device, (0, 0))
             missing += (stop - start) - max(0, min(stop, have[1]) - max(start, have[0]))
         return missing * per_head

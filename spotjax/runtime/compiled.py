@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from spotjax.meshes.layout import kv_heads_per_shard
-from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, replicated, stacked_shape, stage_mesh
+from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, own, replicated, stacked_shape, stage_mesh
 from spotjax.models.llama import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import StepShape
@@ -102,32 +102,37 @@ class CompiledModel:
         return self.executables.get(("sample", variant, rows), (device,), lower)
 
     def read_pages(self, devices: Devices) -> Call:
-        """``(pages, chosen) -> content`` for PAGES_PER_MOVE pages."""
-        return self.executables.get(("read pages", len(devices)), devices, self._lower_read)
+        """``(pages, chosen) -> content`` for PAGES_PER_MOVE pages, on this process's part of these devices."""
+        return self._own_call("read pages", devices, self._lower_read)
 
     def write_pages(self, devices: Devices) -> Call:
-        """``(pages, chosen, content) -> pages`` for PAGES_PER_MOVE pages; donates ``pages``."""
-        return self.executables.get(("write pages", len(devices)), devices, self._lower_write)
+        """``(pages, chosen, content) -> pages`` for PAGES_PER_MOVE pages, there too; donates ``pages``."""
+        return self._own_call("write pages", devices, self._lower_write)
 
     def empty_pages(self, devices: Devices) -> Call:
-        """``() -> pages`` of one layer, all zero."""
-        return self.executables.get(("empty pages", len(devices)), devices, self._lower_empty)
+        """``() -> pages`` of one layer, all zero, there too."""
+        return self._own_call("empty pages", devices, self._lower_empty)
+
+    def _own_call(self, name: str, devices: Devices, lower: Callable[[int, Devices], jax.stages.Lowered]) -> Call:
+        """A function of KV pages. Shards do not depend on each other, so every process sees to its own."""
+        part = own(devices)
+        return self.executables.get((name, len(part), len(devices)), part, partial(lower, len(devices)))
 
     def page_shardings(self, mesh: Mesh) -> LayerPages[NamedSharding]:
         """How KV pages lie on a stage's devices: kv heads are split."""
         split = NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
         return LayerPages(split, split)
 
-    def page_shapes(self, tensor: int, pages: int) -> LayerPages[tuple[int, ...]]:
-        """Shapes of ``pages`` KV pages over all shards."""
+    def page_shapes(self, shards: int, tensor: int, pages: int) -> LayerPages[tuple[int, ...]]:
+        """Shapes of ``pages`` KV pages over so many of ``tensor`` shards."""
         c = self.spec.config
-        heads = tensor * kv_heads_per_shard(c.heads, c.kv_heads, tensor)
+        heads = shards * kv_heads_per_shard(c.heads, c.kv_heads, tensor)
         keys = (pages, heads, c.head_size, self.page_size)
         values = (pages, heads, self.page_size, c.head_size)
         return LayerPages(keys, values)
 
-    def _abstract_pages(self, mesh: Mesh, pages: int) -> LayerPages[Any]:
-        shapes, shardings = self.page_shapes(mesh.size, pages), self.page_shardings(mesh)
+    def _abstract_pages(self, mesh: Mesh, tensor: int, pages: int) -> LayerPages[Any]:
+        shapes, shardings = self.page_shapes(mesh.size, tensor, pages), self.page_shardings(mesh)
         return LayerPages(*(self._abstract(s, at, self.dtype) for s, at in zip(shapes, shardings, strict=True)))
 
     def _abstract(self, shape: Sequence[int], sharding: NamedSharding, dtype: DTypeLike) -> Any:
@@ -174,7 +179,7 @@ class CompiledModel:
         pages = self._abstract((shape.rows, shape.pages), replicated(mesh), jnp.int32)
         arguments = [
             (self._abstract_layer(mesh),) * layers,
-            (self._abstract_pages(mesh, self.pages),) * layers,
+            (self._abstract_pages(mesh, mesh.size, self.pages),) * layers,
             self._abstract_hidden(shape.rows, shape.span, mesh),
             StepInput(self._abstract_rows(shape.rows, shape.span, mesh), pages),
         ]
@@ -202,22 +207,22 @@ class CompiledModel:
         # greedy ignores its controls; keeping them makes all variants callable alike
         return jax.jit(partial(sample, variant), keep_unused=True).lower(*arguments)
 
-    def _lower_read(self, devices: Devices) -> jax.stages.Lowered:
+    def _lower_read(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
         chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
-        arguments = [self._abstract_pages(mesh, self.pages), chosen]
+        arguments = [self._abstract_pages(mesh, tensor, self.pages), chosen]
         return self._lower(read_pages, arguments, self.page_shardings(mesh), mesh)
 
-    def _lower_write(self, devices: Devices) -> jax.stages.Lowered:
+    def _lower_write(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
         chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
-        content = self._abstract_pages(mesh, PAGES_PER_MOVE)
-        arguments = [self._abstract_pages(mesh, self.pages), chosen, content]
+        content = self._abstract_pages(mesh, tensor, PAGES_PER_MOVE)
+        arguments = [self._abstract_pages(mesh, tensor, self.pages), chosen, content]
         return self._lower(write_pages, arguments, self.page_shardings(mesh), mesh, donate=(0,))
 
-    def _lower_empty(self, devices: Devices) -> jax.stages.Lowered:
+    def _lower_empty(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        shapes = self.page_shapes(mesh.size, self.pages)
+        shapes = self.page_shapes(mesh.size, tensor, self.pages)
 
         def empty() -> LayerPages[jax.Array]:
             return LayerPages(*(jnp.zeros(shape, self.dtype) for shape in shapes))

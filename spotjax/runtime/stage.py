@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from spotjax.meshes.sharding import replicated, stage_mesh
+from spotjax.meshes.sharding import joined, own, own_part, place, replicated, stage_mesh
 from spotjax.meshes.slices import Range
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
@@ -28,7 +28,11 @@ class Stage:
       first, last: place in the pipeline.
       parameters: every array that the stage needs, on its devices.
 
+    Where the devices are those of several processes, all of them have the stage and must make the same calls of ``run``
+    in the same order.
+
     Attributes:
+      own, own_mesh: this process's devices, all of them unless it is a host of a TPU slice.
       pages: KV pages of every layer in the range; whoever builds the stage puts them in before the first step.
     """
 
@@ -43,6 +47,8 @@ class Stage:
         parameters: Mapping[str, jax.Array],
     ) -> None:
         self.devices, self.layers, self.first, self.last = devices, layers, first, last
+        self.own = own(devices)
+        self.own_mesh = stage_mesh(self.own)
         self.mesh = stage_mesh(devices)
         self.pages: dict[int, LayerPages[jax.Array]] = {}
         self._model = model
@@ -58,7 +64,15 @@ class Stage:
 
     def empty_pages(self) -> LayerPages[jax.Array]:
         """Fresh KV pages for one layer."""
-        return LayerPages(*self._model.empty_pages(self.devices)())
+        return LayerPages(*(joined(part, self.devices) for part in self._model.empty_pages(self.devices)()))
+
+    def own_pages(self, layer: int) -> LayerPages[jax.Array]:
+        """The part of a layer's KV pages that is on this process's devices."""
+        return LayerPages(*map(own_part, self.pages[layer]))
+
+    def put_pages(self, layer: int, part: Sequence[jax.Array]) -> None:
+        """Replaces that part."""
+        self.pages[layer] = LayerPages(*(joined(array, self.devices) for array in part))
 
     def arrays(self) -> Iterator[jax.Array]:
         """Everything that the stage holds on its devices."""
@@ -74,7 +88,9 @@ class Stage:
         self._model.request_block(self.devices, shape, stop - start)
         return False
 
-    def run(self, shape: StepShape, rows: np.ndarray, pages: np.ndarray, hidden: jax.Array | None) -> jax.Array:
+    def run(
+        self, shape: StepShape, rows: np.ndarray, pages: np.ndarray, hidden: jax.Array | np.ndarray | None
+    ) -> jax.Array:
         """Dispatches one step; returns at once with arrays that are still being computed.
 
         Args:
@@ -85,19 +101,31 @@ class Stage:
         Returns: hidden vectors (B, T, D), or logits (B, V) from the last stage.
         """
         with self._model.calls(self.devices):
-            return self._run(shape, StepInput(*jax.device_put((rows, pages), self._replicated)), hidden)
+            return self._run(shape, self._step_input(rows, pages), hidden)
 
-    def _run(self, shape: StepShape, step: StepInput, hidden: jax.Array | None) -> jax.Array:
+    def _step_input(self, rows: np.ndarray, pages: np.ndarray) -> StepInput:
+        if len(self.own) == len(self.devices):
+            return StepInput(*jax.device_put((rows, pages), self._replicated))
+        return StepInput(place(rows, self._replicated), place(pages, self._replicated))
+
+    def _run(self, shape: StepShape, step: StepInput, hidden: jax.Array | np.ndarray | None) -> jax.Array:
         if self.first:
-            hidden = self._model.embed(self.devices, shape.rows, shape.span)(self._embedding, step.rows)
+            begun = self._model.embed(self.devices, shape.rows, shape.span)(self._embedding, step.rows)
         else:
-            hidden = jax.device_put(hidden, self._replicated)
-        hidden = self._run_layers(shape, hidden, step)
+            assert hidden is not None, "only the first stage begins without"
+            begun = self._take_over(hidden)
+        out: jax.Array = self._run_layers(shape, begun, step)
         if not self.last:
-            return hidden
+            return out
         compute_logits = self._model.logits(self.devices, shape.rows, shape.span)
-        logits: jax.Array = compute_logits(self._scale, self._head, hidden, step.rows)
+        logits: jax.Array = compute_logits(self._scale, self._head, out, step.rows)
         return logits
+
+    def _take_over(self, hidden: jax.Array | np.ndarray) -> jax.Array:
+        if len(self.own) < len(self.devices):
+            return place(np.asarray(hidden), self._replicated)
+        placed: jax.Array = jax.device_put(hidden, self._replicated)
+        return placed
 
     def _run_layers(self, shape: StepShape, hidden: Any, step: StepInput) -> Any:
         """All layers in one executable where that is compiled for this shape, else one after another."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from spotjax.meshes.sharding import own
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.controls import Variant
@@ -41,7 +42,7 @@ def load(model: CompiledModel, groups: Sequence[Devices], steps: Iterable[Step])
             model.embed(devices, shape.rows, shape.span)
             model.layer(devices, shape)
             model.logits(devices, shape.rows, shape.span)
-            model.sample(devices[0], variant, shape.rows)
+            model.sample(own(devices)[0], variant, shape.rows)
 
 
 def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator[Callable[[], object]]:
@@ -53,7 +54,7 @@ def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator
         yield lambda shape=shape: model.layer(devices, shape)  # type: ignore[misc]
     for rows in sorted({rows for rows, _ in steps}):
         for variant in Variant:
-            yield lambda rows=rows, variant=variant: model.sample(devices[0], variant, rows)  # type: ignore[misc]
+            yield lambda rows=rows, variant=variant: model.sample(own(devices)[0], variant, rows)  # type: ignore[misc]
     yield lambda: model.read_pages(devices)
     yield lambda: model.write_pages(devices)
     yield lambda: model.empty_pages(devices)
