@@ -11,13 +11,13 @@ import pytest
 from certificates import certificates
 from live_cases import CONTROLLER, NAMES, REQUESTS, worker_flags
 
-from spotjax.api.credentials import channel_credentials
 from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import ChildrenFleet, LocalFleet
 from spotjax.tools.processes import Process
 from spotjax.tools.service import SERVE, running
+from spotjax.transport.credentials import channel_credentials
 
 pytestmark = pytest.mark.timeout(300)
 
