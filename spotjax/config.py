@@ -183,6 +183,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=WORKERS,
         ),
     ] = 25.0
+    leave: Annotated[
+        Literal["early", "late"],
+        Meta(
+            description="when the mesh leaves an instance that has notice: early, as soon as parameters and KV are "
+            "copied; late, at the last token boundary that fits before its deadline",
+            extra=SERVING,
+        ),
+    ] = "early"
     kv_backup: Annotated[
         bool,
         Meta(

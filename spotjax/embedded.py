@@ -95,7 +95,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
     service = Controller(
         model.name, planning, members, cluster, MemoryCommitLog(), model.tokenizer, model.tokenizer.end_tokens,
-        limits, time.monotonic, time.time,
+        limits, time.monotonic, time.time, leave=config.leave,
     )  # fmt: skip
     started = time.monotonic()
     for tensor in foreseeable_degrees(planning, members.all()):

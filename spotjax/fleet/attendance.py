@@ -84,7 +84,7 @@ class Attendance:
             return await self._finish(self._reconfigurer.reconfigure())
         if state is InstanceState.READY:  # one with notice keeps its deadline
             self._members.set_state(instance, InstanceState.DRAINING)
-            self._record("notice", f"instance {instance} is drained", instance)
+            self._events.record("notice", self._epoch, f"instance {instance} is drained", instance=instance)
         return await self._finish(self._leave(instance, None))
 
     async def add(self, count: int) -> Reconfiguration:
@@ -106,7 +106,7 @@ class Attendance:
         """A new instance gets ready to join."""
         self._members.register(replace(instance, state=InstanceState.JOINING))
         message = f"instance {instance.name} registered, {instance.type.devices} devices at {instance.address}"
-        self._record("registered", message, instance.name)
+        self._events.record("registered", self._epoch, message, instance=instance.name)
 
     def arrived(self, instance: str) -> None:
         """It is ready to join."""
@@ -133,12 +133,17 @@ class Attendance:
         if self._is_open:
             self._in_background(self._reconfigurer.reconfigure())
 
+    @property
+    def _epoch(self) -> int:
+        return self._reconfigurer.epoch
+
     async def _take_spare(self, count: int) -> Sequence[str]:
         return self._members.take_spare(count)
 
     def _notice(self, instance: str, grace_seconds: float) -> None:
         self._members.notice(instance, self._clock() + grace_seconds)
-        self._record("notice", f"instance {instance} will be taken in {grace_seconds:g} s", instance, grace_seconds)
+        message = f"instance {instance} will be taken in {grace_seconds:g} s"
+        self._events.record("notice", self._epoch, message, instance=instance, seconds=grace_seconds)
 
     def _leave(self, instance: str, grace_seconds: float | None) -> Coroutine[Any, Any, Reconfiguration]:
         """Moves off an instance, which is gone when that is done or when its grace, if it has an end, is over."""
@@ -170,11 +175,7 @@ class Attendance:
     def _lose(self, instance: str, how: str) -> None:
         self._stop_waiting(instance, f"instance {instance} is gone {how}")
         self._reconfigurer.lose(instance)
-        self._record("lost", f"instance {instance} is gone {how}", instance)
-
-    def _record(self, kind: str, message: str, instance: str, seconds: float | None = None) -> None:
-        fields = {"instance": instance} if seconds is None else {"instance": instance, "seconds": seconds}
-        self._events.record(kind, self._reconfigurer.epoch, message, **fields)
+        self._events.record("lost", self._epoch, f"instance {instance} is gone {how}", instance=instance)
 
     async def _finish(self, change: Coroutine[Any, Any, Reconfiguration]) -> Reconfiguration:
         """Carries a change through even if whoever asked for it goes away. An error in one ends the service."""

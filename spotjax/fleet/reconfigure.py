@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 from spotjax.engine.request import RequestState
 from spotjax.errors import InstanceLost, NoFeasibleShape
+from spotjax.fleet import reports
 from spotjax.fleet.boundary import Boundary, Leave, standing_on
 from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
 from spotjax.fleet.cluster import Cluster
@@ -131,18 +131,11 @@ class Reconfigurer:
                 self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
             return None if await self._boundary.serve_on(before) else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
-            return self._report(before, preparation, Traffic(), 0.0, 0.0, kept=self._running(), recomputed=0)
+            return reports.unchanged(self.epoch, preparation, self._running())
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
         self._tempo.prepared(prepared - started)
-        self._events.record(
-            "precopy",
-            self.epoch,
-            f"parameters in place after {prepared - started:.3f} s, {loaded.moved} bytes moved, {loaded.loaded} loaded",
-            bytes_moved=loaded.moved,
-            bytes_loaded=loaded.loaded,
-            seconds=prepared - started,
-        )
+        reports.prepared(self._events, self.epoch, loaded, prepared - started)
         precopy = Precopy(self._dispatcher, self._cluster)
         await self._precopy(precopy, preparation)
         precopied = self._clock()
@@ -162,17 +155,7 @@ class Reconfigurer:
             self._cluster.held(),
             survivors,
         )
-        shape, plan = preparation.placement.shape, preparation.plan
-        self._events.record(
-            "plan",
-            self.epoch,
-            f"mesh {self.placement.shape if self.placement else 'none'} -> {shape}: {plan.bytes_in_place} bytes stay, "
-            f"{plan.bytes_moved} move, {plan.bytes_loaded} are loaded",
-            shape=str(shape),
-            bytes_in_place=plan.bytes_in_place,
-            bytes_moved=plan.bytes_moved,
-            bytes_loaded=plan.bytes_loaded,
-        )
+        reports.planned(self._events, self.epoch, self.placement, preparation)
         return preparation
 
     async def _precopy(self, precopy: Precopy, preparation: Preparation) -> None:
@@ -241,21 +224,14 @@ class Reconfigurer:
         self._tempo.switched(pause)
         kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())
         kept = min(kept, running)  # what came on replicas that went on meanwhile is not counted
-        self._events.record(
-            "switch",
-            self.epoch,
-            f"epoch {self.epoch}: mesh {preparation.placement.shape}, paused {pause:.3f} s, {moved.moved} bytes of KV "
-            f"moved and {precopy.bytes_moved} before, {kept} sequences go on, {running - kept} recompute",
-            shape=str(preparation.placement.shape),
-            pause_seconds=pause,
-            kv_bytes_moved=moved.moved,
-            kv_bytes_precopied=precopy.bytes_moved,
-            kept=kept,
-            recomputed=running - kept,
-            replicas_undisturbed=len(carried),
-        )
-        traffic = Traffic(loaded.moved + precopy.bytes_moved + moved.moved, loaded.loaded)
-        return self._report(before, preparation, traffic, precopy_seconds, pause, kept, running - kept, kv)
+        report = Reconfiguration(
+            self.epoch, before, self.placement,
+            preparation.plan.bytes_in_place + kv.plan.bytes_in_place,
+            loaded.moved + precopy.bytes_moved + moved.moved, loaded.loaded,
+            precopy_seconds, pause, kept, running - kept,
+        )  # fmt: skip
+        reports.switched(self._events, report, moved.moved, precopy.bytes_moved, len(carried))
+        return report
 
     def _plan_kv(self, preparation: Preparation, but: Collection[int] = ()) -> KvChange:
         """What becomes of KV if decoding stops now, that of some sequences left behind."""
@@ -305,20 +281,3 @@ class Reconfigurer:
 
     def _running(self) -> int:
         return sum(len(replica.scheduler.running) for replica in self._dispatcher.replicas)
-
-    def _report(
-        self,
-        before: Placement | None,
-        preparation: Preparation,
-        traffic: Traffic,
-        precopy: float,
-        pause: float,
-        kept: int,
-        recomputed: int,
-        kv: KvChange | None = None,
-    ) -> Reconfiguration:
-        in_place = preparation.plan.bytes_in_place + (kv.plan.bytes_in_place if kv else 0)
-        after = replace(preparation.placement, epoch=self.epoch)
-        return Reconfiguration(
-            self.epoch, before, after, in_place, traffic.moved, traffic.loaded, precopy, pause, kept, recomputed
-        )

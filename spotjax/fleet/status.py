@@ -88,7 +88,7 @@ class FleetEvent:
 
     Attributes:
       time: Unix time in seconds.
-      kind: ``ready registered joined notice lost plan precopy stop switch draining``.
+      kind: ``ready registered joined notice lost plan precopy arranged stop switch draining``.
       epoch: epoch at the time.
       message: one line for people.
       fields: the same as data (instance, bytes, seconds ...).

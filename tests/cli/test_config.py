@@ -41,6 +41,7 @@ EMBEDDED = {
     "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
     "compilation_cache": "off", "log_level": "debug", "log_format": "json",
+    "leave": "late",
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
