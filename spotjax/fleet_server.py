@@ -189,6 +189,7 @@ class FleetServer:
         self._service = Controller(
             self._model.name, planning, Membership(()), cluster, MemoryCommitLog(), self._model.tokenizer,
             self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
+            config.leave,
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
