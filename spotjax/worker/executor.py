@@ -21,6 +21,7 @@ from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
 from spotjax.worker.backup import StageBackup
+from spotjax.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -68,22 +69,22 @@ class StageExecutor:
       model: compiled functions.
       max_positions: longest sequence.
       send, failed: where results and failures go.
+      watchdog: watches steps.
     """
 
-    def __init__(self, name: str, model: CompiledModel, max_positions: int, send: Send, failed: Failed) -> None:
-        self._name, self._model, self._max_positions, self._send, self._failed = (
-            name,
-            model,
-            max_positions,
-            send,
-            failed,
-        )
+    def __init__(
+        self, name: str, model: CompiledModel, max_positions: int, send: Send, failed: Failed, watchdog: Watchdog
+    ) -> None:
+        self._name, self._model, self._max_positions = name, model, max_positions
+        self._send, self._failed, self._watchdog = send, failed, watchdog
         self._posts: Mapping[tuple[str, int], _Post] = {}
 
     def install(self, roles: Mapping[tuple[str, int], Role]) -> None:
         """Makes these the roles, by pipeline and stage number. Pipelines that were there before go on undisturbed."""
         before = self._posts
-        self._posts = {key: before[key] if key in before else _Post(role) for key, role in roles.items()}
+        self._posts = {
+            key: _Post(role, before[key].thread) if key in before else _Post(role) for key, role in roles.items()
+        }
         for key, post in before.items():
             if key not in self._posts:
                 post.thread.shutdown(wait=False, cancel_futures=True)
@@ -113,26 +114,31 @@ class StageExecutor:
     def _run(self, role: Role, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
         """One step on one stage. Whatever goes wrong is this instance's failure, not the end of the thread."""
         try:
-            ready = header.ready and self._has(role.stage, header.want)
-            if role.backup is not None:
-                role.backup.begin(header.sequences, packed.rows, packed.pages)
-            out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
-            if role.backup is not None:
-                role.backup.written(header.sequences, packed.rows)
-            if role.last:
-                result = self._draw(role.stage, packed, out)
-                answer = ResultHeader(header.pipeline, header.step, *result.shape, ready)
-                self._send(CONTROLLER, answer, result_payload(result))
-                return
-            onward = msgspec.structs.replace(header, stage=header.stage + 1, ready=ready)
-            if role.next == self._name:
-                self._submit(onward, packed, out)
-            else:
-                self._send(role.next, onward, step_payload(packed, np.asarray(out.addressable_shards[0].data)))
+            with self._watchdog.over(f"step {header.step} of pipeline {header.pipeline}"):
+                self._step(role, header, packed, hidden)
         except Exception as problem:
             if (header.pipeline, header.stage) in self._posts:
                 log.exception("step %d of pipeline %s failed", header.step, header.pipeline)
                 self._failed(f"a step failed: {problem}")
+
+    def _step(self, role: Role, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
+        ready = header.ready and self._has(role.stage, header.want)
+        if role.backup is not None:
+            role.backup.begin(header.sequences, packed.rows, packed.pages)
+        out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
+        if role.backup is not None:
+            role.backup.written(header.sequences, packed.rows)
+        if role.last:
+            result = self._draw(role.stage, packed, out)
+            rows, columns = result.shape
+            answer = ResultHeader(header.pipeline, header.step, rows, columns, ready)
+            self._send(CONTROLLER, answer, result_payload(result))
+            return
+        onward = msgspec.structs.replace(header, stage=header.stage + 1, ready=ready)
+        if role.next == self._name:
+            self._submit(onward, packed, out)
+        else:
+            self._send(role.next, onward, step_payload(packed, np.asarray(out.addressable_shards[0].data)))
 
     def _draw(self, stage: Stage, packed: PackedStep, logits: jax.Array) -> np.ndarray:
         device = stage.devices[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 import numpy as np
 
-from spotjax.errors import ConnectionLost
+from spotjax.errors import ConnectionLost, TransportError
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
 from spotjax.worker.executor import CONTROLLER
@@ -22,12 +22,16 @@ class Links:
 
     Args:
       endpoint: of this process.
-      broken: told on the loop which instance a frame could not be sent to, and why.
+      broken: told on the loop to which instance steps were lost, and why.
+
+    Attributes:
+      addresses: HOST:PORT by instance; the controller's under ``CONTROLLER``.
+      onward: instances that steps are sent to, the controller included: the end of a connection there may lose some.
     """
 
     def __init__(self, endpoint: Endpoint, broken: Callable[[str, str], None]) -> None:
         self.addresses: Mapping[str, str] = {}
-        """HOST:PORT by instance; the controller's under ``CONTROLLER``."""
+        self.onward: Collection[str] = ()
         self._endpoint, self._broken = endpoint, broken
         self._loop = asyncio.get_running_loop()
         self._open: dict[str, Connection] = {}
@@ -38,7 +42,18 @@ class Links:
         Raises:
           ConnectionLost: the instance cannot be reached.
         """
-        self._open[instance] = await self._endpoint.connect(self.addresses[instance], CONNECT_SECONDS)
+        if instance not in self.addresses:
+            raise ConnectionLost(f"the address of instance {instance} is not known")
+        connection = await self._endpoint.connect(self.addresses[instance], CONNECT_SECONDS)
+        if self._open.get(instance) is not connection:
+            self._open[instance] = connection
+            connection.closed.add_done_callback(lambda _: self._closed(instance, connection))
+
+    def _closed(self, instance: str, connection: Connection) -> None:
+        if self._open.get(instance) is connection:
+            del self._open[instance]
+            if instance in self.onward:
+                self._broken(instance, "the connection closed")
 
     def send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
         """Sends a frame, from any thread."""
@@ -64,7 +79,7 @@ class Links:
             self._open[instance].send(header, *payload)
         except KeyError:
             self._broken(instance, "there is no connection")
-        except ConnectionLost as problem:
+        except TransportError as problem:
             self._broken(instance, str(problem))
 
     @property

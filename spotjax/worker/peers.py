@@ -79,6 +79,8 @@ class RemotePeers:
         )
         reading = asyncio.run_coroutine_threadsafe(fetching, self._loop)
         self._reading.add(reading)
+        if self._superseded:  # just now, and this one was not among those that were cancelled
+            reading.cancel()
         try:
             reading.result()
         except concurrent.futures.CancelledError:

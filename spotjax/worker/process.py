@@ -33,10 +33,12 @@ from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
 from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.executor import CONTROLLER, StageExecutor
-from spotjax.worker.heartbeat import BEATS_PER_LEASE, Heartbeat, TlsFiles
+from spotjax.worker.heartbeat import Heartbeat
+from spotjax.worker.heartbeat_process import BEATS_PER_LEASE, TlsFiles
 from spotjax.worker.links import Links
 from spotjax.worker.peers import RemotePeers
 from spotjax.worker.session import End, Session
+from spotjax.worker.watchdog import Watchdog
 from spotjax.worker.worker import Worker
 
 if TYPE_CHECKING:
@@ -75,6 +77,9 @@ class WorkerProcess:
         self._backups = BackupStore()
         self._session: Session | None = None
         self._heartbeat: Heartbeat | None = None
+        self._beating = ("", 0.0)
+        self._loading = False
+        self._watchdog = Watchdog()
         self._leaving = asyncio.Event()
         self._reported: set[asyncio.Task[None]] = set()
 
@@ -87,7 +92,8 @@ class WorkerProcess:
         self._endpoint = Endpoint(StepHeader | BackupHeader, self._receive, provide=self._provide, tls=tls)
         port = await self._endpoint.listen(self._config.data_listen)
         self._address = f"{self._config.advertise or self._config.data_listen.rpartition(':')[0]}:{port}"
-        self._links = Links(self._endpoint, self._link_broken)
+        self._watchdog.start()
+        self._links = Links(self._endpoint, self._steps_lost)
         self._peers = RemotePeers(self._name, self._backups, self._endpoint, asyncio.get_running_loop(), READ_SECONDS)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._told_to_leave)
@@ -95,6 +101,7 @@ class WorkerProcess:
     async def work(self) -> int:
         """Joins and works, again and again."""
         pause, leaving = RETRY_SECONDS[0], asyncio.create_task(self._leaving.wait())
+        log.info("joining the fleet of %s", self._config.join)
         while True:
             started = asyncio.get_running_loop().time()
             stay = asyncio.create_task(self._stay())
@@ -110,6 +117,8 @@ class WorkerProcess:
                 case End.REFUSED:
                     return 1
             lasted = asyncio.get_running_loop().time() - started
+            if lasted > RETRY_SECONDS[1]:
+                log.warning("the controller is lost; trying to join again")
             pause = RETRY_SECONDS[0] if lasted > RETRY_SECONDS[1] else min(2 * pause, RETRY_SECONDS[1])
             await asyncio.wait({leaving}, timeout=pause)
             if leaving.done():
@@ -122,6 +131,7 @@ class WorkerProcess:
         if self._worker is not None:
             await asyncio.to_thread(self._worker.close, for_good=True)
         await self._endpoint.close()
+        self._watchdog.close()
 
     async def _stay(self) -> End:
         kind = device_type(self._devices, self._config.instance_memory_bytes)
@@ -146,10 +156,7 @@ class WorkerProcess:
         """Makes a worker for what the controller serves, or takes the one that there is."""
         controller = f"{self._config.join.rpartition(':')[0]}:{welcome.data_port}"
         self._links.addresses = {CONTROLLER: controller}
-        if self._heartbeat is None:
-            interval = welcome.lease_seconds / BEATS_PER_LEASE
-            self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, self._tls_files)
-            await asyncio.to_thread(self._heartbeat.start)
+        await self._beat(controller, welcome.lease_seconds / BEATS_PER_LEASE)
         await self._links.connect(CONTROLLER)
         if self._worker is None or self._worker.setup != welcome.setup:
             if self._worker is not None:
@@ -158,15 +165,32 @@ class WorkerProcess:
             stores = None if self._config.parameter_store == "off" else Path(
                 self._config.parameter_store or default_directory()
             )  # fmt: skip
-            self._worker = await asyncio.to_thread(
-                Worker.load, self._name, self._devices, welcome.setup, self._peers, self._links, self._backups,
-                self._make_executor,
-                cache_directory(self._config.compilation_cache), stores,
-            )  # fmt: skip
+            self._worker = await asyncio.to_thread(self._load, welcome.setup, stores)
         return self._worker
 
+    def _load(self, setup: control.ModelSetup, stores: Path | None) -> Worker:
+        programs = cache_directory(self._config.compilation_cache)
+        self._loading = True
+        try:
+            return Worker.load(
+                self._name, self._devices, setup, self._peers, self._links, self._backups, self._make_executor,
+                programs, stores,
+            )  # fmt: skip
+        finally:
+            self._loading = False
+
+    async def _beat(self, controller: str, interval: float) -> None:
+        """Has the heartbeat go to that address of the controller, which is another one when it has started anew."""
+        if self._beating == (controller, interval):
+            return
+        if self._heartbeat is not None:
+            await asyncio.to_thread(self._heartbeat.close)
+        self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, self._tls_files)
+        await asyncio.to_thread(self._heartbeat.start)
+        self._beating = controller, interval
+
     def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:
-        return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed)
+        return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed, self._watchdog)
 
     async def _leave(self, stay: asyncio.Task[End]) -> int:
         """Gives the fleet its notice and works on until it is released or time is up."""
@@ -178,7 +202,7 @@ class WorkerProcess:
         if not stay.done():
             stay.cancel()
             await asyncio.wait({stay}, timeout=CANCEL_SECONDS)
-        if not stay.done():  # compiling, which cannot be interrupted
+        if self._loading or not stay.done():  # compiling, which cannot be interrupted
             await asyncio.to_thread(self._forsake)
             os._exit(0)
         return 0
@@ -207,11 +231,11 @@ class WorkerProcess:
         return self._worker.provide(what)
 
     def _step_failed(self, problem: str) -> None:
-        self._loop.call_soon_threadsafe(self._link_broken, self._name, problem)
+        self._loop.call_soon_threadsafe(self._steps_lost, self._name, problem)
 
-    def _link_broken(self, instance: str, problem: str) -> None:
-        if instance != CONTROLLER:
-            self._report(control.StepLost(instance, problem))
+    def _steps_lost(self, instance: str, problem: str) -> None:
+        """Results that do not reach the controller are ours: it hears of that, or has lost us anyway."""
+        self._report(control.StepLost(self._name if instance == CONTROLLER else instance, problem))
 
     def _report(self, message: control.FromWorker) -> None:
         if self._session is not None:

@@ -20,6 +20,10 @@ Prepare = Callable[[control.Welcome], Awaitable[Worker]]
 """Gets a worker ready to serve what the controller welcomed it to."""
 
 
+MISTAKES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
+"""Ends of a stream that come again until somebody changes something."""
+
+
 class End(Enum):
     """How a stay ended."""
 
@@ -52,6 +56,7 @@ class Session:
         self._worker: Worker | None = None
         self._writing = asyncio.Lock()
         self._carrying_out: asyncio.Task[None] | None = None
+        self._unfit: asyncio.Future[End] = asyncio.get_running_loop().create_future()
 
     @property
     def ready(self) -> bool:
@@ -60,16 +65,18 @@ class Session:
 
     async def run(self) -> End:
         """Stays until the end. The worker's stages are given up when it returns."""
+        following = asyncio.create_task(self._follow())
         try:
             await self.tell(self._registration)
-            end = await self._follow()
+            await asyncio.wait({following, self._unfit}, return_when=asyncio.FIRST_COMPLETED)
+            return self._unfit.result() if self._unfit.done() else following.result()
         except grpc.aio.AioRpcError as problem:
-            if problem.code() is grpc.StatusCode.UNAUTHENTICATED:
-                log.error("the controller refuses us: %s", problem.details())
-            end = End.LOST
-        except asyncio.InvalidStateError:  # written to after it ended
-            end = End.LOST
+            level = logging.ERROR if problem.code() in MISTAKES else logging.DEBUG
+            log.log(level, "the controller ends the stream: %s %s", problem.code().name, problem.details())
+            return End.LOST
         finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
             self._stream.cancel()
             if self._worker is not None:
                 self._worker.supersede()
@@ -77,12 +84,14 @@ class Session:
                 await asyncio.gather(self._carrying_out, return_exceptions=True)
             if self._worker is not None:
                 await asyncio.to_thread(self._worker.clear)
-        return end
 
     async def tell(self, message: control.FromWorker) -> None:
         """Sends a message; one that the stream does not take any more is lost with the stream."""
         async with self._writing:
-            await self._stream.write(message)
+            try:
+                await self._stream.write(message)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as problem:
+                log.debug("not sent any more: %s", problem)
 
     async def _follow(self) -> End:
         getting_ready: asyncio.Task[None] | None = None
@@ -101,8 +110,6 @@ class Session:
                             self._worker.forget(message.sequences)
                     case _:
                         self._begin(message)
-                if getting_ready is not None and getting_ready.done():
-                    getting_ready.result()
             return End.LOST
         finally:
             if getting_ready is not None:
@@ -111,9 +118,14 @@ class Session:
     async def _get_ready(self, welcome: control.Welcome) -> None:
         try:
             self._worker = await self._prepare(welcome)
-        except SpotjaxError as problem:
-            log.error("cannot serve what the fleet serves: %s", problem)
-            raise
+        except ConnectionLost as problem:
+            log.warning("cannot get ready: %s", problem)
+            self._unfit.set_result(End.LOST)
+            return
+        except Exception as problem:
+            log.error("cannot serve what the fleet serves: %s", problem, exc_info=not isinstance(problem, SpotjaxError))
+            self._unfit.set_result(End.REFUSED)
+            return
         await self.tell(self._worker.ready())
 
     def _begin(self, command: control.Command) -> None:

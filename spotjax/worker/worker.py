@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from spotjax.errors import ConfigError, SliceUnavailable
+from spotjax.errors import ConfigError, ConnectionLost, PeerUnreachable, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice
 from spotjax.models.catalog import open_model
@@ -150,7 +150,7 @@ class Worker:
             case control.Adopt():
                 await self._adopt(command)
             case control.Clear():
-                self.clear()
+                await asyncio.to_thread(self.clear)
             case control.Coverage():
                 positions = self._backups.positions(command.layers, command.sequences)
                 return control.Done(command.id, positions=positions, compiled=self._compiled)
@@ -186,6 +186,7 @@ class Worker:
 
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""
+        self._links.onward = ()
         self._end_backup()
         self._backups.clear()
         self.executor.close()
@@ -219,18 +220,24 @@ class Worker:
         await self._back_up_to(command.keeper, command.bandwidth)
         placement = self._host.placement
         assert placement is not None, "it was just adopted"
-        roles, last = {}, placement.shape.stage - 1
+        roles, last, onwards = {}, placement.shape.stage - 1, set[str]()
         for (data, number), stage in self._host.stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
             backup = self._backup.of(stage) if self._backup is not None else None
             roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, backup)
             if onward != self._name:
-                await self._links.connect(onward)
+                onwards.add(onward)
         self.executor.install(roles)
         if self._backup is not None:
             self._backup.install(role.backup for role in roles.values() if role.backup is not None)
         if self._memory is not None:
             self._memory.keep(self._host.held())
+        self._links.onward = onwards
+        for instance in sorted(onwards):  # last, because other replicas must run even if one of these is gone
+            try:
+                await self._links.connect(instance)
+            except ConnectionLost as problem:
+                raise PeerUnreachable(instance, problem) from problem
 
     async def _back_up_to(self, keeper: str, bandwidth: int) -> None:
         """Has KV copied to that instance from now on; anew if it was another one before."""
@@ -238,7 +245,11 @@ class Worker:
             return
         await asyncio.to_thread(self._end_backup)
         if keeper:
-            await self._links.connect(keeper)
+            try:
+                await self._links.connect(keeper)
+            except ConnectionLost as problem:
+                log.warning("KV is not backed up: %s", problem)
+                return
             push = partial(self._links.push, keeper)
             self._backup = Backup(self._host.kv, self._host.model.page_size, push, bandwidth)
             self._keeper = keeper
