@@ -84,7 +84,8 @@ class LocalWorkers:
           command: program and arguments for (config, address to join, name); by default ``worker_command``.
           on_exit: called with name and exit code (negative: the signal) of each worker that has ended.
         """
-        self._config = config
+        self._stores = stores_of(config, address)
+        self._config = msgspec.structs.replace(config, parameter_store=str(self._stores or "off"))
         self._address = f"127.0.0.1:{address.rpartition(':')[2]}" if is_any(address) else address
         self._command = command or worker_command
         self._on_exit = on_exit or (lambda name, code: None)
@@ -138,8 +139,8 @@ class LocalWorkers:
             for child in list(self._children.values()):
                 child.signal(signal.SIGKILL)
             await asyncio.gather(*reaping)
-            while self._used:
-                forget_parameters(self._config.parameter_store, name_of(self._used.pop()))
+            if self._stores is not None:
+                forget_parameters(self._stores, [name_of(self._used.pop()) for _ in range(len(self._used))])
 
     async def _start(self, number: int) -> None:
         name = name_of(number)
@@ -191,12 +192,24 @@ def cuda_devices(visible: str | None, number: int, devices: int) -> str:
     return ",".join(visible.split(",")[mine])
 
 
-def forget_parameters(store: str, name: str) -> None:
-    """Removes what outlives the process of a worker, whose setting ``parameter_store`` is ``store``."""
-    if store != "off":
-        from spotjax.reshard.store_directory import default_directory, remove_of
+def stores_of(config: ServeConfig, address: str) -> Path | None:
+    """Where the workers of a server at that address keep parameters: where no other server's of the same names do."""
+    from spotjax.reshard.store_directory import default_directory
 
-        remove_of(Path(store) if store else default_directory(), name)
+    if config.parameter_store == "off":
+        return None
+    home = Path(config.parameter_store) if config.parameter_store else default_directory()
+    return home / f"spotjax-{os.getuid()}-workers-{address.rpartition(':')[2]}"
+
+
+def forget_parameters(stores: Path, names: Collection[str]) -> None:
+    """Removes what outlives the processes of workers."""
+    from spotjax.reshard.store_directory import remove_of
+
+    for name in names:
+        remove_of(stores, name)
+    with contextlib.suppress(OSError):  # a worker that does not end still has something there
+        stores.rmdir()
 
 
 def free_numbers(taken: Collection[int], count: int) -> list[int]:

@@ -68,6 +68,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
         """By key, in the order in which they were last scheduled."""
+        self.reserved: dict[int, list[int]] = {}
+        """Pages taken for sequences that are on their way here with their KV, by key."""
         self.preempted = 0
         """Times that a sequence lost its KV to another for lack of pages."""
         self._step = 0
@@ -84,6 +86,7 @@ class Scheduler:
 
     def adopt(self, sequence: Sequence) -> None:
         """Takes over a running sequence whose pages are already claimed and filled up to its watermark."""
+        self.reserved.pop(sequence.key, None)
         self.running[sequence.key] = sequence
 
     def schedule(self) -> Batch | None:
@@ -131,6 +134,10 @@ class Scheduler:
         sequence.state = sequence.state.finished(reason)
         return True
 
+    def release_reserved(self, key: int) -> None:
+        """Gives back the pages of a sequence that does not come after all."""
+        self.pages.release(self.reserved.pop(key))
+
     def sequences(self) -> Iterator[Sequence]:
         """All of them, running first."""
         yield from self.running.values()
@@ -142,7 +149,7 @@ class Scheduler:
         Raises:
           AssertionError: a page is lost or shared, or a waiting sequence owns one.
         """
-        self.pages.check(sequence.pages for sequence in self.sequences())
+        self.pages.check([*(sequence.pages for sequence in self.sequences()), *self.reserved.values()])
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
 
     def _admit(self) -> None:

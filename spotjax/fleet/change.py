@@ -19,8 +19,9 @@ from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, lo
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Links, MigrationPlan, plan_migration
 from spotjax.planner.optimizer import choose_shape
-from spotjax.reshard.transfer import Preparation
+from spotjax.reshard.transfer import Preparation, Survivors
 
+NO_SURVIVORS = Survivors()
 Live = Mapping[int, Sequence[LiveSequence]]
 """The sequences with KV of every current replica, replicas without any included."""
 
@@ -48,7 +49,7 @@ def plan_change(
     epoch: int,
     running: Collection[int] = (),
     held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
-    backups: Mapping[tuple[int, int], str] = MappingProxyType({}),
+    survivors: Survivors = NO_SURVIVORS,
 ) -> Preparation:
     """The next placement on the ready instances, and how to get there.
 
@@ -63,7 +64,7 @@ def plan_change(
       epoch: of the new placement.
       running: replicas that could go on without stopping if they stay as they are.
       held: parts of parameters by device; counts for devices that the current placement does not use.
-      backups: where there are copies of KV whose instance is gone; see ``Preparation``.
+      survivors: KV of replicas that lost an instance.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh of the ready instances.
@@ -72,7 +73,7 @@ def plan_change(
     decision = choose_shape(spec, instances, demand, planning.wanted)
     heirs = choose_heirs(live, decision.shape.data)
     cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances, held, backups)
+    holdings = Holdings.of(spec, current, cohorts, instances, held, survivors.backups)
     needs = needs_of(spec, decision.shape, decision.layers, cohorts)
     lost = lost_cohorts(needs.values(), holdings)
     if lost:
@@ -82,7 +83,7 @@ def plan_change(
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     plan = plan_migration(parameters, holdings, Links.of(instances))
-    return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), backups)
+    return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), survivors)
 
 
 def carried_over(
@@ -144,7 +145,7 @@ def plan_kv(
     stopped = {old: sequences for old, sequences in live.items() if old not in carried}
     heirs = {old: new for old, new in preparation.heirs.items() if old not in carried}
     cohorts = assign_cohorts(stopped, placement.shape.data, room, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances, backups=preparation.backups)
+    holdings = Holdings.of(spec, current, cohorts, instances, backups=preparation.survivors.backups)
     needs = {
         placement.devices[position]: arrays.of_kv()
         for position, arrays in needs_of(spec, placement.shape, placement.layers, cohorts).items()

@@ -135,7 +135,11 @@ class Dispatcher:
         allocators = tuple(
             going_on.get(number) or PageAllocator(self._pages, self._page_size) for number in range(replicas)
         )
-        return hand_over(self._all(carried), cohorts, heirs, allocators, copied)
+        handover = hand_over(self._all(carried), cohorts, heirs, allocators, copied)
+        for old, new in carried.items():
+            for sequence in handover.adopted.get(new, ()):
+                self.replicas[old].scheduler.reserved[sequence.key] = handover.pages[sequence.key]
+        return handover
 
     def room(self, replicas: int, carried: Mapping[int, int]) -> list[int]:
         """Free KV pages of every new replica."""
@@ -144,9 +148,9 @@ class Dispatcher:
 
     def give_back(self, handover: Handover, carried: Mapping[int, int]) -> None:
         """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all."""
-        for new in carried.values():
+        for old, new in carried.items():
             for sequence in handover.adopted.get(new, ()):
-                handover.allocators[new].release(handover.pages[sequence.key])
+                self.replicas[old].scheduler.release_reserved(sequence.key)
 
     def take_cancelled(self, carried: Collection[int] = ()) -> list[RequestState]:
         """Removes the sequences that were to end at the token boundary that a stopped replica never reached."""
@@ -193,6 +197,7 @@ class Dispatcher:
         """Gives a scheduler what was handed over to its replica; takes that out of ``others``."""
         for sequence in handover.adopted.get(number, ()):
             if others.pop(sequence.key, None) is None:
+                scheduler.reserved.pop(sequence.key, None)
                 scheduler.pages.release(handover.pages[sequence.key])
             else:
                 sequence.pages, sequence.in_flight = handover.pages[sequence.key], False

@@ -220,7 +220,7 @@ class RemoteCluster:
         new = {device.instance for device in preparation.placement.devices.values()}
         old = {device.instance for device in self._placement.devices.values()} if self._placement else set()
         sources = {t.source.instance for t in preparation.plan.transfers if t.source is not None}
-        sources |= set(preparation.backups.values())
+        sources |= set(preparation.survivors.backups.values())
         there = {s.instance for s in self._sessions.all() if s.offer is not None}
         return {name: self._sessions[name] for name in sorted(new | ((old | sources) & there))}
 
@@ -241,7 +241,7 @@ class RemoteCluster:
             tuple(t for t in preparation.plan.transfers if t.target.instance == instance),
             dict(preparation.heirs),
             dict(preparation.carried),
-            tuple(preparation.backups.items()),
+            tuple(preparation.survivors.backups.items()),
             dict(addresses),
             tuple(dict.fromkeys(step for pipeline in self.pipelines for step in pipeline.recent)),
         )

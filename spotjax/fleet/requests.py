@@ -66,6 +66,10 @@ class RequestTable:
                 f"request {request_id!r} is not known; finished requests are kept for {self._retain:g} s"
             ) from None
 
+    def key_of(self, state: RequestState) -> int:
+        """Key of the sequence that a state is of."""
+        return self.get(state.request_id).sequences[state.choice].key
+
     def add(self, accepted: AcceptedRequest) -> None:
         """Takes up a request after the log accepted it."""
         self._requests[accepted.request.request_id] = accepted

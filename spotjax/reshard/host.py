@@ -289,7 +289,7 @@ class Host:
         assert self._peers is not None, "all instances are in this process"
         assert self.placement is not None and self.prepared is not None, "KV comes from a current placement"
         flat, views = self.kv.host_pages(layers[1] - layers[0], len(transfer.pages))
-        backup = self.prepared.preparation.backups.get((transfer.old, number))
+        backup = self.prepared.preparation.survivors.backups.get((transfer.old, number))
         if backup is not None:
             self._peers.read_backup(backup, layers, transfer.owners, flat)
         else:

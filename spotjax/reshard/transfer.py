@@ -12,6 +12,19 @@ from spotjax.planner.migration import MigrationPlan
 
 
 @dataclass(frozen=True)
+class Survivors:
+    """KV that outlived the loss of an instance.
+
+    Attributes:
+      positions: by replica: key of a sequence to the positions, from the first on, whose KV is complete somewhere.
+      backups: by (replica, stage) whose instance is gone: the instance that has a copy.
+    """
+
+    positions: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
+    backups: Mapping[tuple[int, int], str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Preparation:
     """A placement about to be brought into being.
 
@@ -21,8 +34,7 @@ class Preparation:
       plan: where that comes from.
       heirs: old replica to the new one that goes on with its page numbers, so that its pages can stay where they are.
       carried: those of the heirs whose replica is the same in both meshes and goes on without stopping.
-      backups: for stages of the old mesh whose instance is gone, by (replica, stage): the instance that has a copy of
-        their KV in its host memory.
+      survivors: KV of replicas of the old mesh that lost an instance.
     """
 
     placement: Placement
@@ -30,7 +42,7 @@ class Preparation:
     plan: MigrationPlan
     heirs: Mapping[int, int]
     carried: Mapping[int, int] = field(default_factory=dict)
-    backups: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    survivors: Survivors = Survivors()
 
     @property
     def changed(self) -> tuple[int, ...]:
@@ -65,16 +77,3 @@ class Traffic:
 
     moved: int = 0
     loaded: int = 0
-
-
-@dataclass(frozen=True)
-class Survivors:
-    """KV that outlived the loss of an instance.
-
-    Attributes:
-      positions: by replica: key of a sequence to the positions, from the first on, whose KV is complete somewhere.
-      backups: by (replica, stage) whose instance is gone: the instance that has a copy.
-    """
-
-    positions: Mapping[int, Mapping[int, int]] = field(default_factory=dict)
-    backups: Mapping[tuple[int, int], str] = field(default_factory=dict)

@@ -28,7 +28,7 @@ from spotjax.protocol import control, reads
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameter_store import ParameterStore
 from spotjax.reshard.shards import Shard, ShardStore
-from spotjax.reshard.transfer import Preparation, Traffic
+from spotjax.reshard.transfer import Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
@@ -211,8 +211,8 @@ class Worker:
         self._peers.epoch = self._host.placement.epoch if self._host.placement is not None else 0
         needs = {DeviceRef(self._name, parts.device): StackedNeeds(parts.arrays, {}) for parts in command.needs}
         plan = MigrationPlan(command.transfers, (), 0, 0, 0)
-        backups = dict(command.backups)
-        preparation = Preparation(placement, needs, plan, command.heirs, command.carried, backups)
+        survivors = Survivors(backups=dict(command.backups))
+        preparation = Preparation(placement, needs, plan, command.heirs, command.carried, survivors)
         return self._host.prepare(preparation, command.steps)
 
     async def _adopt(self, command: control.Adopt) -> None:

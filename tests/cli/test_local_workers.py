@@ -23,6 +23,7 @@ from spotjax.local_workers import (
     cuda_devices,
     die_with_parent,
     free_numbers,
+    stores_of,
     worker_command,
     worker_environment,
 )
@@ -171,9 +172,11 @@ async def test_stopping_removes_the_parameters_that_workers_kept(
     from spotjax.reshard.store_directory import SHARD, store_path
 
     store = tmp_path / "store"
-    kept = [store_path(store, name) for name in ("instance-0", "instance-1")]
     fleet = stand_ins(WILLING, ServeConfig(workers=1, parameter_store=str(store)))
     await fleet.up(1)
+    mine = stores_of(ServeConfig(parameter_store=str(store)), ADDRESS)
+    assert mine is not None and mine.parent == store, "two servers of one user do not share stores"
+    kept = [store_path(mine, name) for name in ("instance-0", "instance-1")]
     for path in kept:
         path.mkdir(parents=True)
         (path / f"a{SHARD}").write_bytes(b"x")
