@@ -61,6 +61,7 @@ KINDS = {
     "cut": Kind(1, away=1, shortest=2.5, longest=4.0, needs="network"),  # longer than the lease
     "blip": Kind(1, shortest=0.2, longest=0.8, needs="network"),
     "slow": Kind(1, shortest=0.5, longest=2.0, needs="network"),
+    "sever": Kind(1, away=1, needs="network"),  # connections of the data plane are reset, and can be made anew
 }
 JOIN = "join"
 """Brings some of those back that are gone."""
@@ -292,6 +293,8 @@ async def disturb(fleet: LocalFleet, event: Event) -> None:
             network.cut(name)
         case "slow" if network is not None:
             network.slow(name)
+        case "sever" if network is not None:
+            network.sever(name, spare=int(fleet.address.rpartition(":")[2]))
         case _:
             raise ValueError(f"no such event: {event}")
     await asyncio.sleep(event.seconds)

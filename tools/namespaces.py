@@ -1,6 +1,7 @@
 """A small network on one machine, to cut and to slow down: every host is a network namespace, all on one bridge.
 
-Needs root and the ``ip`` command. The bridge is in the namespace of whoever makes it, so clients need nothing special.
+Needs root and the commands ``ip`` and ``ss``. The bridge is in the namespace of whoever makes it, so clients need
+nothing special.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class Network:
         self._subnet = f"{BLOCK}.{os.getpid() % 250 + 1}"
         self.address = f"{self._subnet}.1"
         self._hosts: dict[str, int] = {}
-        if os.geteuid() != 0 or shutil.which("ip") is None:
-            raise NetworkUnavailable("network namespaces need root and the ip command")
+        if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("ss") is None:
+            raise NetworkUnavailable("network namespaces need root and the commands ip and ss")
         try:
             _run("ip", "link", "add", self._tag, "type", "bridge")
             _run("ip", "address", "add", f"{self.address}/24", "dev", self._tag)
@@ -77,6 +78,10 @@ class Network:
     def cut(self, name: str) -> None:
         """From now on everything to and from the host vanishes; nobody is told."""
         _run("ip", "link", "set", self._link(name), "down")
+
+    def sever(self, name: str, spare: int) -> None:
+        """Resets all connections of the host but those with one port; new ones can be made at once."""
+        _run(*self.host(name)[0], "ss", "--no-header", "--tcp", "--kill", f"dport != {spare} and sport != {spare}")
 
     def mend(self, name: str) -> None:
         """Undoes ``cut`` and ``slow``."""

@@ -70,6 +70,15 @@ def test_a_slow_host_takes_longer_until_it_is_mended(network: Network) -> None:
         network.mend("host")
 
 
+def test_severed_connections_are_reset_but_those_that_are_spared(network: Network) -> None:
+    with echo(network, "host") as spared, echo(network, "host") as other:
+        network.sever("host", spare=spared.getpeername()[1])
+        spared.sendall(b"still here")
+        assert spared.recv(100) == b"still here"
+        with pytest.raises(ConnectionError):
+            other.recv(100)
+
+
 def test_hosts_reach_each_other(network: Network) -> None:
     prefix, _ = network.host("one")
     _, address = network.host("other")
