@@ -23,7 +23,11 @@ import jax
 
 log = logging.getLogger(__name__)
 
-COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes", "spotjax.runtime", "spotjax.engine")
+COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes")
+COMPILED_MODULES = (
+    "runtime/compiled.py", "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py",
+    "runtime/sampling.py", "engine/request.py",
+)  # fmt: skip
 """Whose source decides what is compiled."""
 LOCKS = 256
 """Programs that can be compiled at once by the processes of a machine, more or less."""
@@ -115,4 +119,6 @@ def _source() -> str:
     for package in COMPILED_PACKAGES:
         for file in sorted((entry for entry in files(package).iterdir() if entry.name.endswith(".py")), key=str):
             digest.update(file.read_bytes())
+    for module in COMPILED_MODULES:
+        digest.update(files("spotjax").joinpath(module).read_bytes())
     return digest.hexdigest()

@@ -79,9 +79,15 @@ class StageBackup:
                     sequence.written = sequence.copied = 0
                 sequence.pages = owned
                 for page in owned:
-                    if (before := self._owners.get(page, key)) != key:
-                        self._sequences.pop(before, None)
-                    self._owners[page] = key
+                    self._take(page, key)
+
+    def _take(self, page: int, key: int) -> None:
+        """Gives a page to a sequence; whoever had it is not copied any more until it runs again."""
+        before = self._owners.get(page, key)
+        robbed = self._sequences.get(before)
+        if before != key and robbed is not None and page in robbed.pages:
+            del self._sequences[before]
+        self._owners[page] = key
 
     def written(self, sequences: Sequence[int], rows: np.ndarray) -> None:
         """The step is dispatched: what reads the stage's pages from now on finds what it writes."""
@@ -152,6 +158,7 @@ class Backup:
         self._kv, self._page_size, self._push, self._bandwidth = kv, page_size, push, bandwidth
         self._stages: tuple[StageBackup, ...] = ()
         self._stopping = threading.Event()
+        self._round = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="backup", daemon=True)
         self._thread.start()
 
@@ -176,12 +183,22 @@ class Backup:
         self._stopping.set()
         self._thread.join()
 
+    def copy_now(self) -> None:
+        """One round.
+
+        Raises:
+          TransportError: pages cannot be sent.
+          RuntimeError: a stage's buffers are gone.
+        """
+        with self._round:
+            for stage in self._stages:
+                self._copy(stage)
+
     def _run(self) -> None:
         while not self._stopping.wait(ROUND_SECONDS):
             stages = self._stages
             try:
-                for stage in stages:
-                    self._copy(stage)
+                self.copy_now()
             except (TransportError, TimeoutError, RuntimeError, concurrent.futures.CancelledError) as problem:
                 # whoever kept the copies is gone, or the stage is: the next placement begins anew
                 log.debug("backup interrupted: %s", problem)
@@ -208,8 +225,6 @@ class Backup:
                 pages = tuple(BackedUpPage(key, number, positions) for key, number, _, positions in due)
                 self._push(BackupHeader(layers, pages), flat).result(RETRY_SECONDS * 10)
                 sent += flat.nbytes
-                if self._stopping.is_set():
-                    return
             backup.copied(due)
             self._pay(sent, started)
             if len(due) < PAGES_PER_MOVE:

@@ -25,6 +25,11 @@ from spotjax.runtime.program_cache import ProgramCache
 SHAPE = StepShape(1, 1, 8)
 
 
+def programs_in(directory: Path) -> list[Path]:
+    """Files of a program cache, less the locks."""
+    return [file for file in directory.iterdir() if file.suffix != ".lock"]
+
+
 def lower_sum(devices: Devices) -> jax.stages.Lowered:
     """Adds over all devices, and donates its argument."""
     mesh = stage_mesh(devices)
@@ -180,7 +185,7 @@ def test_a_damaged_program_is_compiled_again_with_a_warning(
     executables = Executables(ProgramCache(tmp_path, "subject"))
     executables.get(("sum", 1), group(0), lower_sum)
     executables.close()
-    (entry,) = tmp_path.iterdir()
+    (entry,) = programs_in(tmp_path)
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
     again = Executables(ProgramCache(tmp_path, "subject"))
@@ -249,3 +254,30 @@ def test_every_step_of_the_scheduler_finds_a_shape() -> None:
         BUCKETS.shape(BUCKETS.max_batch + 1, 1, 1)
     with pytest.raises(ValueError, match="no step shape holds"):
         BUCKETS.shape(1, BUCKETS.prefill_tokens + 1, 1)
+
+
+SHARED = """
+import sys
+from functools import partial
+from pathlib import Path
+import jax, jax.numpy as jnp
+from spotjax.runtime.executables import Executables
+from spotjax.runtime.program_cache import ProgramCache
+
+def lower(devices):
+    at = jax.sharding.SingleDeviceSharding(devices[0])
+    return jax.jit(lambda x: jnp.sum(x)).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=at))
+
+executables = Executables(ProgramCache(Path(sys.argv[1]), "subject"))
+for number in range(5):
+    executables.get(("sum", number), (jax.devices()[0],), lower)
+executables.close()
+print(executables.compiled)
+"""
+
+
+def test_processes_that_start_together_share_the_work_of_compiling(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARED, str(tmp_path)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    compiled = [int(process.communicate(timeout=120)[0]) for process in started]
+    assert sum(compiled) == 5, f"each function once, by whoever came first: {compiled}"
