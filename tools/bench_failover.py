@@ -39,7 +39,6 @@ NEW_TOKENS = 400
 CALM_TOKENS = 40
 """Tokens of every stream before an event, of which the median time between two is taken, and after it."""
 WAIT_SECONDS = 120.0
-GRACE_SECONDS = 25.0
 SILENT_SECONDS = 4.0
 """How long a silent instance is stopped: longer than its lease."""
 PHASES = ("detected", "planned", "parameters", "switched", "first_token")
@@ -135,7 +134,7 @@ async def measure(
     pipeline = await healthy(fleet)
     victims = [pipeline[number] for number in kind.victims(len(pipeline))]
     if kind.name == "join":
-        await fleet.leave(victims[0], GRACE_SECONDS)
+        await fleet.leave(victims[0])
         await fleet.until_gone(victims)
     load = Load(fleet.client, requests, expected, streams, seed=len(fleet.history))
     try:
@@ -172,7 +171,7 @@ async def act(fleet: LocalFleet, name: str, victims: Sequence[str]) -> None:
     if name == "silent host":
         fleet.workers[victims[0]].signal(signal.SIGSTOP)
     elif name == "announced leave":
-        await fleet.leave(victims[0], GRACE_SECONDS)
+        await fleet.leave(victims[0])
     else:
         await fleet.kill(victims)
     deadline = time.monotonic() + WAIT_SECONDS

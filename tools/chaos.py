@@ -15,11 +15,10 @@ from typing import Any
 
 from spotjax.tools.load import Load, longest
 from spotjax.tools.local_fleet import LocalFleet
-from spotjax.tools.service import NotInTime, Service, alive, ready
+from spotjax.tools.service import GRACE_SECONDS, NotInTime, Service, alive, ready
 
 LEASE_SECONDS = 2.0
 """Silence after which an instance counts as lost; ``freeze`` and ``cut`` exceed it, ``pause`` and ``blip`` do not."""
-GRACE_SECONDS = 25.0
 LOOK_SECONDS = 0.5
 """How often to look whether tokens can come at all."""
 STALL_SECONDS = 30.0
@@ -252,7 +251,7 @@ class Chaos:
             case "kill in a change":
                 await self._kill_in_a_change(*event.targets)
             case "terminate":
-                self._begin(first, service.leave(first, GRACE_SECONDS))
+                self._begin(first, service.leave(first))
             case "preempt":
                 self._begin(first, service.preempt(first, event.seconds))
             case "kill newcomer":
@@ -269,7 +268,7 @@ class Chaos:
         """Gives one instance notice and kills another when the change for it has come to a step drawn by chance."""
         steps = {self._draw.choice(("plan", "precopy")), "stop", "switch"}  # it may come to an end without that step
         said, deadline = len(self._service.events), time.monotonic() + GRACE_SECONDS
-        self._begin(leaving, self._service.leave(leaving, GRACE_SECONDS))
+        self._begin(leaving, self._service.leave(leaving))
         while steps.isdisjoint(event.kind for event in self._service.events[said:]) and time.monotonic() < deadline:
             await asyncio.sleep(0)
         await self._service.kill([victim])

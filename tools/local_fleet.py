@@ -17,8 +17,10 @@ import psutil
 from spotjax.errors import FleetError
 from spotjax.tools.namespaces import Network
 from spotjax.tools.processes import Process
-from spotjax.tools.service import CHANGE_SECONDS, SERVE, START_SECONDS, NotInTime, Service, alive
+from spotjax.tools.service import CHANGE_SECONDS, GRACE_SECONDS, SERVE, START_SECONDS, NotInTime, Service, alive
 
+LATE_SECONDS = 5.0
+"""How much longer than its notice an instance may take to go on a busy machine."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -65,7 +67,8 @@ class LocalFleet(Service):
         """Starts the process of an instance, whatever became of the one before."""
         prefix, host = self.network.host(name) if self.network else ((), "127.0.0.1")
         place = ("--join", self.address, "--name", name, "--data-listen", f"{host}:0")
-        flags = (*place, "--parameter-store", str(self.store), *self._worker_arguments, *arguments)
+        grace = ("--grace-seconds", f"{GRACE_SECONDS:g}")
+        flags = (*place, *grace, "--parameter-store", str(self.store), *self._worker_arguments, *arguments)
         worker = Process(name, (*prefix, *SERVE, *flags), self.directory, self._environment)
         self.workers[name] = worker
         return worker
@@ -90,10 +93,8 @@ class LocalFleet(Service):
         for name in names:
             await asyncio.to_thread(self.workers[name].kill)
 
-    async def leave(self, name: str, grace_seconds: float) -> None:
+    async def leave(self, name: str) -> None:
         """Announces the end to the worker's process, which is to end by itself, and in time.
-
-        The grace is the one that the worker was started with; ``grace_seconds`` says when to stop waiting.
 
         Raises:
           NotInTime: it was not gone then.
@@ -101,9 +102,9 @@ class LocalFleet(Service):
         worker = self.workers[name]
         worker.signal(signal.SIGTERM, whole=False)
         try:
-            await asyncio.to_thread(worker.wait, grace_seconds)
+            await asyncio.to_thread(worker.wait, GRACE_SECONDS + LATE_SECONDS)
         except subprocess.TimeoutExpired:
-            raise NotInTime(f"{name} was still there {grace_seconds:g} s after SIGTERM") from None
+            raise NotInTime(f"{name} was still there {GRACE_SECONDS + LATE_SECONDS:g} s after SIGTERM") from None
 
     async def preempt(self, name: str, grace_seconds: float) -> None:
         """The same by the operators' command; then the machine is taken away."""
@@ -143,11 +144,11 @@ class ChildrenFleet(Service):
             for process in [*worker.children(recursive=True), worker]:
                 process.kill()
 
-    async def leave(self, name: str, grace_seconds: float) -> None:
+    async def leave(self, name: str) -> None:
         """Announces the end to the worker."""
         worker = self.worker(name)
         worker.terminate()
-        await asyncio.to_thread(worker.wait, grace_seconds)
+        await asyncio.to_thread(worker.wait, GRACE_SECONDS + LATE_SECONDS)
 
     async def bring(self, names: Sequence[str]) -> None:
         """Lets as many join as are named."""
@@ -174,9 +175,9 @@ class EmbeddedService(Service):
         """Takes instances at once."""
         await asyncio.gather(*(self.preempt(name, 0.0) for name in names))
 
-    async def leave(self, name: str, grace_seconds: float) -> None:
+    async def leave(self, name: str) -> None:
         """Gives notice."""
-        await self.preempt(name, grace_seconds)
+        await self.preempt(name, GRACE_SECONDS)
 
     async def bring(self, names: Sequence[str]) -> None:
         """Lets all join that are gone: which ones, cannot be asked for."""

@@ -27,6 +27,8 @@ START_SECONDS = 240.0
 """A first start compiles."""
 CHANGE_SECONDS = 60.0
 """How long a change may take on a busy machine before it counts as one that never ends."""
+GRACE_SECONDS = 8.0
+"""The notice that instances get: shorter than that of real clouds, for who has nowhere to go waits until it is over."""
 POLL_SECONDS = 0.03
 CONTROLLER = "controller"
 SERVE = (sys.executable, "-m", "spotjax.serve", "--log-format", "json")
@@ -127,8 +129,8 @@ class Service:
         """Takes instances away at once, unannounced."""
         raise NotImplementedError
 
-    async def leave(self, name: str, grace_seconds: float) -> None:
-        """Gives an instance notice; returns when it is gone."""
+    async def leave(self, name: str) -> None:
+        """Gives an instance notice of ``GRACE_SECONDS``; returns when it is gone."""
         raise NotImplementedError
 
     async def preempt(self, name: str, grace_seconds: float) -> None:

@@ -17,10 +17,9 @@ from spotjax.tools.chaos_run import restless
 from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
 from spotjax.tools.request_mix import Output, difference
-from spotjax.tools.service import running
+from spotjax.tools.service import GRACE_SECONDS, running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
-GRACE_SECONDS = 20.0
 DETECTION_SECONDS = 1.5
 """By how much the loss of a silent instance may be noticed later than its lease ends, on a busy machine."""
 
@@ -124,7 +123,7 @@ async def test_notice_moves_everything_and_the_worker_ends_by_itself(
 ) -> None:
     async with load_on(fleet, expected) as load:
         since, leaving = len(fleet.events), stages(await fleet.status())[1]
-        await fleet.leave(leaving, GRACE_SECONDS)
+        await fleet.leave(leaving)
         assert fleet.workers[leaving].exit_code == 0
         await fleet.until_gone([leaving])
         await more_tokens(load, 100)
