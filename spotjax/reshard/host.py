@@ -156,10 +156,12 @@ class Host:
         assert self.prepared is not None, "prepare comes before adopt"
         self.placement, self.stages = self.prepared.preparation.placement, self.prepared.stages
         self.store, self.prepared = self.prepared.store.over(self.store), None
+        self._parameters.settle()
 
     def clear(self) -> None:
         """Gives up current and prepared stages with their KV; parameters stay as a source."""
         self.placement, self.stages, self.prepared = None, {}, None
+        self._parameters.settle()
 
     def close(self) -> None:
         """Frees everything and ends all threads."""
@@ -179,6 +181,7 @@ class Host:
             for stage in stages:
                 delete_arrays(stage.arrays())
             self.store = self.store.without(instance)
+            self._parameters.lose(instance)
             if self.prepared is not None:
                 self.prepared = replace(self.prepared, store=self.prepared.store.without(instance))
 

@@ -24,7 +24,7 @@ from spotjax.models.spec import ModelSpec
 from spotjax.planner.holdings import Needs
 from spotjax.planner.migration import SliceMove
 from spotjax.reshard.peers import Peers, ProcessMemory, ShardMemory
-from spotjax.reshard.shards import Shard, ShardStore, place_into
+from spotjax.reshard.shards import Shard, ShardStore, delete_arrays, place_into
 from spotjax.reshard.transfer import Traffic
 
 STREAMS = 4
@@ -64,6 +64,8 @@ class ParameterMover:
         self._peers, self._memory = peers, memory or ProcessMemory()
         self._arrays = {array.name: array for array in spec.parameters}
         self._counting = threading.Lock()
+        self._brought: dict[tuple[DeviceRef, str], Shard] = {}
+        """What was brought since ``settle``: a plan that was cut short was not in vain, the next finds it here."""
 
     def carry_out(
         self,
@@ -100,7 +102,12 @@ class ParameterMover:
 
         def bring(one: tuple[DeviceRef, ArraySlice]) -> Shard:
             target, piece = one
-            return self._bring(piece, target, tensor, by_shard[target, piece.name], store, traffic)
+            brought = self._brought.get((target, piece.name))
+            if brought is not None and self._fits(brought, piece, tensor):
+                return brought
+            shard = self._bring(piece, target, tensor, by_shard[target, piece.name], store, traffic)
+            self._brought[target, piece.name] = shard
+            return shard
 
         if self._peers is None:
             shards = [bring(one) for one in wanted]
@@ -111,6 +118,20 @@ class ParameterMover:
         for (target, piece), shard in zip(wanted, shards, strict=True):
             brought[target][piece.name] = shard
         return ShardStore(brought)
+
+    def settle(self) -> None:
+        """What was brought has become the current placement's, or is of no use any more."""
+        self._brought = {}
+
+    def lose(self, instance: str) -> None:
+        """Frees what was brought to an instance that is gone."""
+        gone = [key for key in self._brought if key[0].instance == instance]
+        delete_arrays(self._brought.pop(key).buffer for key in gone)
+
+    def _fits(self, shard: Shard, wanted: ArraySlice, tensor: int) -> bool:
+        """Whether a shard is just what a device of a mesh with that tensor degree is to have."""
+        shape = shard_shape(self._arrays[wanted.name], self._spec, tensor)
+        return shard.index == wanted.index and shard.buffer.shape == shape
 
     def _bring(
         self,
@@ -124,12 +145,12 @@ class ParameterMover:
         """One shard on one device: kept, copied whole, or put together."""
         shape = shard_shape(self._arrays[wanted.name], self._spec, tensor)
         held = store.get(target, wanted.name)
-        if held is not None and held.index == wanted.index and held.buffer.shape == shape:
+        if held is not None and self._fits(held, wanted, tensor):
             return held
         with self._counting:
             self._count(moves, traffic)
         device = self._device_of(target)
-        whole = None if self._memory.shared else self._whole(wanted, shape, moves, store)
+        whole = None if self._memory.shared else self._whole(wanted, tensor, moves, store)
         if whole is not None:
             return Shard(wanted.index, jax.device_put(whole, device))
         buffer = self._memory.allocate(target, wanted, shape, self._dtype)
@@ -145,14 +166,13 @@ class ParameterMover:
         return Shard(wanted.index, jax.device_put(buffer, device))
 
     def _whole(
-        self, wanted: ArraySlice, shape: tuple[int, ...], moves: Sequence[SliceMove], store: ShardStore
+        self, wanted: ArraySlice, tensor: int, moves: Sequence[SliceMove], store: ShardStore
     ) -> jax.Array | None:
         """Another device's buffer that is exactly what is wanted, if the plan takes all from there."""
         if len(moves) != 1 or moves[0].source is None or moves[0].slice != wanted:
             return None
         shard = store.get(moves[0].source, wanted.name)
-        fits = shard is not None and shard.index == wanted.index and shard.buffer.shape == shape
-        return shard.buffer if shard is not None and fits else None
+        return shard.buffer if shard is not None and self._fits(shard, wanted, tensor) else None
 
     def _read(self, move: SliceMove, store: ShardStore, buffer: np.ndarray, index: Index) -> None:
         """Reads one slice into its place in a buffer that holds ``index``."""

@@ -17,7 +17,7 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, Instance
 from spotjax.meshes.layout import shard_index, slices_at, split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.meshes.slices import ArraySlice, intersect
+from spotjax.meshes.slices import ArraySlice, Index, intersect
 from spotjax.planner.holdings import Holdings, StackedNeeds, needs_of
 from spotjax.planner.links import Links
 from spotjax.planner.matcher import match
@@ -192,7 +192,9 @@ def test_bytes_moved_are_the_least_of_all_assignments(devices: int, before: str,
     new = Placement(2, new_shape, layers, places)
     needs, plan = plan_for(new, old, instances)
     traffic = Traffic()
-    check_contents(mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic), new, device_of(devices))
+    check_contents(
+        mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic), new, device_of(devices)
+    )
     assert traffic.loaded == 0
     assert traffic.moved == missing_bytes(new, old)
     assert traffic.moved == min(missing_bytes(option, old) for option in assignments(new_shape, instances))
@@ -231,3 +233,35 @@ def test_shards_of_one_array_differ_between_positions(tensor: int) -> None:
     """The contents checked above are able to tell one shard from another."""
     array = ARRAYS["layers.1.attention.key"]
     assert len({shard_index(array, SPEC, tensor, m) for m in range(tensor)}) == tensor
+
+
+class Faltering:
+    """A checkpoint that breaks off once, after so many reads."""
+
+    def __init__(self, reads: int) -> None:
+        self.left, self.read_since = reads, 0
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        if self.left == 0:
+            self.left = -1
+            raise SliceUnavailable("broken off")
+        self.left -= 1
+        self.read_since += self.left < 0
+        return WEIGHTS.read(name, index)
+
+
+def test_what_a_plan_that_was_cut_short_brought_is_not_brought_again() -> None:
+    (placement,) = [Placement(1, MeshShape(1, 1, 2), split_layers(SHARED_HEADS.layers, 1),
+                              {Position(0, 0, m): DeviceRef("i0", m) for m in range(2)})]  # fmt: skip
+    needs, plan = plan_for(placement, None, fleet(1, 2))
+    devices, checkpoint, first = device_of(2), Faltering(7), Traffic()
+    bringing = ParameterMover(SPEC, np.dtype(np.float32), checkpoint, devices.__getitem__)
+    with pytest.raises(SliceUnavailable):
+        bringing.carry_out(plan.moves, needs, 2, ShardStore({}), first)
+    store = bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    check_contents(store, placement, devices)
+    assert checkpoint.read_since == len(plan.moves) - 7, "the seven that were there are not read again"
+    bringing.settle()
+    checkpoint.read_since = 0
+    bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    assert checkpoint.read_since == len(plan.moves), "after it was settled nothing is remembered"
