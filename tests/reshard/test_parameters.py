@@ -192,7 +192,8 @@ def test_bytes_moved_are_the_least_of_all_assignments(devices: int, before: str,
     new = Placement(2, new_shape, layers, places)
     needs, plan = plan_for(new, old, instances)
     traffic = Traffic()
-    check_contents(
+    brought = mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic)
+    check_contents(brought, new, device_of(devices))
         mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic), new, device_of(devices)
     )
     assert traffic.loaded == 0
