@@ -194,8 +194,6 @@ def test_bytes_moved_are_the_least_of_all_assignments(devices: int, before: str,
     traffic = Traffic()
     brought = mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic)
     check_contents(brought, new, device_of(devices))
-        mover(devices).carry_out(plan.moves, needs, new_shape.tensor, store, traffic), new, device_of(devices)
-    )
     assert traffic.loaded == 0
     assert traffic.moved == missing_bytes(new, old)
     assert traffic.moved == min(missing_bytes(option, old) for option in assignments(new_shape, instances))
