@@ -34,7 +34,10 @@ class StoreMemory:
             log.warning("no room in the parameter store, going on without: %s", problem)
             return host_buffer(shape, dtype)
         with self._lock:
+            unfinished = self._writing.pop((target, wanted), None)
             self._writing[target, wanted] = shard
+        if unfinished is not None:  # of a plan that was cut short
+            unfinished.discard()
         return shard.content
 
     def complete(self, target: DeviceRef, wanted: ArraySlice) -> None:

@@ -96,7 +96,8 @@ class Fleet:
         holdings = Holdings.of(spec, self.current, (), INSTANCES, self.whole.held())
         return Preparation(placement, needs, plan_migration(needs, holdings, Links.of(INSTANCES)), heirs)
 
-    def prepare(self, preparation: Preparation) -> None:
+    def prepare(self, preparation: Preparation, *, again: bool = False) -> None:
+        """``again``: hosts may have some of it from the last time."""
         loaded = self.whole.prepare(preparation, ())
         counted = []
         for name, host in self.hosts.items():
@@ -107,8 +108,9 @@ class Fleet:
                 preparation.placement, needs, MigrationPlan(transfers, (), 0, 0, 0), preparation.heirs
             )  # fmt: skip
             counted.append(host.prepare(mine, ()))
-        assert sum(one.loaded for one in counted) == loaded.loaded == preparation.plan.bytes_loaded
-        assert sum(one.moved for one in counted) == loaded.moved == preparation.plan.bytes_moved
+        if not again:
+            assert sum(one.loaded for one in counted) == loaded.loaded == preparation.plan.bytes_loaded
+            assert sum(one.moved for one in counted) == loaded.moved == preparation.plan.bytes_moved
 
     def switch(self, early: Sequence[PageTransfer], late: Sequence[PageTransfer], *, twice: bool = False) -> None:
         for host in (self.whole, *self.hosts.values()):
@@ -299,7 +301,7 @@ def test_a_peer_that_goes_leaves_the_current_mesh_and_another_change_can_follow(
     assert failed.value.instance == "a"
     assert not host.stages
     fleet.fellows.gone.clear()
-    fleet.prepare(preparation)
+    fleet.prepare(preparation, again=True)
     fleet.switch((), transfers)
     check_parameters(fleet)
     check_pages(fleet, before, transfers)
