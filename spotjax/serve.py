@@ -21,6 +21,7 @@ from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
 from spotjax.fleet.status import FleetStatus
 from spotjax.telemetry import logs
+from spotjax.transport import loop
 from spotjax.transport.credentials import server_credentials
 
 log = logging.getLogger("spotjax.serve")
@@ -40,7 +41,7 @@ def run(config: ServeConfig) -> int:
     """Serves until a signal; returns the exit code: 0 once drained, 128 + number on a second signal, 1 on failure."""
     local_workers.die_with_parent()
     logs.set_up(config.log_level, config.log_format)
-    return asyncio.run(serve(config))
+    return loop.run(serve(config))
 
 
 async def serve(config: ServeConfig) -> int:
