@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from spotjax.api.server import ApiServer
 from spotjax.config import ServeConfig, mode
@@ -105,7 +106,8 @@ class FleetServer:
             log.info("waiting for workers to join")
         enough = asyncio.create_task(self._enough.wait())
         try:
-            await asyncio.wait({enough, self._failed_to_start}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {enough, self._failed_to_start}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         finally:
             enough.cancel()
         if self._failed_to_start.done():

@@ -14,7 +14,7 @@ def local_devices(wanted: int) -> list[jax.Device]:
     """This process's devices; ``wanted`` virtual ones where there is only a CPU and jax does not run yet."""
     with contextlib.suppress(RuntimeError):  # jax runs already, with the devices it has
         jax.config.update("jax_num_cpu_devices", wanted)
-    return jax.local_devices()
+    return list(jax.local_devices())
 
 
 def device_type(devices: Sequence[jax.Device], memory_bytes: int) -> InstanceType:
