@@ -78,7 +78,6 @@ class WorkerProcess:
         self._session: Session | None = None
         self._heartbeat: Heartbeat | None = None
         self._beating = ("", 0.0)
-        self._loading = False
         self._watchdog = Watchdog()
         self._leaving = asyncio.Event()
         self._reported: set[asyncio.Task[None]] = set()
@@ -170,14 +169,10 @@ class WorkerProcess:
 
     def _load(self, setup: control.ModelSetup, stores: Path | None) -> Worker:
         programs = cache_directory(self._config.compilation_cache)
-        self._loading = True
-        try:
-            return Worker.load(
-                self._name, self._devices, setup, self._peers, self._links, self._backups, self._make_executor,
-                programs, stores,
-            )  # fmt: skip
-        finally:
-            self._loading = False
+        return Worker.load(
+            self._name, self._devices, setup, self._peers, self._links, self._backups, self._make_executor, programs,
+            stores,
+        )  # fmt: skip
 
     async def _beat(self, controller: str, interval: float) -> None:
         """Has the heartbeat go to that address of the controller, which is another one when it has started anew."""
@@ -202,7 +197,7 @@ class WorkerProcess:
         if not stay.done():
             stay.cancel()
             await asyncio.wait({stay}, timeout=CANCEL_SECONDS)
-        if self._loading or not stay.done():  # compiling, which cannot be interrupted
+        if not stay.done():  # compiling, which cannot be interrupted
             await asyncio.to_thread(self._forsake)
             os._exit(0)
         return 0
