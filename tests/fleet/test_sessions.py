@@ -13,7 +13,7 @@ import pytest
 from spotjax.errors import InstanceLost
 from spotjax.fleet import sessions as module
 from spotjax.fleet.leases import Leases
-from spotjax.fleet.sessions import LOOKS_PER_LEASE, CommandFailed, Sessions, WorkerSession
+from spotjax.fleet.sessions import FIRST_BEAT_SECONDS, LOOKS_PER_LEASE, CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import InstanceType
 from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
@@ -349,6 +349,7 @@ async def test_a_worker_that_does_not_listen_cannot_hold_up_its_end(
 async def test_the_silent_are_ended_and_those_who_beat_are_not(fleet: Fleet) -> None:
     await fleet.join("loud")
     silent = await fleet.join("silent")
+    fleet.sessions.beat(Beat("silent", "1"))
     stranger = Beat("silent", "another incarnation")
     watching = asyncio.create_task(fleet.sessions.watch(LEASE))
     async with asyncio.timeout(10):
@@ -361,6 +362,19 @@ async def test_the_silent_are_ended_and_those_who_beat_are_not(fleet: Fleet) -> 
     assert fleet.sessions.get("loud") is not None
     assert fleet.watcher.told[2:] == [("ended", "silent", f"silent for {LEASE} s")]
     assert await silent.hear() is None
+
+
+async def test_a_newcomer_has_time_until_its_first_beat_or_until_it_is_ready(fleet: Fleet) -> None:
+    beats = await fleet.join("beats")
+    ready = await fleet.join("ready")
+    assert fleet.leases.remaining("beats", fleet.clock.now) == FIRST_BEAT_SECONDS
+    fleet.sessions.beat(Beat("beats", "1"))
+    assert fleet.leases.remaining("beats", fleet.clock.now) == LEASE
+    await ready.say(control.Ready((), 0))
+    await fleet.watcher.until_told("registered", "registered", "ready")
+    assert fleet.leases.remaining("ready", fleet.clock.now) == LEASE
+    beats.stream.cancel()
+    ready.stream.cancel()
 
 
 async def test_a_controller_that_stood_still_blames_nobody(fleet: Fleet) -> None:
