@@ -15,7 +15,7 @@ from typing import Any
 from spotjax.api.server import ApiServer
 from spotjax.config import ServeConfig, mode
 from spotjax.engine.commit_log import MemoryCommitLog
-from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices
+from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices, SpotjaxError
 from spotjax.fleet.controller import Controller, ServiceLimits
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
@@ -100,6 +100,7 @@ class FleetServer:
             raise ConfigError(f"cannot listen on {self._config.data_listen}: {problem}") from problem
         server.add_handlers([self._sessions.handler()])
         self._watching = asyncio.create_task(self._sessions.watch(self._config.lease_seconds))
+        self._watching.add_done_callback(self._watching_ended)
         if self._workers is not None:
             await self._workers.add(self._config.workers)
         else:
@@ -134,7 +135,7 @@ class FleetServer:
             if self._setup is None:
                 try:
                     await self._build(registration)
-                except ConfigError as problem:
+                except SpotjaxError as problem:
                     self._fail_to_start(problem)
                     return control.Refused(str(problem), retry=False)
         assert self._setup is not None, "it was just built"
@@ -222,6 +223,13 @@ class FleetServer:
             self._service.gone(name, f"its process ended with {code}")
         if not self._enough.is_set():
             self._fail_to_start(ConfigError(f"worker {name} ended with {code} before it was ready; see its log above"))
+
+    def _watching_ended(self, watching: asyncio.Task[None]) -> None:
+        """Without somebody who looks, the silent would stay for ever."""
+        if not watching.cancelled() and (problem := watching.exception()) is not None:
+            log.critical("leases are not watched any more", exc_info=problem)
+            if not self.failure.done():
+                self.failure.set_exception(problem)
 
     def _fail_to_start(self, problem: Exception) -> None:
         if not self._failed_to_start.done():
