@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Lease:
-    """Until when one incarnation of an instance counts as alive."""
+    """Until when one incarnation of an instance counts as alive, and whether it was ever heard."""
 
     incarnation: str
     expiry: float
+    heard: bool = True
 
 
 class Leases:
@@ -38,6 +39,10 @@ class Leases:
         """Starts a full lease; one of an earlier incarnation ends here."""
         self._leases[name] = Lease(incarnation, now + self.seconds)
 
+    def expect(self, name: str, incarnation: str, now: float, seconds: float) -> None:
+        """Starts a lease of ``seconds`` for somebody who does not beat yet; the first beat makes it an ordinary one."""
+        self._leases[name] = Lease(incarnation, now + seconds, heard=False)
+
     def beat(self, name: str, incarnation: str, now: float) -> bool:
         """Prolongs the lease to ``seconds`` from now; also one that is over but was not yet revoked.
 
@@ -46,7 +51,8 @@ class Leases:
         lease = self._leases.get(name)
         if lease is None or lease.incarnation != incarnation:
             return False
-        lease.expiry = max(lease.expiry, now + self.seconds)
+        expiry = now + self.seconds
+        lease.expiry, lease.heard = max(lease.expiry, expiry) if lease.heard else expiry, True
         return True
 
     def revoke(self, name: str) -> bool:

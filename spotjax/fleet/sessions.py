@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 LOOKS_PER_LEASE = 16
 """How often, within a lease, leases are looked at."""
+FIRST_BEAT_SECONDS = 30.0
+"""For a newcomer's first beat, unless it is ready before: its heartbeat process starts on cores that others use."""
 GOODBYE_SECONDS = 1.0
 """For a worker to take what was sent to it before its session ended."""
 
@@ -231,7 +233,7 @@ class Sessions:
         session = WorkerSession(registration)
         session.tell(answer)
         self._current[session.instance] = session
-        self._leases.grant(session.instance, registration.incarnation, self._clock())
+        self._leases.expect(session.instance, registration.incarnation, self._clock(), FIRST_BEAT_SECONDS)
         self._watcher.registered(session)
         try:
             await self._converse(session, context)
@@ -283,6 +285,7 @@ class Sessions:
             match message:
                 case control.Ready():
                     session.offer, session.compiled = message, message.compiled
+                    self._leases.grant(session.instance, session.registration.incarnation, self._clock())
                     self._probation.serves(session.instance, session.registration.incarnation, self._clock())
                     self._watcher.ready(session)
                 case control.Done() | control.Failed():

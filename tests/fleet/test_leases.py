@@ -59,6 +59,16 @@ def test_a_beat_prolongs_a_lease_from_when_it_was_heard() -> None:
     assert leases.next_expiry() == 13.5
 
 
+def test_who_is_expected_has_its_own_time_until_the_first_beat_and_an_ordinary_lease_then() -> None:
+    leases = Leases(SECONDS)
+    leases.expect("one", "a", 10.0, 30.0)
+    assert not leases.beat("one", "b", 11.0)
+    leases.stalled(1.0, 12.0)
+    assert leases.next_expiry() == 40.0
+    assert leases.beat("one", "a", 13.0)
+    assert leases.next_expiry() == 15.0
+
+
 def test_beats_of_strangers_and_of_earlier_incarnations_prolong_nothing() -> None:
     leases = Leases(SECONDS)
     leases.grant("one", "a", 10.0)
