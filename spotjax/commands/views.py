@@ -34,20 +34,26 @@ def status_view(status: FleetStatus) -> RenderableType:
 
 
 def instances_table(status: FleetStatus) -> Table:
-    """One row for each instance; where it is and what it is rented as only if that is known of any."""
+    """One row for each instance; where it is and what it is rented as only if that is known of any.
+
+    Which positions its devices have is in the table of the mesh.
+    """
     machines = any(instance.zone or instance.address for instance in status.instances)
     table = Table(title="instances", title_justify="left")
-    for heading in ("name", "type", "state", "devices", "positions (data, stage, tensor)"):
-        table.add_column(heading)
+    for heading in ("name", "type", "state", "devices", "in use"):
+        table.add_column(heading, no_wrap=heading in ("name", "state"))
     for heading in ("zone", "price", "address") if machines else ():
         table.add_column(heading)
     for instance in status.instances:
-        held = ", ".join(f"{index}: {tuple(at)}" for index, at in sorted(instance.positions.items()))
         colour = COLOURS[instance.state]
         state = f"[{colour}]{instance.state}[/{colour}]"
         machine = (instance.zone, instance.price_class.replace("_", "-"), instance.address) if machines else ()
         table.add_row(
-            *map(escape, (instance.name, instance.type)), state, str(instance.devices), held, *map(escape, machine)
+            *map(escape, (instance.name, instance.type)),
+            state,
+            str(instance.devices),
+            str(len(instance.positions)),
+            *map(escape, machine),
         )
     return table
 
