@@ -232,6 +232,8 @@ class Worker:
             self._backup.install(role.backup for role in roles.values() if role.backup is not None)
         if self._memory is not None:
             self._memory.keep(self._host.held())
+        shown = ", ".join(f"{data}.{number}" for data, number in sorted(self._host.stages)) or "none"
+        log.info("epoch adopted", extra={"epoch": placement.epoch, "stages": shown, "keeper": self._keeper or "none"})
         self._links.onward = onwards
         for instance in sorted(onwards):  # last, because other replicas must run even if one of these is gone
             try:
