@@ -85,10 +85,11 @@ class BulkReader:
         tries, arrival = 0, time.monotonic()
         while True:
             before = transfer.done
-            stream, reused = self._take(address), True
+            stream = self._take(address)
+            reused = stream is not None
             try:
                 if stream is None:
-                    stream, reused = await self._dial(address, arrival + timeout - time.monotonic()), False
+                    stream = await self._dial(address, arrival + timeout - time.monotonic())
                 stream.timeout = timeout
                 await self._run(stream, transfer, reused)
             except TransportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -318,6 +319,16 @@ async def test_connections_beyond_the_limit_are_turned_away(net: Net, monkeypatc
     finally:
         go.set()
     await asyncio.gather(*served)
+
+
+async def test_an_address_that_nobody_listens_at_is_given_up_long_before_the_timeout(net: Net) -> None:
+    endpoint = net.endpoint().endpoint
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+    async with asyncio.timeout(60):
+        with pytest.raises(ConnectionLost, match="cannot connect"):
+            await endpoint.fetch(address, b"x", memoryview(bytearray(8)), 600)
 
 
 async def test_a_read_only_destination_is_refused(net: Net) -> None:
