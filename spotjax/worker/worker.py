@@ -32,7 +32,6 @@ from spotjax.reshard.transfer import Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
-from spotjax.sizing import resolve_dtype
 from spotjax.worker.backup import Backup
 from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
@@ -103,7 +102,7 @@ class Worker:
           CheckpointError: the model cannot be loaded.
           ConfigError: its weights are not those that the controller has, or another process has the store.
         """
-        dtype = resolve_dtype(setup.dtype, devices[0].platform)
+        dtype = np.dtype(setup.dtype)
         model = open_model(setup.model)
         own = fingerprint(model.checkpoint, dtype)
         if own != setup.fingerprint:
