@@ -93,13 +93,15 @@ class Attendance:
         absent = [name for name in names if not self._cluster.joinable(name)]
         if not absent:
             return await self._finish(self._reconfigurer.reconfigure())
-        for name in absent:
-            self._awaited[name] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        awaited: dict[str, asyncio.Future[Reconfiguration]] = {name: loop.create_future() for name in absent}
+        self._awaited |= awaited
         try:
-            reports = await asyncio.gather(*(self._awaited[name] for name in absent))
+            reports = await asyncio.gather(*awaited.values())
         finally:
-            for name in absent:
-                self._awaited.pop(name, None)
+            for name, future in awaited.items():
+                if self._awaited.get(name) is future:  # not that of another call, for its next life
+                    del self._awaited[name]
         return max(reports, key=lambda report: report.epoch)
 
     def registered(self, instance: Instance) -> None:

@@ -17,7 +17,7 @@ from spotjax.engine.replica import Replica
 from spotjax.fleet.change import KvChange
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.membership import Membership
-from spotjax.fleet.tempo import Tempo
+from spotjax.fleet.tempo import SWITCH_SECONDS, Tempo
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.planner.deadline import Arrangement, Arrival, Departure, RunningSequence, Saved, arrange, steps_alone
@@ -85,10 +85,15 @@ class Boundary:
         pace = self._tempo.pace(stopping, kv.plan)
         sequences = _sequences(stopping, kv, copied, pace.step_seconds)
         arrivals = [Arrival(name, now + self._tempo.prepare_seconds) for name in newcomers] if late else []
-        arrangement = arrange(now, departures, arrivals, sequences, pace)
-        assert arrangement is not None, "there are departures"
-        too_late = frozenset(int(one.key) for one in sequences if one.bytes and one.key in arrangement.recomputed)
-        return arrangement if late else replace(arrangement, steps=0), too_late
+        # What there is no time for is decided by what was measured; the stop has something to spare on top of it.
+        cautious = replace(pace, fixed_seconds=max(pace.fixed_seconds, SWITCH_SECONDS))
+        wanted = arrange(now, departures, arrivals, sequences, cautious)
+        needed = arrange(now, departures, arrivals, sequences, pace)
+        assert wanted is not None and needed is not None, "there are departures"
+        too_late = frozenset(int(one.key) for one in sequences if one.bytes and one.key in needed.recomputed)
+        if not late or (wanted.saved is not Saved.KV and needed.saved is not Saved.TOKENS):
+            wanted = replace(wanted, steps=0)
+        return wanted, too_late
 
     def ends(self, current: Placement | None) -> dict[int, float]:
         """Until when each running replica can go on, in monotonic seconds: the first deadline of its instances."""

@@ -15,8 +15,8 @@ STEP_SECONDS = 0.1
 """Of a step, before one was measured."""
 SHORTEST_STEP = 1e-3
 SWITCH_SECONDS = 0.5
-"""Of a stop and a switch, before one was measured; SpotServe assumes the same."""
-SWITCHES = 8
+"""Of a stop and a switch, before one was measured, and where there is time for caution; SpotServe assumes the same."""
+RECENT = 8
 """The longest of so many is what the next one is expected to take."""
 MEASURABLE_BYTES = 1 << 24
 """Fewer bytes say more about delays than about bandwidth."""
@@ -37,7 +37,8 @@ class Tempo:
         self._position_bytes = position_bytes
         self._step_seconds, self._longest_step = STEP_SECONDS, STEP_SECONDS
         self._bandwidth = inf
-        self._switch_seconds: deque[float] = deque(maxlen=SWITCHES)
+        self._copy_seconds: deque[float] = deque(maxlen=RECENT)
+        self._switch_seconds: deque[float] = deque(maxlen=RECENT)
 
     def prepared(self, seconds: float) -> None:
         """Parameters were brought into place in that time."""
@@ -45,7 +46,9 @@ class Tempo:
 
     def copied(self, traffic: Traffic, seconds: float) -> None:
         """KV was copied in that time."""
-        if traffic.moved >= MEASURABLE_BYTES and seconds > 0:
+        if traffic.moved < MEASURABLE_BYTES:
+            self._copy_seconds.append(seconds)
+        elif seconds > 0:
             self._bandwidth = traffic.moved / seconds
 
     def switched(self, seconds: float) -> None:
@@ -69,6 +72,6 @@ class Tempo:
             self._step_seconds,
             self._longest_step,
             min(moved / busiest if busiest else inf, self._bandwidth),
-            max(self._switch_seconds, default=SWITCH_SECONDS),
+            max(self._switch_seconds, default=SWITCH_SECONDS) + max(self._copy_seconds, default=0.0),
             self._position_bytes if moved else 0,
         )

@@ -15,6 +15,8 @@ from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits
 from spotjax.errors import InstanceLost
+from spotjax.fleet.attendance import Supply
+from spotjax.fleet.boundary import Leave
 from spotjax.fleet.change import Planning
 from spotjax.fleet.controller import Controller, ServiceLimits
 from spotjax.fleet.membership import Membership
@@ -138,9 +140,12 @@ class PureCluster:
     def _delay(self) -> int:
         return self._random.choice((0, 1, 2, 9))
 
+    async def _take_time(self) -> None:
+        await turns(self._random.randrange(12))
+
     async def _work(self, preparation: Preparation) -> None:
         before = set(self.lost)
-        await turns(self._random.randrange(12))
+        await self._take_time()
         self._fault()
         sources = {move.source.instance for move in preparation.plan.moves if move.source is not None}
         targets = {device.instance for device in preparation.needs}
@@ -198,12 +203,15 @@ def make_service(
     queue: int = 1000,
     fault: Callable[[], None] = lambda: None,
     retain_seconds: float = 60.0,
+    cluster: PureCluster | None = None,
+    supply: Supply | None = None,
+    leave: Leave = "early",
 ) -> Service:
     """A service that is not started, of which the first ``alive`` instances are ready."""
     members = Membership(machines)
     for machine in machines[len(machines) if alive is None else alive :]:
         members.set_state(machine.name, InstanceState.GONE)
-    cluster, log = PureCluster(random, fault), MemoryCommitLog()
+    cluster, log = cluster or PureCluster(random, fault), MemoryCommitLog()
     limits = ServiceLimits(
         max_positions=40,
         pages=pages,
@@ -215,7 +223,7 @@ def make_service(
     demand = Demand(batch=max_batch, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=pages - 1, step_tokens=8)
     controller = Controller(
         "pure", Planning(SPEC, demand), members, cluster, log, LETTERS, LETTERS.end_tokens, limits,
-        asyncio.get_running_loop().time, lambda: 1e9,
+        asyncio.get_running_loop().time, lambda: 1e9, supply, leave,
     )  # fmt: skip
     logging.getLogger("spotjax.fleet.events").setLevel(logging.WARNING)
     return Service(controller, cluster, log, members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from fleet_cases import instances
 
@@ -57,3 +59,16 @@ def test_who_is_gone_or_unknown_is_not_alive(name: str) -> None:
 
 def test_who_is_alive_is_found() -> None:
     assert members().require_alive("i1").state is InstanceState.NOTICED
+
+
+def test_the_earliest_deadline_counts_and_ends_with_the_notice() -> None:
+    membership = members()
+    assert membership.deadline("i0") == inf and membership.deadline("i2") == membership.deadline("i3") == -inf
+    membership.notice("i0", 30.0)
+    membership.notice("i0", 20.0)
+    membership.notice("i0", 40.0)
+    assert membership.deadline("i0") == 20.0 and membership.is_leaving("i0")
+    membership.set_state("i0", InstanceState.GONE)
+    assert membership.deadline("i0") == -inf and membership.losses("i0") == 1 and not membership.is_leaving("i0")
+    membership.set_state("i0", InstanceState.READY)
+    assert membership.deadline("i0") == inf
