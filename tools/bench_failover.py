@@ -18,6 +18,7 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ WAIT_SECONDS = 120.0
 SILENT_SECONDS = 4.0
 """How long a silent instance is stopped: longer than its lease."""
 PHASES = ("detected", "planned", "parameters", "switched", "first_token")
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 200)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ async def bench(arguments: argparse.Namespace) -> list[Pause]:
     mesh = f"1x{arguments.instances}x{arguments.devices_per_instance}"
     requests = [
         Request(
-            f"{speaker}-{number}",
+            f"stream-{number}",
             f"{speaker}.\n{LINES[number % len(LINES)]}\n",
             {"temperature": 0.8, "seed": arguments.seed + number, "max_tokens": NEW_TOKENS, "ignore_eos": True},
         )

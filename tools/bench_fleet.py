@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ from spotjax.tools.service import Service, ready, running, serving
 PROMPT, NEW = 32, 160
 """Tokens of every prompt, and new tokens of every stream."""
 WAIT_SECONDS = 300.0
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 async def rate(service: Service, streams: int) -> float:
