@@ -202,6 +202,22 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         int,
         Meta(ge=0, description="bytes per second that each worker may spend on that; 0: no limit", extra=CONTROLLER),
     ] = 100_000_000
+    slice_hosts: Annotated[
+        int,
+        Meta(ge=1, le=4096, description="host processes that are this instance together: a TPU slice", extra=WORKER),
+    ] = 1
+    slice_host: Annotated[
+        int, Meta(ge=0, description="which of them this one is; 0 speaks for the slice", extra=WORKER)
+    ] = 0
+    slice_coordinator: Annotated[
+        str,
+        Meta(
+            pattern=f"^({ADDRESS})?$",
+            description="HOST:PORT at which host 0 of a slice brings its hosts together, for these alone to reach; "
+            "empty: a TPU slice finds it, and the hosts' numbers, by itself",
+            extra=WORKER,
+        ),
+    ] = ""
     price_class: Annotated[
         Literal["spot", "on_demand"], Meta(description="whether the machine can be taken away", extra=WORKER)
     ] = "spot"
@@ -268,6 +284,10 @@ def refuse_contradictions(config: ServeConfig) -> None:
     if any(getattr(config, name) for name in TLS) and (missing := [n for n in TLS if not getattr(config, n)]):
         there = [name for name in TLS if name not in missing]
         raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs all of {', '.join(TLS)}")
+    if config.slice_host >= config.slice_hosts:
+        raise ConfigError(f"slice_host ({config.slice_host}) must be less than slice_hosts ({config.slice_hosts})")
+    if config.slice_coordinator and config.slice_hosts == 1:
+        raise ConfigError(f"slice_coordinator ({config.slice_coordinator}) has no meaning without slice_hosts")
     if chosen != "embedded" and not config.advertise and is_any(config.data_listen):
         raise ConfigError(
             f"data_listen ({config.data_listen}) is every address of this machine; advertise must say which one of "

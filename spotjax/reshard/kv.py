@@ -99,10 +99,15 @@ class KvMover:
     def host_pages(self, layers: int, pages: int) -> tuple[np.ndarray, list[LayerPages[np.ndarray]]]:
         """Host memory for pages of some layers: one flat array of bytes, and the views of every layer into it."""
         c, size = self._model.spec.config, self._model.page_size
-        shapes = LayerPages((pages, c.kv_heads, c.head_size, size), (pages, c.kv_heads, size, c.head_size))
-        flat = host_buffer((layers, 2, pages * c.kv_heads * c.head_size * size), self._model.dtype)
-        views = [LayerPages(*(part.reshape(shape) for part, shape in zip(both, shapes, strict=True))) for both in flat]
-        return flat.reshape(-1).view(np.uint8), views
+        flat = host_buffer((layers * 2 * pages * c.kv_heads * c.head_size * size,), self._model.dtype).view(np.uint8)
+        return flat, self.page_views(flat, layers, pages, c.kv_heads)
+
+    def page_views(self, flat: np.ndarray, layers: int, pages: int, heads: int) -> list[LayerPages[np.ndarray]]:
+        """The views of every layer into bytes of that layout, with so many kv heads."""
+        c, size = self._model.spec.config, self._model.page_size
+        shapes = LayerPages((pages, heads, c.head_size, size), (pages, heads, size, c.head_size))
+        split = flat.view(self._model.dtype).reshape(layers, 2, -1)
+        return [LayerPages(*(part.reshape(shape) for part, shape in zip(both, shapes, strict=True))) for both in split]
 
     def heads(self, stage: Stage) -> tuple[Range, ...]:
         """The kv heads that each of this process's devices of a stage holds."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from spotjax.meshes.instance import InstanceType
+from spotjax.meshes.sharding import own
 
 
 def local_devices(wanted: int) -> list[jax.Device]:
@@ -26,7 +27,7 @@ def device_type(devices: Sequence[jax.Device], memory_bytes: int) -> InstanceTyp
       devices: of one instance.
       memory_bytes: of all its devices together; 0 asks the devices. Stays 0 where they do not know.
     """
-    device, count = devices[0], len(devices)
+    device, count = own(devices)[0], len(devices)
     memory = memory_bytes // count
     if device.platform == "cpu":
         return InstanceType("virtual-cpu", count, memory, 5e10, 1e10, 5e9, 5e9)

@@ -109,6 +109,8 @@ def _machine() -> str:
     if device.platform == "cpu" and Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    if jax.process_count() > 1:
+        features += f"\n{jax.process_count()} processes"
     parts = (jax.__version__, version("jaxlib"), device.platform, device.device_kind, platform.machine(), features)
     return "\n".join((*parts, device.client.platform_version, os.environ.get("XLA_FLAGS", "")))
 

@@ -128,6 +128,10 @@ class StageExecutor:
         out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
         if role.backup is not None:
             role.backup.written(header.sequences, packed.rows)
+        self._hand_on(role, header, packed, out, ready)
+
+    def _hand_on(self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool) -> None:
+        """What becomes of a step's output on one stage; waits for it."""
         if role.last:
             result = self._draw(role.stage, packed, out)
             rows, columns = result.shape

@@ -13,19 +13,20 @@ import socket
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 
 from spotjax.config import ServeConfig
-from spotjax.errors import ConnectionLost
+from spotjax.errors import ConnectionLost, TransportError
 from spotjax.protocol import control
 from spotjax.protocol.backup import BackupHeader
 from spotjax.protocol.steps import StepHeader
 from spotjax.reshard.store_directory import default_directory
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
+from spotjax.runtime.executables import Devices
 from spotjax.runtime.program_cache import cache_directory
 from spotjax.transport.connection import Connection
 from spotjax.transport.credentials import channel_credentials
@@ -56,6 +57,10 @@ RETRY_SECONDS = (0.1, 2.0)
 
 async def run(config: ServeConfig) -> int:
     """Works for the controller at ``config.join``; returns the exit code."""
+    if config.slice_hosts > 1:
+        from spotjax.worker import slice_process
+
+        return await slice_process.run(config)
     process = WorkerProcess(config)
     await process.open()
     try:
@@ -66,6 +71,10 @@ async def run(config: ServeConfig) -> int:
 
 class WorkerProcess:
     """This process as a worker."""
+
+    FRAMES: Any = StepHeader | BackupHeader
+    """Headers of the frames that it takes."""
+    KIND: type[Worker] = Worker
 
     def __init__(self, config: ServeConfig) -> None:
         self._config = config
@@ -85,15 +94,14 @@ class WorkerProcess:
     async def open(self) -> None:
         """Takes the devices and listens."""
         self._loop = asyncio.get_running_loop()
-        devices = local_devices(self._config.devices_per_instance)
-        self._devices = tuple(devices[: self._config.devices_per_instance] if devices[0].platform == "cpu" else devices)
+        self._devices = self._take_devices()
         tls = Tls.from_files(*self._tls_files) if self._tls_files is not None else None
-        self._endpoint = Endpoint(StepHeader | BackupHeader, self._receive, provide=self._provide, tls=tls)
+        self._endpoint = Endpoint(self.FRAMES, self._receive, provide=self._provide, tls=tls)
         port = await self._endpoint.listen(self._config.data_listen)
         self._address = f"{self._config.advertise or self._config.data_listen.rpartition(':')[0]}:{port}"
         self._watchdog.start()
         self._links = Links(self._endpoint, self._steps_lost)
-        self._peers = RemotePeers(self._name, self._backups, self._endpoint, asyncio.get_running_loop(), READ_SECONDS)
+        self._peers = self._make_peers()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._told_to_leave)
 
@@ -169,7 +177,7 @@ class WorkerProcess:
 
     def _load(self, setup: control.ModelSetup, stores: Path | None) -> Worker:
         programs = cache_directory(self._config.compilation_cache)
-        return Worker.load(
+        return self.KIND.load(
             self._name, self._devices, setup, self._peers, self._links, self._backups, self._make_executor, programs,
             stores,
         )  # fmt: skip
@@ -183,6 +191,13 @@ class WorkerProcess:
         self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, self._tls_files)
         await asyncio.to_thread(self._heartbeat.start)
         self._beating = controller, interval
+
+    def _take_devices(self) -> Devices:
+        devices = local_devices(self._config.devices_per_instance)
+        return tuple(devices[: self._config.devices_per_instance] if devices[0].platform == "cpu" else devices)
+
+    def _make_peers(self) -> RemotePeers:
+        return RemotePeers(self._name, self._backups, self._endpoint, self._loop, READ_SECONDS)
 
     def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:
         return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed, self._watchdog)
@@ -212,13 +227,15 @@ class WorkerProcess:
             os._exit(1)
         self._leaving.set()
 
-    def _receive(self, connection: Connection, header: StepHeader | BackupHeader, payload: memoryview) -> None:
+    def _receive(self, connection: Connection, header: Any, payload: memoryview) -> None:
         if self._worker is None:
             raise ConnectionLost(f"{connection.peer} sent a {type(header).__name__} before there was a model")
         if isinstance(header, StepHeader):
             self._worker.executor.receive(header, payload)
-        else:
+        elif isinstance(header, BackupHeader):
             self._backups.put(header, np.frombuffer(payload, np.uint8))
+        else:
+            raise TransportError(f"{connection.peer} sent a {type(header).__name__}, which is not for this process")
 
     def _provide(self, what: bytes) -> Sequence[Buffer]:
         if self._worker is None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from spotjax.errors import ConfigError, ConnectionLost, PeerUnreachable, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
+from spotjax.meshes.sharding import own
 from spotjax.meshes.slices import ArraySlice
 from spotjax.models.catalog import open_model
 from spotjax.models.fingerprint import fingerprint
@@ -104,8 +105,8 @@ class Worker:
         """
         dtype = np.dtype(setup.dtype)
         model = open_model(setup.model)
-        own = fingerprint(model.checkpoint, dtype)
-        if own != setup.fingerprint:
+        own_weights = fingerprint(model.checkpoint, dtype)
+        if own_weights != setup.fingerprint:
             raise ConfigError(
                 f"the weights of {setup.model} on this machine are not those that the controller has; put the same "
                 "files on both"
@@ -113,7 +114,7 @@ class Worker:
         spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
         compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs)
         buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
-        store = ParameterStore.open(stores, name, own) if stores is not None else None
+        store = ParameterStore.open(stores, cls.store_name(name), own_weights) if stores is not None else None
         memory = StoreMemory(store) if store is not None else None
         host = Host(compiled, buckets, model.checkpoint, {name: devices}, peers, memory)
         for tensor in setup.degrees:
@@ -122,6 +123,11 @@ class Worker:
             host.store = attach(store, name, devices)
         executor = make_executor(compiled, setup.max_positions)
         return cls(name, setup, host, executor, peers, links, backups, store, memory)
+
+    @classmethod
+    def store_name(cls, name: str) -> str:
+        """Under which an instance of that name keeps its parameters on this machine."""
+        return name
 
     def ready(self) -> control.Ready:
         """What there is to offer."""
@@ -222,7 +228,8 @@ class Worker:
         roles, last, onwards = {}, placement.shape.stage - 1, set[str]()
         for (data, number), stage in self._host.stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
-            backup = self._backup.of(stage) if self._backup is not None else None
+            whole = stage.own == stage.devices  # TPU slices: no host has all kv heads to back up
+            backup = self._backup.of(stage) if self._backup is not None and whole else None
             roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, backup)
             if onward != self._name:
                 onwards.add(onward)
@@ -267,7 +274,7 @@ def attach(store: ParameterStore, name: str, devices: Devices) -> ShardStore:
     held: dict[DeviceRef, dict[str, Shard]] = {}
     for stored in store.attached():
         device, array, index = stored.key
-        if device < len(devices):
+        if own(devices[device : device + 1]):
             buffer = jax.device_put(stored.content, devices[device])
             held.setdefault(DeviceRef(name, device), {})[array] = Shard(index, buffer)
     if held:

@@ -49,7 +49,8 @@ CONTROLLER = {
 }  # fmt: skip
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
-    "zone": "europe-west4-a", "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
+    "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
+    "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
 }  # fmt: skip
 
 
@@ -68,6 +69,18 @@ def test_every_setting_can_come_from_each_source(tmp_path: Path, values: dict[st
     assert load(environment={f"SPOTJAX_{name.upper()}": str(value) for name, value in values.items()}) == expected
     toml = "".join(f"{n} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for n, v in values.items())
     assert load(written(tmp_path, toml)) == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--slice-hosts", "2", "--slice-host", "2"], r"slice_host \(2\) must be less than slice_hosts \(2\)"),
+        (["--slice-coordinator", "10.0.0.7:8476"], r"slice_coordinator \(10.0.0.7:8476\) has no meaning"),
+    ],
+)
+def test_hosts_that_a_slice_cannot_have_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(["--join", "10.0.0.1:8470", *flags])
 
 
 def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 
 from spotjax.fleet.status import FleetEvent, FleetStatus
 from spotjax.tools.load import Load
 from spotjax.tools.local_fleet import LocalFleet
-from spotjax.tools.request_mix import Output, mix
+from spotjax.tools.request_mix import Output, Request, mix
 from spotjax.tools.service import POLL_SECONDS
 
 NAMES = [f"instance-{number}" for number in range(4)]
@@ -27,9 +27,11 @@ def worker_flags(programs: Path) -> tuple[str, ...]:
 
 
 @contextlib.asynccontextmanager
-async def load_on(fleet: LocalFleet, expected: Mapping[str, Output], clients: int = 4) -> AsyncIterator[Load]:
+async def load_on(
+    fleet: LocalFleet, expected: Mapping[str, Output], clients: int = 4, requests: Sequence[Request] = REQUESTS
+) -> AsyncIterator[Load]:
     """Requests run when the body begins; after it they are let end, all as expected."""
-    load = Load(fleet.client, REQUESTS, expected, clients, seed=len(fleet.history))
+    load = Load(fleet.client, requests, expected, clients, seed=len(fleet.history))
     try:
         assert await load.until(lambda: load.tokens >= 40 * clients, DONE_SECONDS), fleet.story()
         yield load
