@@ -60,7 +60,6 @@ class FleetServer:
         self._endpoint = Endpoint(Beat | ResultHeader, self._receive, tls=tls)
         self._workers = LocalWorkers(config, address, on_exit=self._worker_ended) if config.workers else None
         self._data_port = 0
-        self._closing = False
         self._built = asyncio.Lock()
         self._setup: control.ModelSetup | None = None
         self._service: Controller | None = None
@@ -118,7 +117,6 @@ class FleetServer:
 
     async def close(self) -> None:
         """Stops at the next token boundary. Own workers end; others stay, and wait for a controller."""
-        self._closing = True
         if self._service is not None:
             await self._service.close()
         if self._workers is not None:
@@ -169,10 +167,6 @@ class FleetServer:
 
     def ended(self, session: WorkerSession, why: str) -> None:
         """See ``Watcher.ended``."""
-        if self._closing:  # no mesh to change any more, but steps must not wait for who is gone
-            if self._cluster is not None:
-                self._cluster.lose(session.instance)
-            return
         self._readied.discard(session.instance)
         self.service.gone(session.instance, f"({why})")
 
@@ -225,7 +219,7 @@ class FleetServer:
 
     def _worker_ended(self, name: str, code: int) -> None:
         """An own worker's process has ended; its session says so too, if it had one."""
-        if self._service is not None and not self._closing:
+        if self._service is not None:
             self._service.gone(name, f"its process ended with {code}")
         if not self._enough.is_set():
             self._fail_to_start(ConfigError(f"worker {name} ended with {code} before it was ready; see its log above"))

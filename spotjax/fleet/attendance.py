@@ -22,7 +22,7 @@ Supply = Callable[[int], Awaitable[Sequence[str]]]
 
 
 class Attendance:
-    """Who is there. Nothing that happens before ``open`` changes the mesh.
+    """Who is there. Nothing that happens before ``open`` or after ``close`` changes the mesh; who is gone is noted.
 
     Args:
       members: the instances.
@@ -59,6 +59,7 @@ class Attendance:
 
     async def close(self) -> None:
         """Lets changes end without waiting for deadlines. Who still waits for an instance is told that none comes."""
+        self._is_open = False
         self._reconfigurer.hurry()
         for name in self._awaited:
             self._stop_waiting(name, f"instance {name} has not arrived, and the service ends")
@@ -113,14 +114,16 @@ class Attendance:
     def arrived(self, instance: str) -> None:
         """It is ready to join."""
         if not self._is_open:
-            return  # part of the first mesh
+            return  # part of the first mesh, or too late
         change = self._in_background(self._reconfigurer.reconfigure())
         if (awaited := self._awaited.get(instance)) is not None:
             change.add_done_callback(lambda done: _pass_on(done, awaited))
 
     def noticed(self, instance: str, seconds: float) -> None:
         """It will be gone in so many seconds."""
-        if not self._is_open or instance in self._members.having(InstanceState.JOINING):
+        if not self._is_open:
+            self.gone(instance, "as announced")
+        elif instance in self._members.having(InstanceState.JOINING):
             self.gone(instance, "before it joined")
         elif self._members.is_alive(instance):
             self._notice(instance, seconds)

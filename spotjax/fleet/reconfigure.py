@@ -101,6 +101,7 @@ class Reconfigurer:
                     report = await self._change()
                 except InstanceLost as loss:
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
+                    await asyncio.sleep(0)  # whoever is still to tell us of the loss gets a turn
                 else:
                     if report is not None and not self._joinable():
                         return report

@@ -305,3 +305,20 @@ async def test_a_loss_while_the_first_mesh_is_formed_is_not_missed() -> None:
     await asyncio.sleep(5)
     assert mesh(Fleet(service, cluster)) == {"i0"}
     await finish(Fleet(service, cluster))
+
+
+@in_virtual_time
+async def test_who_goes_when_the_service_closes_is_noted_and_nothing_changes_for_it() -> None:
+    """When a server stops, all connections end: nobody is to plan with instances that are gone, without end."""
+    fleet = await make_fleet(3)
+    controller = fleet.service.controller
+    closing = asyncio.create_task(controller.close())
+    await turns(1)
+    before = [event.kind for event in controller.recent()]
+    fleet.die("i0")
+    fleet.notice("i1", 20, in_time=False)
+    await closing
+    fleet.die("i2")
+    await asyncio.sleep(30)
+    assert set(states(fleet).values()) == {InstanceState.GONE}
+    assert [event.kind for event in controller.recent()] == [*before, "lost", "lost", "lost"]
