@@ -288,7 +288,7 @@ def refuse_contradictions(config: ServeConfig) -> None:
         raise ConfigError(f"slice_host ({config.slice_host}) must be less than slice_hosts ({config.slice_hosts})")
     if config.slice_coordinator and config.slice_hosts == 1:
         raise ConfigError(f"slice_coordinator ({config.slice_coordinator}) has no meaning without slice_hosts")
-    if chosen != "embedded" and not config.advertise and is_any(config.data_listen):
+    if chosen == "worker" and not config.advertise and is_any(config.data_listen):
         raise ConfigError(
             f"data_listen ({config.data_listen}) is every address of this machine; advertise must say which one of "
             "them the others can reach"

@@ -220,7 +220,7 @@ class FleetServer:
     def _worker_ended(self, name: str, code: int) -> None:
         """An own worker's process has ended; its session says so too, if it had one."""
         if self._service is not None:
-            self._service.gone(name, f"its process ended with {code}")
+            self._service.gone(name, f"(its process ended with {code})")
         if not self._enough.is_set():
             self._fail_to_start(ConfigError(f"worker {name} ended with {code} before it was ready; see its log above"))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,3 +17,10 @@ assert "jax" not in sys.modules, "jax must not be imported before its configurat
 
 settings.register_profile("spotjax", deadline=None)  # correctness is tested; a loaded machine is slow
 settings.load_profile("spotjax")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With ``--dist loadgroup`` tests of a file share a process, and with it their servers; all live tests share one."""
+    for item in items:
+        live = "live" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("live" if live else str(item.path)))

@@ -273,17 +273,22 @@ class RemoteCluster:
             await asyncio.gather(*asked, return_exceptions=True)
 
     def _keepers(self, placement: Placement) -> dict[str, str]:
-        """Who keeps copies of whose KV: the next instance in order of name, in another zone if there is one."""
+        """Who keeps copies of whose KV: the next instance of the mesh by name, in another zone if there is one.
+
+        A spare instance only where there is no other: the loss of one that is part of the mesh leads to another mesh,
+        and so to another keeper.
+        """
         if not self._backup:
             return {}
         ready = sorted(session.instance for session in self._sessions.all() if session.offer is not None)
         zones = {name: self._sessions[name].registration.zone for name in ready}
+        used = {device.instance for device in placement.devices.values()}
         keepers = {}
-        for instance in sorted({device.instance for device in placement.devices.values()} & set(ready)):
+        for instance in sorted(used.intersection(ready)):
             place = ready.index(instance)
             others = ready[place + 1 :] + ready[:place]
             if others:
-                keepers[instance] = min(others, key=lambda other: zones[other] == zones[instance])
+                keepers[instance] = min(others, key=lambda other: (other not in used, zones[other] == zones[instance]))
         return keepers
 
     async def _adopt(self, session: WorkerSession, pipelines: tuple[str, ...], keeper: str) -> None:

@@ -59,9 +59,7 @@ class RemotePipeline:
         result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         self._running[batch.step] = batch, want, result
         sequences = tuple(span.sequence for span in batch.spans)
-        header = StepHeader(
-            self.name, batch.step, 0, shape, packed.variant, sequences, (), want, ready=want is not None
-        )
+        header = StepHeader(self.name, batch.step, 0, shape, packed.variant, sequences, want, ready=want is not None)
         try:
             self._send(header, step_payload(packed, None))
             return await result

@@ -33,7 +33,6 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
       shape: padded extents.
       variant: how tokens are drawn.
       sequences: keys of the sequences of the real rows, in order.
-      ended: keys of sequences whose KV is no longer needed.
       want: a close-fitting shape that stages should get ready in the background.
       ready: whether all stages so far have ``want`` ready.
     """
@@ -44,7 +43,6 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     shape: StepShape
     variant: Variant
     sequences: tuple[int, ...]
-    ended: tuple[int, ...]
     want: StepShape | None
     ready: bool
 

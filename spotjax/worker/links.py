@@ -55,22 +55,25 @@ class Links:
             if instance in self.onward:
                 self._broken(instance, "the connection closed")
 
+    def connected(self, instance: str) -> bool:
+        """Whether the connection that was made last still is."""
+        return instance in self._open
+
     def send(self, instance: str, header: msgspec.Struct, payload: tuple[memoryview, ...]) -> None:
         """Sends a frame, from any thread."""
         self._loop.call_soon_threadsafe(self._send, instance, header, payload)
 
     def push(self, instance: str, header: msgspec.Struct, payload: np.ndarray) -> concurrent.futures.Future[None]:
-        """Sends a frame, from any thread; done when there is room for more.
+        """Sends a frame, from any thread, connecting if need be; done when there is room for more.
 
         Raises, in the future:
-          ConnectionLost: there is no connection.
+          ConnectionLost: the instance cannot be reached.
         """
         return asyncio.run_coroutine_threadsafe(self._push(instance, header, payload), self._loop)
 
     async def _push(self, instance: str, header: msgspec.Struct, payload: np.ndarray) -> None:
-        connection = self._open.get(instance)
-        if connection is None:
-            raise ConnectionLost(f"there is no connection to {instance}")
+        await self.connect(instance)
+        connection = self._open[instance]
         connection.send(header, payload.data)
         await connection.drain()
 

@@ -248,8 +248,8 @@ class Worker:
                 raise PeerUnreachable(instance, problem) from problem
 
     async def _back_up_to(self, keeper: str, bandwidth: int) -> None:
-        """Has KV copied to that instance from now on; anew if it was another one before."""
-        if keeper == self._keeper and self._backup is not None:
+        """Has KV copied to that instance from now on; anew if it was another one before, or has been away."""
+        if keeper == self._keeper and self._backup is not None and self._links.connected(keeper):
             return
         await asyncio.to_thread(self._end_backup)
         if keeper:

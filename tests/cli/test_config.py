@@ -198,7 +198,6 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--tls-key", "k"], "tls_key", "tls_certificate and tls_authority"),
         (["--tls-key", "k", "--tls-certificate", "c"], "tls_certificate and tls_key", "tls_authority"),
         (["--join", "h:1", "--data-listen", "0.0.0.0:0"], "data_listen", "advertise"),
-        (["--workers", "1", "--data-listen", "[::]:0"], "data_listen", "advertise"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_naming_both(flags: list[str], first: str, second: str) -> None:

@@ -51,5 +51,7 @@ def test_nobody_stays_out_for_longer_than_the_longest_time(history: list[tuple[b
         elif probation.remaining("worker", "a", now) == 0:
             probation.serves("worker", "a", now)
         now += seconds
-        assert 0 <= probation.remaining("worker", "a", now) <= LONGEST_SECONDS + 1e-6  # differences of large clock readings
+        assert (
+            0 <= probation.remaining("worker", "a", now) <= LONGEST_SECONDS + 1e-6
+        )  # differences of large clock readings
     assert probation.remaining("worker", "a", now + LONGEST_SECONDS) == 0

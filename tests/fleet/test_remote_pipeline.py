@@ -58,7 +58,7 @@ async def test_a_step_goes_to_the_first_stage_as_it_would_run_here() -> None:
     batch = decode(7, 5, 6)
     running = await wire.run(batch)
     (header, payload), shape = wire.sent[0], step_shape(batch, BUCKETS, fine=False)
-    assert header == StepHeader("1.0", 7, 0, shape, Variant.GREEDY, (5, 6), (), None, ready=False)
+    assert header == StepHeader("1.0", 7, 0, shape, Variant.GREEDY, (5, 6), None, ready=False)
     packed, hidden = read_step(header, payload, 16, 512, np.dtype(np.float32))
     expected = pack_step(batch, BUCKETS, shape)
     assert hidden is None

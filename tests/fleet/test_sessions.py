@@ -132,11 +132,11 @@ class Fleet:
         return worker
 
 
-async def nothing_under_way() -> None:
-    """Waits for the end of every task of sessions and of commands."""
-    async with asyncio.timeout(10):
-        while any("Session" in str(task.get_coro()) for task in asyncio.all_tasks()):
-            await asyncio.sleep(0)
+async def nothing_under_way(fleet: Fleet) -> None:
+    """Waits for the end of every session, and of every task of sessions and of commands."""
+    async with asyncio.timeout(60):
+        while fleet.sessions.all() or any("Session" in str(task.get_coro()) for task in asyncio.all_tasks()):
+            await asyncio.sleep(0.001)
 
 
 @pytest.fixture
@@ -146,8 +146,7 @@ async def fleet() -> AsyncIterator[Fleet]:
     yield fleet
     await fleet.channel.close()
     await fleet.server.stop(1.0)
-    await nothing_under_way()
-    assert not fleet.sessions.all()
+    await nothing_under_way(fleet)
     assert fleet.leases.next_expiry() is None
 
 
@@ -342,7 +341,7 @@ async def test_a_worker_that_does_not_listen_cannot_hold_up_its_end(
     for _ in range(30):
         session.tell(control.Forget(tuple(range(10**5, 2 * 10**5))))
     fleet.sessions.end("a", "enough")
-    await nothing_under_way()
+    await nothing_under_way(fleet)
     worker.stream.cancel()
 
 

@@ -37,7 +37,6 @@ headers = st.builds(
     shape=shapes,
     variant=st.sampled_from(Variant),
     sequences=keys,
-    ended=keys,
     want=st.none() | shapes,
     ready=st.booleans(),
 )
@@ -115,7 +114,7 @@ def test_hidden_vectors_must_come_exactly_after_the_first_stage(header: StepHead
 
 
 def test_an_array_that_is_not_contiguous_is_sent_as_what_it_shows() -> None:
-    header = StepHeader("pipeline", 0, 1, StepShape(3, 2, 1), Variant.GREEDY, (1,), (), None, True)
+    header = StepHeader("pipeline", 0, 1, StepShape(3, 2, 1), Variant.GREEDY, (1,), None, True)
     activations = np.arange(36, dtype=np.float32).reshape(3, 2, 6)[:, :, ::2]
     payload = received(step_payload(step(header, 8, 0), activations))
     _, arrived = read_step(header, payload, 3, 8, DTYPES[0])

@@ -110,7 +110,7 @@ def frame(pipeline: str, batch: Batch, stage: int = 0) -> tuple[StepHeader, memo
     shape = step_shape(batch, BUCKETS, fine=False)
     packed = pack_step(batch, BUCKETS, shape)
     keys = tuple(span.sequence for span in batch.spans)
-    header = StepHeader(pipeline, batch.step, stage, shape, packed.variant, keys, (), None, ready=False)
+    header = StepHeader(pipeline, batch.step, stage, shape, packed.variant, keys, None, ready=False)
     return header, whole(step_payload(packed, None))
 
 

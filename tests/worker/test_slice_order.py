@@ -58,7 +58,7 @@ def send(executor: SliceExecutor, number: int, pipeline: str = "1.0") -> None:
     """A step whose only token is ``number``."""
     rows, pages = np.array([[0, 1, number]], np.int32), np.ones((1, 1), np.int32)
     packed = PackedStep(SHAPE, Variant.GREEDY, rows, pages, pack_controls([None], Variant.GREEDY, 16))
-    header = StepHeader(pipeline, number, 0, SHAPE, Variant.GREEDY, (1,), (), None, ready=False)
+    header = StepHeader(pipeline, number, 0, SHAPE, Variant.GREEDY, (1,), None, ready=False)
     executor.receive(header, memoryview(b"".join(step_payload(packed, None))))
 
 
