@@ -20,7 +20,7 @@ settings.load_profile("spotjax")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``--dist loadgroup`` tests of a file share a process, and with it their servers; all live tests share one."""
+    """With ``--dist loadgroup`` tests of a file share a process, and with it their servers; live tests share one."""
     for item in items:
         live = "live" in item.path.parts
         item.add_marker(pytest.mark.xdist_group("live" if live else str(item.path)))
