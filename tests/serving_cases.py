@@ -61,12 +61,13 @@ class RandomCheckpoint:
 
     def whole(self, name: str) -> np.ndarray:
         if not self._arrays:
-            generator = np.random.default_rng(self._seed)
+            generator, arrays = np.random.default_rng(self._seed), {}
             for array in self.spec.parameters:
                 fan_in = np.prod(array.shape[:-1]) if array.name.endswith("output") else array.shape[0]
                 scale = 1.0 if len(array.shape) < 2 else 2.0 * float(fan_in) ** -0.5
                 content = generator.normal(0, scale, array.shape).astype(np.float32)
-                self._arrays[array.name] = 1 + content * np.float32(0.2) if "norm" in array.name else content
+                arrays[array.name] = 1 + content * np.float32(0.2) if "norm" in array.name else content
+            self._arrays = arrays  # at once, because several threads read
         return self._arrays[name]
 
     def read(self, name: str, index: Index) -> np.ndarray:

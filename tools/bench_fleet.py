@@ -164,17 +164,20 @@ def write_large_model(directory: Path, gigabytes: float) -> None:
     save_file(arrays, directory / "model.safetensors")
 
 
-def bare_copies(size: int, repeats: int) -> list[float]:
-    """Bytes per second of a socket copy between two processes into memory that was touched before."""
+def bare_copies(size: int) -> tuple[float, float]:
+    """Bytes per second of a socket copy between two processes, into memory that was touched before and into fresh.
+
+    Parameters of a new placement always go into fresh memory; what the system takes to give it is part of any copy.
+    """
     mine, theirs = multiprocessing.get_context("spawn").Pipe()
     sender = multiprocessing.get_context("spawn").Process(target=_send, args=(theirs, size), daemon=True)
     sender.start()
     port, into = mine.recv(), memoryview(bytearray(size))
     raw_bulk(port, into)
-    rates = [size / raw_bulk(port, into) for _ in range(repeats)]
+    touched, fresh = raw_bulk(port, into), raw_bulk(port, np.zeros(size, np.uint8).data)
     sender.terminate()
     sender.join()
-    return rates
+    return size / touched, size / fresh
 
 
 def _send(pipe: Any, size: int) -> None:
@@ -188,7 +191,7 @@ async def migration(arguments: argparse.Namespace, directory: Path) -> dict[str,
     flags = ("--model", str(directory / "model"), "--mesh", "1x1x1", "--no-kv-backup", "--no-fuse", "--max-batch", "2",
              "--prefill-tokens", "16", "--max-model-len", "128")  # fmt: skip
     machine = ("--devices-per-instance", "1", "--instance-memory-bytes", str(1 << 34), "--parameter-store", "off")
-    rates, bare, moved = [], [], 0
+    rates, touched, fresh, moved = [], [], [], 0
     async with running(LocalFleet(directory / "migration", names, flags, machine)) as fleet:
         for _ in range(arguments.repeats):
             await fleet.until("both workers", lambda s: len(ready(s)) == 2 and s.ready, seconds=WAIT_SECONDS)
@@ -198,15 +201,18 @@ async def migration(arguments: argparse.Namespace, directory: Path) -> dict[str,
             copied = [event for event in fleet.events[since:] if event.kind == "precopy"]
             moved = sum(int(event.fields["bytes_moved"]) for event in copied)
             rates.append(moved / sum(float(event.fields["seconds"]) for event in copied))
-            bare += bare_copies(moved, 1)
+            for rate, into in zip(bare_copies(moved), (touched, fresh), strict=True):
+                into.append(rate)
             await fleet.kill([source_name])
             await fleet.until_gone([source_name])
             await fleet.bring([source_name])
     return {
         "bytes": moved,
         "migration_bytes_per_second": statistics.median(rates),
-        "bare_copy_bytes_per_second": statistics.median(bare),
-        "ratio": ratio(rates, bare),
+        "bare_copy_bytes_per_second": statistics.median(touched),
+        "into_fresh_memory": statistics.median(fresh),
+        "ratio": ratio(rates, touched),
+        "ratio_into_fresh_memory": ratio(rates, fresh),
     }
 
 

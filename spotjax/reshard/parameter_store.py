@@ -10,11 +10,13 @@ follows, the length of the header, the header (msgpack), zeros up to the next pa
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
 import resource
 import struct
+import sys
 import tempfile
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,8 @@ FORMAT = 1
 """Counts changes of the file format; files of another format are those of another model."""
 
 PAGE = 4096
+MADV_POPULATE_WRITE = 23
+"""Of madvise(2), since Linux 5.14; older ones refuse it, and pages are mapped when they are written."""
 CHECKSUM_BYTES = 16
 START = struct.Struct(f"<{CHECKSUM_BYTES}sI")
 """Checksum (xxh3, 128 bits) of everything behind it, length of the header in bytes."""
@@ -141,6 +145,7 @@ class ParameterStore:
         try:
             reserve(descriptor, size)
             mapping = mmap.mmap(descriptor, size)
+            populate(mapping)
         except OSError as problem:
             os.unlink(unfinished)
             message = f"no room for {size} bytes of parameters ({problem.strerror})"
@@ -215,6 +220,16 @@ def reserve(descriptor: int, size: int) -> None:
         with open(descriptor, "wb", closefd=False) as file:
             for start in range(0, size, 1 << 20):
                 file.write(bytes(min(size - start, 1 << 20)))
+
+
+def populate(mapping: mmap.mmap) -> None:
+    """Maps all pages at once, if the system can: writing them one fault at a time takes half as long again.
+
+    Not by ``mmap``'s own flag, under which Python would hold its lock meanwhile, and every step would wait.
+    """
+    if sys.platform == "linux":
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(len(mapping)), MADV_POPULATE_WRITE)
 
 
 def allow_open_files() -> None:

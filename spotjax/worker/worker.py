@@ -201,6 +201,8 @@ class Worker:
         """Frees everything; the store stays for a later process unless this end is ``for_good``."""
         self.clear()
         self._host.close()
+        if self._memory is not None:
+            self._memory.close()
         if self._store is not None:
             self._store.remove() if for_good else self._store.close()
 

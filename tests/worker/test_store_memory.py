@@ -46,6 +46,7 @@ def bring(memory: StoreMemory, name: str, seed: int, device: DeviceRef = DEVICE)
     assert buffer.ctypes.data % 64 == 0
     buffer[...] = content(seed)
     memory.complete(device, wanted(name))
+    memory.settle()
     return buffer
 
 
@@ -99,6 +100,7 @@ def test_without_room_in_the_store_parameters_are_put_together_in_plain_memory(
     bring(memory, "last", 3)
     assert stored(store).keys() == {"embed", "last"}
     memory.keep({DEVICE: {name: whole(SHAPE) for name in ("embed", "norm", "last")}})
+    memory.settle()
     assert stored(store).keys() == {"embed", "last"}
     assert files(tmp_path) == 2
 
@@ -110,6 +112,7 @@ def test_only_what_is_held_is_kept(store: ParameterStore, tmp_path: Path) -> Non
     bring(memory, "norm", 9, DeviceRef("worker", 0))
     memory.allocate(DEVICE, wanted("unfinished"), SHAPE, FLOAT32)
     memory.keep({DEVICE: {"embed": whole(SHAPE), "norm": whole(SHAPE)}})
+    memory.settle()
     assert {shard.key[:2] for shard in store.attached()} == {(1, "embed"), (1, "norm")}
     assert files(tmp_path) == 2
     memory.complete(DEVICE, wanted("unfinished"))  # comes late, and is of no use
@@ -132,6 +135,7 @@ def test_a_shard_that_is_in_use_stays_valid_when_it_is_replaced_or_dropped(store
     held = ShardStore({DEVICE: {"embed": Shard(whole(SHAPE), used)}})
     bring(memory, "embed", 2)
     memory.keep({})
+    memory.settle()
     np.testing.assert_array_equal(held.read(DEVICE, wanted("embed")), content(1))
     assert not stored(store)
 
