@@ -191,7 +191,7 @@ async def migration(arguments: argparse.Namespace, directory: Path) -> dict[str,
     flags = ("--model", str(directory / "model"), "--mesh", "1x1x1", "--no-kv-backup", "--no-fuse", "--max-batch", "2",
              "--prefill-tokens", "16", "--max-model-len", "128")  # fmt: skip
     machine = ("--devices-per-instance", "1", "--instance-memory-bytes", str(1 << 34), "--parameter-store", "off")
-    rates, touched, fresh, moved = [], [], [], 0
+    rates, touched, fresh, moved = list[float](), list[float](), list[float](), 0
     async with running(LocalFleet(directory / "migration", names, flags, machine)) as fleet:
         for _ in range(arguments.repeats):
             await fleet.until("both workers", lambda s: len(ready(s)) == 2 and s.ready, seconds=WAIT_SECONDS)
