@@ -37,9 +37,9 @@ from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.models.catalog import SHIPPED
 from spotjax.tools.bench_failover import machine
-from spotjax.tools.bench_transport import raw_bulk, raw_serve, source
 from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
 from spotjax.tools.service import Service, ready, running, serving
+from spotjax.tools.transport_candidates import raw_bulk, raw_serve, source
 
 PROMPT, NEW = 32, 160
 """Tokens of every prompt, and new tokens of every stream."""
