@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from spotjax.errors import ConnectionLost, InstanceLost
+from spotjax.fleet.keepers import choose_keepers
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
@@ -273,23 +274,11 @@ class RemoteCluster:
             await asyncio.gather(*asked, return_exceptions=True)
 
     def _keepers(self, placement: Placement) -> dict[str, str]:
-        """Who keeps copies of whose KV: the next instance of the mesh by name, in another zone if there is one.
-
-        A spare instance only where there is no other: the loss of one that is part of the mesh leads to another mesh,
-        and so to another keeper.
-        """
+        """Who keeps copies of whose KV from now on."""
         if not self._backup:
             return {}
-        ready = sorted(session.instance for session in self._sessions.all() if session.offer is not None)
-        zones = {name: self._sessions[name].registration.zone for name in ready}
-        used = {device.instance for device in placement.devices.values()}
-        keepers = {}
-        for instance in sorted(used.intersection(ready)):
-            place = ready.index(instance)
-            others = ready[place + 1 :] + ready[:place]
-            if others:
-                keepers[instance] = min(others, key=lambda other: (other not in used, zones[other] == zones[instance]))
-        return keepers
+        zones = {s.instance: s.registration.zone for s in self._sessions.all() if s.offer is not None}
+        return choose_keepers({device.instance for device in placement.devices.values()}, zones)
 
     async def _adopt(self, session: WorkerSession, pipelines: tuple[str, ...], keeper: str) -> None:
         """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
