@@ -34,6 +34,8 @@ HANDED_ON = (
 )  # fmt: skip
 """Settings that the children get; the others they have from their controller, or have no use for."""
 STOP_SECONDS = 10.0
+ABANDONED_SECONDS = 600.0
+"""After which parameters that no process has are not kept for one that might come back."""
 PR_SET_PDEATHSIG = 1
 """Of prctl(2)."""
 CUDA = "CUDA_VISIBLE_DEVICES"
@@ -109,6 +111,8 @@ class LocalWorkers:
         async with self._changing:
             if self._stopped:
                 raise Draining("the server is stopping and starts no workers")
+            if self._stores is not None and not self._used:
+                await asyncio.to_thread(sweep_abandoned, self._stores.parent)
             numbers = free_numbers(self._children, count)
             for number in numbers:
                 await self._start(number)
@@ -210,6 +214,16 @@ def forget_parameters(stores: Path, names: Collection[str]) -> None:
         remove_of(stores, name)
     with contextlib.suppress(OSError):  # a worker that does not end still has something there
         stores.rmdir()
+
+
+def sweep_abandoned(home: Path) -> None:
+    """Removes what workers left whose server was killed, and nobody came to use again."""
+    from spotjax.reshard.store_directory import sweep
+
+    for stores in home.glob(f"spotjax-{os.getuid()}-workers-*"):
+        sweep(stores, ABANDONED_SECONDS)
+        with contextlib.suppress(OSError):  # not empty, or gone already
+            stores.rmdir()
 
 
 def free_numbers(taken: Collection[int], count: int) -> list[int]:

@@ -40,8 +40,6 @@ NEW_TOKENS = 400
 CALM_TOKENS = 40
 """Tokens of every stream before an event, of which the median time between two is taken, and after it."""
 WAIT_SECONDS = 120.0
-SILENT_SECONDS = 4.0
-"""How long a silent instance is stopped: longer than its lease."""
 PHASES = ("detected", "planned", "parameters", "switched", "first_token")
 console = Console(width=None if sys.stdout.isatty() else 200)
 

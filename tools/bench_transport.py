@@ -119,7 +119,6 @@ async def endpoint_bulk(port: int, into: memoryview) -> float:
 
 # -- the measurement
 
-Serve = Callable[[Callable[[int], None], memoryview], None]
 Small = Callable[[int, int], list[float]]
 Bulk = Callable[[int, memoryview], float]
 

@@ -73,6 +73,7 @@ class RemoteCluster:
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
         self._ended: list[int] = []
+        self._compiled: dict[str, int] = {}
         self._placement: Placement | None = None
         self._serving: Mapping[str, WorkerSession] = {}
         self._prepared: _Change | None = None
@@ -143,6 +144,7 @@ class RemoteCluster:
         """See ``Cluster.prepare``."""
         self._prepared = None
         members = self._members(preparation)
+        self._compiled = {name: session.compiled for name, session in members.items()}
         addresses = {session.instance: session.registration.address for session in self._sessions.all()}
         done = await self._all(
             {session: partial(self._prepare_command, preparation, name, addresses) for name, session in members.items()}
@@ -168,6 +170,8 @@ class RemoteCluster:
         names = tuple(pipeline.name for pipeline in pipelines)
         keepers = self._keepers(placement)
         await asyncio.gather(*(self._adopt(session, names, keepers.get(name, "")) for name, session in members.items()))
+        if compiled := sum(s.compiled - self._compiled[name] for name, s in members.items()):
+            log.warning("%d functions were compiled while the mesh changed", compiled)
         return pipelines, traffic
 
     async def clear(self) -> None:

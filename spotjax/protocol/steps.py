@@ -63,10 +63,6 @@ class ResultHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     ready: bool
 
 
-StepFrame = StepHeader | ResultHeader
-"""Everything that travels on the data plane for a step."""
-
-
 def step_payload(packed: PackedStep, hidden: np.ndarray | None) -> tuple[memoryview, ...]:
     """Bytes of rows, pages, controls and, after the first stage, ``hidden`` (B, T, D); arrays are not copied."""
     arrays = (packed.rows, packed.pages, packed.controls)

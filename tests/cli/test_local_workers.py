@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -182,6 +183,23 @@ async def test_stopping_removes_the_parameters_that_workers_kept(
         (path / f"a{SHARD}").write_bytes(b"x")
     await fleet.workers.stop(60)
     assert [path.exists() for path in kept] == [False, True]  # the other one is not ours
+
+
+async def test_what_workers_of_a_killed_server_left_long_ago_is_removed(
+    stand_ins: Callable[..., StandIns], tmp_path: Path
+) -> None:
+    from spotjax.reshard.store_directory import SHARD, store_path
+
+    left = {age: tmp_path / f"spotjax-{os.getuid()}-workers-{age}" for age in (10, 10_000)}
+    for age, stores in left.items():
+        path = store_path(stores, "instance-0")
+        path.mkdir(parents=True)
+        (path / f"a{SHARD}").write_bytes(b"x")
+        os.utime(path, (time.time() - age,) * 2)
+    fleet = stand_ins(WILLING, ServeConfig(workers=1, parameter_store=str(tmp_path)))
+    await fleet.up(1)
+    assert [stores.exists() for stores in left.values()] == [True, False], "its workers may yet come back"
+    await fleet.workers.stop(60)
 
 
 @asynccontextmanager

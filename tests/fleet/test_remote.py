@@ -283,6 +283,23 @@ async def test_replicas_that_stay_keep_their_pipeline_and_what_they_need_soon_is
     await fleet.close()
 
 
+async def test_functions_that_were_compiled_during_a_change_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    fleet = Fleet(["i0", "i1", "i2", "i3"])
+    await fleet.form(first_plan())
+    assert "compiled" not in caplog.text
+
+    async def compiling(command: Any) -> Answer:
+        return control.Done(command.id, compiled=3)
+
+    fleet.workers["i1"].script = compiling
+    await fleet.form(first_plan())
+    assert "3 functions were compiled while the mesh changed" in caplog.text
+    caplog.clear()
+    await fleet.form(first_plan())
+    assert "compiled" not in caplog.text, "those of earlier changes are not counted again"
+    await fleet.close()
+
+
 async def test_a_result_of_an_old_pipeline_is_dropped() -> None:
     fleet = Fleet([f"i{number}" for number in range(4)])
     current = first_plan(2)
