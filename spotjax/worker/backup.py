@@ -72,13 +72,12 @@ class StageBackup:
             for row, key in enumerate(sequences):
                 count = -(-int(rows[row, 0] + rows[row, 1]) // self._page_size)
                 owned = tuple(pages[row, :count].tolist())
-                sequence = self._sequences.get(key)
-                if sequence is None:
-                    sequence = self._sequences[key] = _Sequence(owned)
-                elif sequence.pages != owned[: len(sequence.pages)]:  # it lost its pages and got others
-                    sequence.written = sequence.copied = 0
+                sequence = self._sequences.setdefault(key, _Sequence(()))
+                known = len(sequence.pages)
+                if sequence.pages != owned[:known]:  # it lost its pages and got others
+                    sequence.written = sequence.copied = known = 0
                 sequence.pages = owned
-                for page in owned:
+                for page in owned[known:]:  # most steps bring none: this is on every step's way
                     self._take(page, key)
 
     def _take(self, page: int, key: int) -> None:
