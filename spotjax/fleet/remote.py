@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,7 @@ class RemoteCluster:
         self.pipelines: tuple[RemotePipeline, ...] = ()
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
+        self._service = uuid.uuid4().hex
         self._ended: list[int] = []
         self._compiled: dict[str, int] = {}
         self._placement: Placement | None = None
@@ -287,7 +289,7 @@ class RemoteCluster:
     async def _adopt(self, session: WorkerSession, pipelines: tuple[str, ...], keeper: str) -> None:
         """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
         try:
-            await session.ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth))
+            await session.ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth, self._service))
         except InstanceLost:
             self._forget_instance(session.instance)  # it may have been gone before there were pipelines through it
         except CommandFailed as problem:

@@ -29,7 +29,13 @@ class BackupHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     Attributes:
       layers: of the model.
       pages: in order; those of one sequence by number.
+      source: what copies; a sequence's copies begin with its first page for each.
+      epoch: that the source's stage was last adopted in.
+      service: the controller whose sequences these are.
     """
 
     layers: Range
     pages: tuple[BackedUpPage, ...]
+    source: str = ""
+    epoch: int = 0
+    service: str = ""

@@ -257,12 +257,14 @@ class Adopt(msgspec.Struct, frozen=True, tag=True):
       pipelines: name of every replica's pipeline; steps carry it.
       keeper: the instance that keeps a copy of this one's KV; empty for none.
       bandwidth: bytes per second that copying may take; 0 for no limit.
+      service: tells this controller from those before it, whose sequences had the same keys.
     """
 
     id: int
     pipelines: tuple[str, ...]
     keeper: str
     bandwidth: int
+    service: str = ""
 
 
 class Clear(msgspec.Struct, frozen=True, tag=True):

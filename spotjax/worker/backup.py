@@ -11,6 +11,7 @@ import concurrent.futures
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,7 @@ ROUND_SECONDS = 0.1
 LAYERS_PER_FRAME = 8
 """Bounds how long a frame keeps steps from the same connection."""
 RETRY_SECONDS = 1.0
+PUSH_SECONDS = 10.0
 
 Push = Callable[[BackupHeader, np.ndarray], concurrent.futures.Future[None]]
 """Sends pages to the worker that keeps them; done when there is room for more."""
@@ -62,6 +64,7 @@ class StageBackup:
     def __init__(self, stage: Stage, page_size: int) -> None:
         self.stage = stage
         self.lock = threading.Lock()
+        self.source, self.epoch, self.service = uuid.uuid4().hex, 0, ""
         self._page_size = page_size
         self._sequences: dict[int, _Sequence] = {}
         self._owners: dict[int, int] = {}
@@ -168,18 +171,24 @@ class Backup:
                 return known
         return StageBackup(stage, self._page_size)
 
-    def install(self, stages: Iterable[StageBackup]) -> None:
-        """Copies of these stages from now on."""
+    def install(self, stages: Iterable[StageBackup], epoch: int, service: str) -> None:
+        """Copies of these stages, which belong to that epoch and controller, from now on."""
         self._stages = tuple(stages)
+        for stage in self._stages:
+            stage.epoch, stage.service = epoch, service
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These have ended: nothing more of them is copied."""
         for stage in self._stages:
             stage.forget(sequences)
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def stop(self) -> None:
+        """Copies nothing more; returns at once, though a frame may still be on its way."""
         self._stopping.set()
+
+    def close(self) -> None:
+        """The same, and waits for the end of the thread."""
+        self.stop()
         self._thread.join()
 
     def copy_now(self) -> None:
@@ -222,7 +231,9 @@ class Backup:
                 for content, view in zip(taken, views, strict=True):
                     self._kv.to_host(backup.stage, content, len(due), view)
                 pages = tuple(BackedUpPage(key, number, positions) for key, number, _, positions in due)
-                self._push(BackupHeader(layers, pages), flat).result(RETRY_SECONDS * 10)
+                self._push(BackupHeader(layers, pages, backup.source, backup.epoch, backup.service), flat).result(
+                    PUSH_SECONDS
+                )
                 sent += flat.nbytes
             backup.copied(due)
             self._pay(sent, started)

@@ -22,10 +22,13 @@ class _Layer:
     """One layer of one sequence.
 
     Attributes:
+      source: what copied them, ``epoch`` being the last that its stage was adopted in.
       positions: the watermark.
       pages: bytes of keys and values, by number of the page in the sequence.
     """
 
+    source: str
+    epoch: int
     positions: int = 0
     pages: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -34,11 +37,16 @@ class BackupStore:
     """Everything that others have backed up here. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self.service = ""
+        """The controller whose sequences are kept; frames of others come late and are dropped."""
         self._sequences: dict[int, dict[int, _Layer]] = {}
         self._lock = threading.Lock()
 
     def put(self, header: BackupHeader, content: np.ndarray) -> None:
         """Keeps pages.
+
+        Frames can come late, from a worker that was lost and whose stage another one has: mixed with the other's, its
+        pages would leave holes behind the watermark. So a layer has one source, the one of the latest epoch.
 
         Args:
           header: which.
@@ -50,10 +58,14 @@ class BackupStore:
         start, stop = header.layers
         pages = content.reshape(stop - start, 2, len(header.pages), -1)
         with self._lock:
+            if header.service != self.service:
+                return
             for place, page in enumerate(header.pages):
                 layers = self._sequences.setdefault(page.sequence, {})
                 for number, layer in enumerate(range(start, stop)):
-                    kept = layers.setdefault(layer, _Layer())
+                    kept = _of_source(layers, layer, header)
+                    if kept is None or (page.number and page.number - 1 not in kept.pages):
+                        continue  # late, or what came before it was lost on the way
                     kept.pages[page.number] = np.array(pages[number, :, place])
                     kept.positions = page.positions
 
@@ -106,3 +118,15 @@ class BackupStore:
     def _watermark(self, sequence: int, layer: int) -> int:
         kept = self._sequences.get(sequence, {}).get(layer)
         return kept.positions if kept is not None else 0
+
+
+def _of_source(layers: dict[int, _Layer], layer: int, header: BackupHeader) -> _Layer | None:
+    """What is kept of a layer from the frame's source, nothing yet if it is a new one; None if the frame is late."""
+    kept = layers.get(layer)
+    if kept is not None and kept.source == header.source:
+        kept.epoch = max(kept.epoch, header.epoch)
+        return kept
+    if kept is not None and header.epoch < kept.epoch:
+        return None
+    layers[layer] = _Layer(header.source, header.epoch)
+    return layers[layer]

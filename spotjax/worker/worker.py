@@ -224,7 +224,8 @@ class Worker:
 
     async def _adopt(self, command: control.Adopt) -> None:
         self._host.adopt()
-        await self._back_up_to(command.keeper, command.bandwidth)
+        self._backups.service = command.service
+        self._back_up_to(command.keeper, command.bandwidth)
         placement = self._host.placement
         assert placement is not None, "it was just adopted"
         roles, last, onwards = {}, placement.shape.stage - 1, set[str]()
@@ -237,7 +238,8 @@ class Worker:
                 onwards.add(onward)
         self.executor.install(roles)
         if self._backup is not None:
-            self._backup.install(role.backup for role in roles.values() if role.backup is not None)
+            copied = [role.backup for role in roles.values() if role.backup is not None]
+            self._backup.install(copied, placement.epoch, command.service)
         if self._memory is not None:
             self._memory.keep(self._host.held())
         shown = ", ".join(f"{data}.{number}" for data, number in sorted(self._host.stages)) or "none"
@@ -249,24 +251,22 @@ class Worker:
             except ConnectionLost as problem:
                 raise PeerUnreachable(instance, problem) from problem
 
-    async def _back_up_to(self, keeper: str, bandwidth: int) -> None:
-        """Has KV copied to that instance from now on; anew if it was another one before, or has been away."""
+    def _back_up_to(self, keeper: str, bandwidth: int) -> None:
+        """Has KV copied to that instance from now on; anew if it was another one before, or has been away.
+
+        Waits for nobody: streams stand still meanwhile, and whoever kept copies before may be out of reach.
+        """
         if keeper == self._keeper and self._backup is not None and self._links.connected(keeper):
             return
-        await asyncio.to_thread(self._end_backup)
+        self._end_backup()
         if keeper:
-            try:
-                await self._links.connect(keeper)
-            except ConnectionLost as problem:
-                log.warning("KV is not backed up: %s", problem)
-                return
             push = partial(self._links.push, keeper)
             self._backup = Backup(self._host.kv, self._host.model.page_size, push, bandwidth)
             self._keeper = keeper
 
     def _end_backup(self) -> None:
         if self._backup is not None:
-            self._backup.close()
+            self._backup.stop()
         self._backup, self._keeper = None, ""
 
 

@@ -120,7 +120,7 @@ def test_no_backup_ever_holds_the_kv_of_another_sequence(seed: int) -> None:
     backup = StageBackup(stage, PAGE_SIZE)
     copying = Backup(mover, PAGE_SIZE, push, bandwidth=0)
     try:
-        copying.install([backup])
+        copying.install([backup], 1, "")
         owner: dict[int, int] = {}
         for _ in range(12):
             key, page = random.randrange(3), random.randrange(1, 5)

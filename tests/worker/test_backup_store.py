@@ -25,8 +25,16 @@ def content(layers: tuple[int, int], pages: list[BackedUpPage], mark: int = 0) -
     return np.array(cells, np.uint8).reshape(-1)
 
 
-def put(store: BackupStore, layers: tuple[int, int], pages: list[BackedUpPage], mark: int = 0) -> None:
-    store.put(BackupHeader(layers, tuple(pages)), content(layers, pages, mark))
+def put(
+    store: BackupStore,
+    layers: tuple[int, int],
+    pages: list[BackedUpPage],
+    mark: int = 0,
+    source: str = "a",
+    epoch: int = 1,
+    service: str = "",
+) -> None:
+    store.put(BackupHeader(layers, tuple(pages), source, epoch, service), content(layers, pages, mark))
 
 
 def pages_of(sequence: int, positions: int) -> list[BackedUpPage]:
@@ -94,3 +102,39 @@ def test_what_has_ended_takes_no_memory() -> None:
 def test_a_frame_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError):
         BackupStore().put(BackupHeader((0, 2), tuple(pages_of(1, 4))), np.zeros(7, np.uint8))
+
+
+def test_late_frames_of_a_worker_that_was_lost_leave_no_hole_behind_the_watermark() -> None:
+    store, late = BackupStore(), [BackedUpPage(1, 1, 6)]
+    put(store, (0, 1), pages_of(1, 6), source="lost", epoch=1)
+    put(store, (0, 1), pages_of(1, 9), mark=5, source="its successor", epoch=2)
+    put(store, (0, 1), late, source="lost", epoch=1)  # was on its way when the network was cut
+    put(store, (0, 1), [BackedUpPage(1, 2, 10)], mark=5, source="its successor", epoch=3)
+    assert store.positions((0, 1), (1,)) == (10,)
+    everything = pages_of(1, 10)
+    read = store.read((0, 1), [(1, page.number) for page in everything])
+    np.testing.assert_array_equal(read, content((0, 1), everything, mark=5))
+
+
+def test_a_new_source_begins_anew() -> None:
+    store = BackupStore()
+    put(store, (0, 1), pages_of(1, 12), source="a", epoch=1)
+    put(store, (0, 1), pages_of(1, 3), mark=5, source="b", epoch=2)
+    assert store.positions((0, 1), (1,)) == (3,)
+    with pytest.raises(SliceUnavailable):
+        store.read((0, 1), [(1, 2)])
+
+
+def test_pages_whose_predecessors_were_lost_on_the_way_are_not_counted() -> None:
+    store = BackupStore()
+    put(store, (0, 1), [BackedUpPage(1, 2, 12)])
+    assert store.positions((0, 1), (1,)) == (0,)
+
+
+def test_frames_of_another_controller_are_dropped() -> None:
+    store = BackupStore()
+    store.service = "new"
+    put(store, (0, 1), pages_of(1, 4), service="old", epoch=99)
+    assert store.nbytes == 0
+    put(store, (0, 1), pages_of(1, 4), service="new")
+    assert store.positions((0, 1), (1,)) == (4,)
