@@ -6,9 +6,12 @@ The tree:
       ConfigError            a setting is unknown or out of range
       CheckpointError        a checkpoint lacks a tensor, or has one of the wrong shape
       InvalidRequest         a request field is unsupported or out of range; names the field
+        RequestExists        the id is that of an accepted request
       UnknownRequest         no request of that id is known (never was, or its retention ended)
       Overloaded             the queue is full; says when to try again
       Draining               the server takes no new requests
+      CommitLogError         the commit log cannot be used: damaged, in use, or another model's
+        LogUnavailable       it cannot be written now, so nothing new is accepted
       PlanError
         NoFeasibleShape      no mesh shape fits the instances; says what would
         NotEnoughPlaces      fewer places than stage groups to put on them
@@ -53,6 +56,13 @@ class InvalidRequest(SpotjaxError):
         self.field = field
 
 
+class RequestExists(InvalidRequest):
+    """The id is that of a request that was accepted before."""
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__("request_id", f"{request_id!r} is taken; choose another or resume it")
+
+
 class UnknownRequest(SpotjaxError):
     """No request of that id is known."""
 
@@ -71,6 +81,14 @@ class Overloaded(SpotjaxError):
 
 class Draining(SpotjaxError):
     """The server is finishing its requests before it exits and takes no new ones."""
+
+
+class CommitLogError(SpotjaxError):
+    """The commit log cannot be used: it is damaged, in use by another process, or that of another model."""
+
+
+class LogUnavailable(CommitLogError):
+    """The commit log cannot be written at the moment."""
 
 
 class PlanError(SpotjaxError):
