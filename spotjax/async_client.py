@@ -17,12 +17,20 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spotjax.api.calls import CANCEL_TIMEOUT, DEFAULT_SERVER, OPTIONS, deadline_after, names_request, seconds_until
+from spotjax.api.calls import (
+    CANCEL_TIMEOUT,
+    DEFAULT_SERVER,
+    OPTIONS,
+    deadline_after,
+    names_request,
+    seconds_until,
+    until_deadline,
+)
 from spotjax.api.errors import Unavailable, error_from
 from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
 from spotjax.api.requests import Prompt, Sampling, built, generate_request
-from spotjax.api.resumption import Progress, backoff
+from spotjax.api.resumption import DEFAULT_PATIENCE, Patience, Progress, Pursuit
 from spotjax.engine.generation import Delta
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 
@@ -31,11 +39,15 @@ class AsyncSpotjaxClient:
     """An asyncio client, for one event loop."""
 
     def __init__(
-        self, server: str = DEFAULT_SERVER, retries: int = 8, credentials: grpc.ChannelCredentials | None = None
+        self,
+        server: str = DEFAULT_SERVER,
+        patience: float = DEFAULT_PATIENCE,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Connects at the first call; arguments are those of ``SpotjaxClient``."""
         self.server = server
-        self._retries = retries
+        self._patience = patience
+        self._met = False
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
         else:
@@ -70,14 +82,13 @@ class AsyncSpotjaxClient:
         """Streams the output for a prompt as it is committed."""
         request_id = request_id or secrets.token_hex(16)
         request = generate_request(prompt, sampling, request_id, model, n, resumable)
-        progress = Progress(request_id, [0] * n)
+        pursuit = Pursuit(Progress(request_id, [0] * n), request, self._patience if resumable else 0, self.server)
         try:
-            stream = self._stream(self._generation.Generate, request, progress, resumable, timeout)
-            async with contextlib.aclosing(stream):
+            async with contextlib.aclosing(self._stream(pursuit, timeout)) as stream:
                 async for delta in stream:
                     yield delta
         finally:
-            if progress.accepted and not progress.complete:  # nobody waits for the rest
+            if pursuit.abandoned:
                 with contextlib.suppress(Exception):
                     await self.cancel(request_id, timeout=CANCEL_TIMEOUT)
 
@@ -85,9 +96,8 @@ class AsyncSpotjaxClient:
         self, request_id: str, offsets: Sequence[int] = (0,), timeout: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Streams what is left of an accepted request; ``offsets`` has the number of tokens seen of every choice."""
-        progress = Progress(request_id, list(offsets))
-        stream = self._stream(self._generation.Resume, progress.resume_request(), progress, True, timeout)
-        async with contextlib.aclosing(stream):
+        pursuit = Pursuit(Progress(request_id, list(offsets)), None, self._patience, self.server)
+        async with contextlib.aclosing(self._stream(pursuit, timeout)) as stream:
             async for delta in stream:
                 yield delta
 
@@ -97,8 +107,14 @@ class AsyncSpotjaxClient:
         return bool((await self._call(self._generation.Cancel, request, timeout)).cancelled)
 
     async def models(self) -> list[generation_pb2.Model]:
-        """What is served."""
-        return list((await self._call(self._generation.Models, generation_pb2.ModelsRequest())).models)
+        """What is served; waits while the server starts."""
+        patience = Patience(self._patience)
+        await self._meet()
+        while True:
+            try:
+                return list((await self._call(self._generation.Models, generation_pb2.ModelsRequest())).models)
+            except Unavailable as error:
+                await asyncio.sleep(patience.wait_after(error))
 
     async def ready(self) -> bool:
         """Whether requests are served; False while the server starts or drains."""
@@ -141,26 +157,34 @@ class AsyncSpotjaxClient:
         except grpc.RpcError as failure:
             raise error_from(failure, self.server) from None
 
-    async def _stream(
-        self, method: Any, request: Any, progress: Progress, resumable: bool, timeout: float | None
-    ) -> AsyncGenerator[Delta, None]:
-        """The responses to one call, and to as many ``Resume`` calls as it takes to see the end."""
+    async def _meet(self, timeout: float | None = None) -> None:
+        """Has an answer from the server before it is worth waiting for: its address may be wrong.
+
+        Raises:
+          Unavailable: no server answers.
+        """
+        if self._patience > 0 and not self._met:
+            await self._call(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+            self._met = True
+
+    async def _stream(self, pursuit: Pursuit, timeout: float | None) -> AsyncGenerator[Delta, None]:
+        """The responses to as many calls as it takes to see the end."""
         deadline = deadline_after(timeout)
-        failures = 0
+        await self._meet(timeout)
         while True:
-            call = method(request, timeout=seconds_until(deadline))
+            method, request = pursuit.next_call()
+            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline))
             try:
-                progress.accepted |= names_request(await call.initial_metadata())
+                if names_request(await call.initial_metadata()):
+                    pursuit.opened()
                 async for response in call:
-                    failures = 0
-                    yield progress.take(response)
+                    if (delta := pursuit.take(response)) is not None:
+                        yield delta
                 return
             except grpc.RpcError as failure:
                 error = error_from(failure, self.server)
             finally:
                 call.cancel()
-            failures += 1
-            if not progress.accepted or not resumable or not isinstance(error, Unavailable) or failures > self._retries:
-                raise error
-            await asyncio.sleep(backoff(failures))
-            method, request = self._generation.Resume, progress.resume_request()
+            if pursuit.progress.complete:
+                return
+            await asyncio.sleep(until_deadline(pursuit.wait_after(error), deadline))

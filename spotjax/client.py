@@ -4,11 +4,13 @@
         for delta in client.generate("Once upon a time", max_tokens=64):
             print(delta.text, end="")
 
-A resumable request (the default) outlives its connection: when that breaks, the client connects again and takes the
-stream up where it stopped, so the caller sees each token exactly once. Closing ``generate`` early ends its request.
+A resumable request (the default) outlives its connection and the server's process: the client connects again, sends
+the request again if the server never had it, and takes the stream up where it stopped, so the caller sees each token
+exactly once. It waits ``patience`` seconds for a server that it has met; one that never answered is not waited for, its
+address may be wrong. Waiting is logged as ``spotjax.client``, level INFO. Closing ``generate`` early ends its request.
 
 Methods raise the errors of ``spotjax.errors`` as the server raised them, ``Unavailable`` when no server answers, and
-``TimeoutError`` when ``timeout`` seconds were not enough.
+``TimeoutError`` when ``timeout`` seconds, waits and all, were not enough.
 """
 
 from __future__ import annotations
@@ -23,12 +25,20 @@ from typing import Any, Self, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from spotjax.api.calls import CANCEL_TIMEOUT, DEFAULT_SERVER, OPTIONS, deadline_after, names_request, seconds_until
+from spotjax.api.calls import (
+    CANCEL_TIMEOUT,
+    DEFAULT_SERVER,
+    OPTIONS,
+    deadline_after,
+    names_request,
+    seconds_until,
+    until_deadline,
+)
 from spotjax.api.errors import Unavailable, error_from
 from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
 from spotjax.api.requests import Prompt, Sampling, built, generate_request
-from spotjax.api.resumption import Progress, backoff
+from spotjax.api.resumption import DEFAULT_PATIENCE, Patience, Progress, Pursuit
 from spotjax.engine.generation import Delta
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 
@@ -37,17 +47,22 @@ class SpotjaxClient:
     """A blocking client; several threads may share it."""
 
     def __init__(
-        self, server: str = DEFAULT_SERVER, retries: int = 8, credentials: grpc.ChannelCredentials | None = None
+        self,
+        server: str = DEFAULT_SERVER,
+        patience: float = DEFAULT_PATIENCE,
+        credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         """Connects at the first call.
 
         Args:
           server: ``HOST:PORT``.
-          retries: how often in a row a broken stream is taken up again before giving up; 8 take about 17 seconds.
+          patience: for how many seconds in a row a server that it has met may be away before a stream gives up; 0
+            never tries again.
           credentials: for a server with TLS, see ``spotjax.transport.credentials``; without them it is plaintext.
         """
         self.server = server
-        self._retries = retries
+        self._patience = patience
+        self._met = False
         if credentials is None:
             self._channel = grpc.insecure_channel(server, options=OPTIONS)
         else:
@@ -82,11 +97,11 @@ class SpotjaxClient:
         """Streams the output for a prompt as it is committed."""
         request_id = request_id or secrets.token_hex(16)
         request = generate_request(prompt, sampling, request_id, model, n, resumable)
-        progress = Progress(request_id, [0] * n)
+        pursuit = Pursuit(Progress(request_id, [0] * n), request, self._patience if resumable else 0, self.server)
         try:
-            yield from self._stream(self._generation.Generate, request, progress, resumable, timeout)
+            yield from self._stream(pursuit, timeout)
         finally:
-            if progress.accepted and not progress.complete:  # nobody waits for the rest
+            if pursuit.abandoned:
                 with contextlib.suppress(Exception):
                     self.cancel(request_id, timeout=CANCEL_TIMEOUT)
 
@@ -94,8 +109,9 @@ class SpotjaxClient:
         self, request_id: str, offsets: Sequence[int] = (0,), timeout: float | None = None
     ) -> Generator[Delta, None, None]:
         """Streams what is left of an accepted request; ``offsets`` has the number of tokens seen of every choice."""
-        progress = Progress(request_id, list(offsets))
-        yield from self._stream(self._generation.Resume, progress.resume_request(), progress, True, timeout)
+        yield from self._stream(
+            Pursuit(Progress(request_id, list(offsets)), None, self._patience, self.server), timeout
+        )
 
     def cancel(self, request_id: str, timeout: float | None = None) -> bool:
         """Ends a request at its next token; False when it had already finished."""
@@ -103,8 +119,14 @@ class SpotjaxClient:
         return bool(self._call(self._generation.Cancel, request, timeout).cancelled)
 
     def models(self) -> list[generation_pb2.Model]:
-        """What is served."""
-        return list(self._call(self._generation.Models, generation_pb2.ModelsRequest()).models)
+        """What is served; waits while the server starts."""
+        patience = Patience(self._patience)
+        self._meet()
+        while True:
+            try:
+                return list(self._call(self._generation.Models, generation_pb2.ModelsRequest()).models)
+            except Unavailable as error:
+                time.sleep(patience.wait_after(error))
 
     def ready(self) -> bool:
         """Whether requests are served; False while the server starts or drains."""
@@ -144,26 +166,34 @@ class SpotjaxClient:
         except grpc.RpcError as failure:
             raise error_from(failure, self.server) from None
 
-    def _stream(
-        self, method: Any, request: Any, progress: Progress, resumable: bool, timeout: float | None
-    ) -> Generator[Delta, None, None]:
-        """The responses to one call, and to as many ``Resume`` calls as it takes to see the end."""
+    def _meet(self, timeout: float | None = None) -> None:
+        """Has an answer from the server before it is worth waiting for: its address may be wrong.
+
+        Raises:
+          Unavailable: no server answers.
+        """
+        if self._patience > 0 and not self._met:
+            self._call(self._health.Check, health_pb2.HealthCheckRequest(), timeout)
+            self._met = True
+
+    def _stream(self, pursuit: Pursuit, timeout: float | None) -> Generator[Delta, None, None]:
+        """The responses to as many calls as it takes to see the end."""
         deadline = deadline_after(timeout)
-        failures = 0
+        self._meet(timeout)
         while True:
-            call = method(request, timeout=seconds_until(deadline))
+            method, request = pursuit.next_call()
+            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline))
             try:
+                if names_request(call.initial_metadata()):
+                    pursuit.opened()
                 for response in call:
-                    failures = 0
-                    yield progress.take(response)
+                    if (delta := pursuit.take(response)) is not None:
+                        yield delta
                 return
             except grpc.RpcError as failure:
                 error = error_from(failure, self.server)
             finally:
                 call.cancel()
-                progress.accepted |= names_request(call.initial_metadata())
-            failures += 1
-            if not progress.accepted or not resumable or not isinstance(error, Unavailable) or failures > self._retries:
-                raise error
-            time.sleep(backoff(failures))
-            method, request = self._generation.Resume, progress.resume_request()
+            if pursuit.progress.complete:
+                return
+            time.sleep(until_deadline(pursuit.wait_after(error), deadline))

@@ -1,13 +1,18 @@
-"""What ``ScriptedService`` generates: tokens as a pure function of prompt, seed, choice and position."""
+"""The half of ``ScriptedService`` that generates: tokens are a pure function of prompt, seed, choice and position.
+
+Owns acceptance, commits, streams and what a service that takes a dead one's place has of it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import FinishReason, Logprobs
+from spotjax.errors import Draining, InvalidRequest, LogUnavailable, Overloaded, RequestExists, UnknownRequest
 
 
 def scripted_token(prompt: Sequence[int], seed: int, choice: int, position: int) -> int:
@@ -33,19 +38,21 @@ def scripted_tokens(request: GenerationRequest, choice: int) -> tuple[tuple[int,
 
 @dataclass
 class ScriptedRequest:
-    """An accepted request and how far it is.
+    """A request and how far it is.
 
     Attributes:
-      request: as accepted.
+      request: as taken.
       script: per choice: tokens, text, finish reason.
       committed: tokens that streams may show, the same for every choice (shorter ones ended before).
       ended: set when it was cancelled.
+      recorded: it is accepted: a service that takes this one's place will have it.
     """
 
     request: GenerationRequest
     script: list[tuple[tuple[int, ...], str, FinishReason]]
     committed: int = 0
     ended: FinishReason | None = None
+    recorded: bool = False
 
     @property
     def finished(self) -> bool:
@@ -71,3 +78,143 @@ class ScriptedRequest:
             finish=finish,
             usage=None if finish is None else Usage(len(self.request.prompt), known),
         )
+
+
+class Signal:
+    """Wakes everybody who waits."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def fire(self) -> None:
+        """Wakes those who wait now."""
+        self._event.set()
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Waits for the next ``fire``."""
+        await self._event.wait()
+
+
+class ScriptedGeneration:
+    """A ``GenerationService`` without engine or devices.
+
+    Attributes:
+      overloaded: refuse new requests as if the queue were full.
+      requests: everything taken, by id.
+    """
+
+    def __init__(
+        self,
+        delay: Callable[[], Awaitable[object]] | None = None,
+        record: Callable[[], Awaitable[object]] | None = None,
+        log: Iterable[ScriptedRequest] = (),
+    ) -> None:
+        """A service that goes on with what is on record.
+
+        Args:
+          delay: awaited before each token of each request; a semaphore's ``acquire`` lets tests count them out.
+          record: awaited before a request is on record; may raise ``LogUnavailable``.
+          log: requests of a service that died; those that it had not recorded are lost.
+        """
+        self.overloaded = False
+        self.requests = {state.request.request_id: replace(state) for state in log if state.recorded}
+        self._delay, self._record = delay, record
+        self._draining = False
+        self._stopped = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = Signal()
+        for state in self.requests.values():
+            self._start(self._run(state))
+
+    def submit(self, request: GenerationRequest) -> Awaitable[None]:
+        """Takes a request; once it is on record, starts to commit its tokens."""
+        if request.request_id in self.requests:
+            raise RequestExists(request.request_id)
+        if self._draining:
+            raise Draining("the server is draining and takes no new requests; try another one")
+        if self.overloaded:
+            raise Overloaded("the queue is full", retry_after=1.5)
+        script = [scripted_tokens(request, choice) for choice in range(request.n)]
+        state = self.requests[request.request_id] = ScriptedRequest(request, script)
+        return self._start(self._accept(state))
+
+    def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
+        """Output from ``offsets`` on."""
+        state = self._find(request_id)
+        if offsets and len(offsets) != state.request.n:
+            raise InvalidRequest("offsets", f"one for each of the {state.request.n} choices, got {len(offsets)}")
+        for choice, offset in enumerate(offsets):
+            known = min(state.committed, len(state.script[choice][0]))
+            if offset > known:
+                raise InvalidRequest(f"offsets[{choice}]", f"must be in [0, {known}], got {offset}")
+        return self._stream(state, list(offsets) or [0] * state.request.n)
+
+    def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
+        """Ends a request."""
+        state = self._find(request_id)
+        if state.finished:
+            return False
+        state.ended = FinishReason(reason)
+        self._changed.fire()
+        return True
+
+    async def stop(self) -> None:
+        """Ends every stream where it is, as a server does that goes away."""
+        self._stopped = True
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._changed.fire()
+
+    async def _finish(self, seconds: float) -> bool:
+        """Takes no new requests and waits for the others."""
+        self._draining = True
+        _, late = await asyncio.wait(self._tasks, timeout=seconds) if self._tasks else (set(), set())
+        return not late
+
+    def _unfinished(self) -> int:
+        return sum(not state.finished for state in self.requests.values())
+
+    def _find(self, request_id: str) -> ScriptedRequest:
+        if request_id not in self.requests:
+            raise UnknownRequest(f"no request {request_id!r} is known: it never was, or it finished too long ago")
+        return self.requests[request_id]
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _accept(self, state: ScriptedRequest) -> None:
+        if self._record is not None:
+            try:
+                await self._record()
+            except LogUnavailable:
+                del self.requests[state.request.request_id]
+                raise
+        state.recorded = True
+        self._start(self._run(state))
+
+    async def _run(self, state: ScriptedRequest) -> None:
+        while not state.finished:
+            if self._delay is not None:
+                await self._delay()
+            if not state.finished:
+                state.committed += 1
+                self._changed.fire()
+            await asyncio.sleep(0)
+
+    async def _stream(self, state: ScriptedRequest, offsets: list[int]) -> AsyncIterator[Delta]:
+        unfinished = set(range(state.request.n))
+        while unfinished:
+            while not (ready := [delta for c in sorted(unfinished) if (delta := state.delta(c, offsets[c]))]):
+                if self._stopped:
+                    return
+                await self._changed.wait()
+            for delta in ready:
+                offsets[delta.choice] += len(delta.tokens)
+                if delta.finish is not None:
+                    unfinished.discard(delta.choice)
+                yield delta

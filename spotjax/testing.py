@@ -6,28 +6,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from spotjax.engine.generation import Delta, GenerationRequest
-from spotjax.engine.request import FinishReason
-from spotjax.errors import (
-    Draining,
-    InvalidRequest,
-    NoFeasibleShape,
-    NoSpareDevices,
-    Overloaded,
-    UnknownInstance,
-    UnknownRequest,
-)
+from spotjax.errors import NoFeasibleShape, NoSpareDevices, UnknownInstance
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
-from spotjax.scripted_generation import ScriptedRequest, scripted_tokens
+from spotjax.scripted_generation import ScriptedGeneration, ScriptedRequest
 
 LAYERS = 4
 DEVICES_PER_INSTANCE = 2
@@ -54,29 +43,11 @@ class ByteTokenizer:
         return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
 
 
-class Signal:
-    """Wakes everybody who waits."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-
-    def fire(self) -> None:
-        """Wakes those who wait now."""
-        self._event.set()
-        self._event = asyncio.Event()
-
-    async def wait(self) -> None:
-        """Waits for the next ``fire``."""
-        await self._event.wait()
-
-
-class ScriptedService:
+class ScriptedService(ScriptedGeneration):
     """A ``Service`` without engine or devices.
 
     Attributes:
-      overloaded: refuse new requests as if the queue were full.
       ready: what ``status`` says.
-      requests: everything accepted, by id.
     """
 
     def __init__(
@@ -84,67 +55,29 @@ class ScriptedService:
         delay: Callable[[], Awaitable[object]] | None = None,
         shape: MeshShape | None = None,
         spare_instances: int = 1,
+        record: Callable[[], Awaitable[object]] | None = None,
+        log: Iterable[ScriptedRequest] = (),
     ) -> None:
         """A service that is ready.
 
         Args:
-          delay: awaited before each token of each request; a semaphore's ``acquire`` lets tests count them out.
+          delay, record, log: see ``ScriptedGeneration``.
           shape: the mesh, by default 2x2x1.
           spare_instances: how many ``add`` can let join.
         """
-        self.overloaded = False
+        super().__init__(delay, record, log)
         self.ready = True
-        self.requests: dict[str, ScriptedRequest] = {}
-        self._delay = delay
         self._spare = spare_instances
-        self._draining = False
-        self._stopped = False
-        self._tasks: set[asyncio.Task[None]] = set()
         self._events: list[FleetEvent] = []
-        self._changed = Signal()
         self._shape = shape or MeshShape(2, 2, 1)
         count = -(-self._shape.devices // DEVICES_PER_INSTANCE)
         self._states = {f"i-{number}": InstanceState.READY for number in range(count)}
         self._placement: Placement | None = self._place(1)
-        self._record("ready", f"serving on {self._shape}")
-
-    def submit(self, request: GenerationRequest) -> None:
-        """Accepts a request and starts to commit its tokens."""
-        if self._draining:
-            raise Draining("the server is draining and takes no new requests; try another one")
-        if self.overloaded:
-            raise Overloaded("the queue is full", retry_after=1.5)
-        if request.request_id in self.requests:
-            raise InvalidRequest("request_id", f"{request.request_id!r} is taken")
-        script = [scripted_tokens(request, choice) for choice in range(request.n)]
-        state = self.requests[request.request_id] = ScriptedRequest(request, script)
-        task = asyncio.create_task(self._run(state))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
-        """Output from ``offsets`` on."""
-        state = self._find(request_id)
-        if offsets and len(offsets) != state.request.n:
-            raise InvalidRequest("offsets", f"one for each of the {state.request.n} choices, got {len(offsets)}")
-        for choice, offset in enumerate(offsets):
-            known = min(state.committed, len(state.script[choice][0]))
-            if offset > known:
-                raise InvalidRequest(f"offsets[{choice}]", f"must be in [0, {known}], got {offset}")
-        return self._stream(state, list(offsets) or [0] * state.request.n)
-
-    def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
-        """Ends a request."""
-        state = self._find(request_id)
-        if state.finished:
-            return False
-        state.ended = FinishReason(reason)
-        self._changed.fire()
-        return True
+        self._note("ready", f"serving on {self._shape}")
 
     def status(self) -> FleetStatus:
         """A snapshot."""
-        running = self._running()
+        running = self._unfinished()
         placement = self._placement
         return FleetStatus(
             model="scripted",
@@ -183,7 +116,7 @@ class ScriptedService:
         """Takes an instance away without waiting; the mesh loses replicas until it fits."""
         self._require_alive(instance)
         self._states[instance] = InstanceState.GONE
-        self._record("lost", f"{instance} is gone", instance=instance, seconds=grace_seconds)
+        self._note("lost", f"{instance} is gone", instance=instance, seconds=grace_seconds)
         return self._reconfigure()
 
     async def release(self, instance: str) -> Reconfiguration:
@@ -193,7 +126,7 @@ class ScriptedService:
         if self._place(0) is None:
             self._states[instance] = state
             raise NoFeasibleShape(f"no mesh fits without {instance}")
-        self._record("draining", f"{instance} may leave", instance=instance)
+        self._note("draining", f"{instance} may leave", instance=instance)
         return self._reconfigure()
 
     async def add(self, count: int) -> Reconfiguration:
@@ -203,58 +136,18 @@ class ScriptedService:
         self._spare -= count
         for _ in range(count):
             self._states[f"i-{len(self._states)}"] = InstanceState.READY
-        self._record("joined", f"{count} joined", count=count)
+        self._note("joined", f"{count} joined", count=count)
         return self._reconfigure()
 
     async def drain(self, seconds: float) -> bool:
         """Takes no new requests and waits for the accepted ones."""
-        self._draining = True
-        self._record("draining", "taking no new requests")
-        _, late = await asyncio.wait(self._tasks, timeout=seconds) if self._tasks else (set(), set())
-        return not late
+        self._note("draining", "taking no new requests")
+        return await self._finish(seconds)
 
-    async def stop(self) -> None:
-        """Ends every stream where it is, as a server does that goes away."""
-        self._stopped = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._changed.fire()
-
-    def _find(self, request_id: str) -> ScriptedRequest:
-        if request_id not in self.requests:
-            raise UnknownRequest(f"no request {request_id!r} is known: it never was, or it finished too long ago")
-        return self.requests[request_id]
-
-    async def _run(self, state: ScriptedRequest) -> None:
-        while not state.finished:
-            if self._delay is not None:
-                await self._delay()
-            if not state.finished:
-                state.committed += 1
-                self._changed.fire()
-            await asyncio.sleep(0)
-
-    async def _stream(self, state: ScriptedRequest, offsets: list[int]) -> AsyncIterator[Delta]:
-        unfinished = set(range(state.request.n))
-        while unfinished:
-            while not (ready := [delta for c in sorted(unfinished) if (delta := state.delta(c, offsets[c]))]):
-                if self._stopped:
-                    return
-                await self._changed.wait()
-            for delta in ready:
-                offsets[delta.choice] += len(delta.tokens)
-                if delta.finish is not None:
-                    unfinished.discard(delta.choice)
-                yield delta
-
-    def _record(self, kind: str, message: str, **fields: str | int | float) -> None:
+    def _note(self, kind: str, message: str, **fields: str | int | float) -> None:
         epoch = self._placement.epoch if self._placement else 0
         self._events.append(FleetEvent(time.time(), kind, epoch, message, fields))
         self._changed.fire()
-
-    def _running(self) -> int:
-        return sum(not state.finished for state in self.requests.values())
 
     def _require_alive(self, instance: str) -> None:
         if self._states.get(instance, InstanceState.GONE) is InstanceState.GONE:
@@ -277,7 +170,7 @@ class ScriptedService:
         before = self._placement
         epoch = (before.epoch if before else 0) + 1
         self._placement = self._place(epoch)
-        self._record("switch", f"epoch {epoch}", pause_seconds=0.25)
+        self._note("switch", f"epoch {epoch}", pause_seconds=0.25)
         return Reconfiguration(
             epoch=epoch,
             before=before,
@@ -287,7 +180,7 @@ class ScriptedService:
             bytes_loaded=0,
             precopy_seconds=0.5,
             pause_seconds=0.25,
-            requests_kept=self._running(),
+            requests_kept=self._unfinished(),
             requests_recomputed=0,
         )
 

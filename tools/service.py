@@ -75,7 +75,7 @@ class Service:
     async def start(self) -> None:
         """Waits until it serves."""
         self.address = await self._poll("the server listens", self._listening, START_SECONDS)
-        self.client = AsyncSpotjaxClient(self.address, retries=0, credentials=self._credentials)
+        self.client = AsyncSpotjaxClient(self.address, patience=0, credentials=self._credentials)
         await self._poll("it serves", lambda: " is serving " in self.server.output(), START_SECONDS)
         self._following = asyncio.create_task(self._follow())
 

@@ -37,3 +37,8 @@ def deadline_after(timeout: float | None) -> float | None:
 def seconds_until(deadline: float | None) -> float | None:
     """Seconds left, at least 0; None where there is no deadline."""
     return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def until_deadline(wait: float, deadline: float | None) -> float:
+    """Seconds of a wait that ends at the deadline."""
+    return wait if deadline is None else min(wait, max(0.0, deadline - time.monotonic()))

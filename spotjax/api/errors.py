@@ -22,9 +22,11 @@ from spotjax.errors import (
     Draining,
     InstanceLost,
     InvalidRequest,
+    LogUnavailable,
     NoFeasibleShape,
     NoSpareDevices,
     Overloaded,
+    RequestExists,
     SpotjaxError,
     UnknownInstance,
     UnknownRequest,
@@ -41,11 +43,17 @@ class Unavailable(SpotjaxError):
     """No server answers at the address, or the one that does cannot serve yet."""
 
 
+class Unreachable(Unavailable):
+    """No server answers at the address, or it went away in the middle of a call. Only clients raise it."""
+
+
 STATUS: dict[type[SpotjaxError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    RequestExists: grpc.StatusCode.ALREADY_EXISTS,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
+    LogUnavailable: grpc.StatusCode.UNAVAILABLE,
     UnknownRequest: grpc.StatusCode.NOT_FOUND,
     UnknownInstance: grpc.StatusCode.NOT_FOUND,
     NoSpareDevices: grpc.StatusCode.FAILED_PRECONDITION,
@@ -108,6 +116,8 @@ def error_from(failure: grpc.RpcError, server: str) -> Exception:
     code, details = call.code(), call.details() or ""
     trailing = {key: value for key, value in call.trailing_metadata() or () if isinstance(value, str)}
     name = trailing.get(ERROR_KEY)
+    if name == RequestExists.__name__:
+        return RequestExists(details.partition("'")[2].partition("'")[0])  # its message quotes the id
     if name == InvalidRequest.__name__:
         field = trailing.get(FIELD_KEY, "")
         return InvalidRequest(field, details.removeprefix(f"{field}: "))
@@ -117,7 +127,7 @@ def error_from(failure: grpc.RpcError, server: str) -> Exception:
         if kind.__name__ == name:
             return kind(details)
     if code is grpc.StatusCode.UNAVAILABLE:
-        return Unavailable(
+        return Unreachable(
             f"no Spotjax server answers at {server}; start one with: spotjax serve --instances 4 --listen {server}"
         )
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

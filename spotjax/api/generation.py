@@ -5,6 +5,7 @@ Owns when a client that goes away ends its request. Checking requests is ``valid
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -38,16 +39,18 @@ class GenerationServicer(pb_grpc.GenerationServicer):
         """Takes a request and streams its output."""
         service, model = self._backend.get()
         accepted = await accepted_request(request, model)
-        service.submit(accepted)
-        log.info("accepted", extra={"request": accepted.request_id, "prompt_tokens": len(accepted.prompt)})
+        recorded = asyncio.ensure_future(service.submit(accepted))
         try:
+            await asyncio.shield(recorded)  # a client that leaves does not undo what others may take up
+            log.info("accepted", extra={"request": accepted.request_id, "prompt_tokens": len(accepted.prompt)})
             await context.send_initial_metadata(((REQUEST_ID_KEY, accepted.request_id),))
             await forward(service.stream(accepted.request_id), context, set(range(accepted.n)))
             log.info("finished", extra={"request": accepted.request_id})
         except BaseException as error:
             log.info("stream broke", extra={"request": accepted.request_id, "reason": type(error).__name__})
             if not accepted.resumable:
-                abandon(service, accepted.request_id, context)
+                reason = reason_to_leave(context)
+                recorded.add_done_callback(lambda _: abandon(service, accepted.request_id, reason))
             raise
 
     @rpc
@@ -97,9 +100,13 @@ async def forward(stream: AsyncIterator[Delta], context: Context, unfinished: se
         raise Unavailable("the server stopped before the request finished; take it up again with Resume")
 
 
-def abandon(service: Service, request_id: str, context: Context) -> None:
-    """Ends a request that its client does not wait for any more."""
+def reason_to_leave(context: Context) -> str:
+    """Why a client went away: ``deadline`` or ``cancelled``."""
     remaining = context.time_remaining()
-    expired = remaining is not None and remaining <= CLOCK_SLACK
-    with contextlib.suppress(UnknownRequest):  # it finished and its retention is over
-        service.cancel(request_id, "deadline" if expired else "cancelled")
+    return "deadline" if remaining is not None and remaining <= CLOCK_SLACK else "cancelled"
+
+
+def abandon(service: Service, request_id: str, reason: str) -> None:
+    """Ends a request that its client does not wait for any more."""
+    with contextlib.suppress(UnknownRequest):  # it was not accepted, or it finished and its retention is over
+        service.cancel(request_id, reason)

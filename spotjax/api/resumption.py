@@ -1,21 +1,71 @@
-"""How a client takes a broken stream up again: what it has seen, what to ask for, how long to wait.
+"""How a client sees one request through, however often its connection breaks: each token exactly once.
 
-Pure; the connections are in ``spotjax.client``.
+Owns what was seen, which call comes next, and how long to wait for it. No I/O: the calls are made by
+``spotjax.client`` and ``spotjax.async_client``.
+
+A request is sent with ``Generate`` until a server has said that it accepted it, then taken up with ``Resume``. When
+``Generate`` breaks before the answer, the request may or may not be accepted. It is sent again under its id: a server
+that has it refuses with ``RequestExists``, and the client takes up what it had started.
 """
 
 from __future__ import annotations
 
+import logging
 import random
+import time
 from dataclasses import dataclass, field
+from typing import Literal
 
+from spotjax.api.errors import Unavailable, Unreachable
 from spotjax.api.generation_messages import delta_from
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.api.requests import built
 from spotjax.engine.generation import Delta
-from spotjax.errors import SpotjaxError
+from spotjax.errors import RequestExists, SpotjaxError, UnknownRequest
+
+log = logging.getLogger("spotjax.client")
+"""What both clients tell about waiting, at level INFO."""
+
+DEFAULT_PATIENCE = 120.0
+"""Seconds: a controller that starts anew has read its log and loaded its model by then."""
 
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 5.0
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after the ``failures``-th failure in a row: doubling, bounded, jittered by a quarter."""
+    return min(FIRST_WAIT * 2.0 ** min(failures - 1, 16), LONGEST_WAIT) * random.uniform(0.75, 1.25)
+
+
+@dataclass(slots=True)
+class Patience:
+    """How long to go on trying.
+
+    Attributes:
+      seconds: from the first of several failures in a row until the last attempt; 0 means never to try again.
+      failures: how many there were in a row.
+      since: monotonic time of the first of them.
+    """
+
+    seconds: float
+    failures: int = 0
+    since: float = 0.0
+
+    def wait_after(self, error: Exception) -> float:
+        """Counts a failure. Seconds to wait before the next attempt; raises the error if there is to be none."""
+        now = time.monotonic()
+        if self.failures == 0:
+            self.since = now
+        left = self.since + self.seconds - now
+        if left <= 0:
+            raise error
+        self.failures += 1
+        return min(backoff(self.failures), left)
+
+    def renew(self) -> None:
+        """Something worked: the next failure is the first one in a row."""
+        self.failures = 0
 
 
 @dataclass(slots=True)
@@ -25,17 +75,15 @@ class Progress:
     Attributes:
       request_id: of the request.
       offsets: tokens seen of every choice.
-      accepted: the server has said that it accepted the request.
       finished: choices that ended.
     """
 
     request_id: str
     offsets: list[int]
-    accepted: bool = False
     finished: set[int] = field(default_factory=set)
 
-    def take(self, response: pb.GenerateResponse) -> Delta:
-        """The piece of output in a response, which is seen from here on.
+    def take(self, response: pb.GenerateResponse) -> Delta | None:
+        """The piece of output in a response, which is seen from here on; None if its choice had ended before.
 
         Raises:
           SpotjaxError: it does not go on where the last one of its choice ended.
@@ -46,6 +94,8 @@ class Progress:
                 f"request {self.request_id}: choice {delta.choice} goes on at token {delta.offset}, "
                 f"but of its choices {self.offsets} tokens were seen"
             )
+        if delta.choice in self.finished:  # Resume says again how each choice ended
+            return None
         self.offsets[delta.choice] += len(delta.tokens)
         if delta.finish is not None:
             self.finished.add(delta.choice)
@@ -56,11 +106,97 @@ class Progress:
         """Whether all choices ended."""
         return len(self.finished) == len(self.offsets)
 
-    def resume_request(self) -> pb.ResumeRequest:
-        """Asks for everything not yet seen."""
-        return built(pb.ResumeRequest, request_id=self.request_id, offsets=self.offsets)
+
+class Pursuit:
+    """The calls that it takes to see a request to its end, and what their failures say about where it is."""
+
+    def __init__(self, progress: Progress, generate: pb.GenerateRequest | None, patience: float, server: str) -> None:
+        """Before the first call.
+
+        Args:
+          progress: what was seen so far.
+          generate: sends the request; None if it was accepted before, from whomever, and is only taken up.
+          patience: seconds, see ``Patience``.
+          server: its address, for messages.
+        """
+        self.progress = progress
+        self._generate, self._server = generate, server
+        self._patience = Patience(patience)
+        self._accepted = False  # the server has said so
+        self._taken = generate is None  # a server has it, or says that it has: take it up
+        self._sent = self._sent_before = False  # calls of ours may have brought it to a server; before the current one
+        self._opened: float | None = None  # when the current call was answered
+        self._waiting = False  # the user was told so
+
+    @property
+    def abandoned(self) -> bool:
+        """If nobody goes on from here: whether a server may be left with a request that we sent."""
+        return self._sent and not self.progress.complete
+
+    def next_call(self) -> tuple[Literal["Generate", "Resume"], pb.GenerateRequest | pb.ResumeRequest]:
+        """The method to call and what to ask it, which the caller is about to do."""
+        self._opened = None
+        if self._generate is not None and not self._taken:
+            self._sent_before, self._sent = self._sent, True
+            return "Generate", self._generate
+        progress = self.progress
+        return "Resume", built(pb.ResumeRequest, request_id=progress.request_id, offsets=progress.offsets)
+
+    def opened(self) -> None:
+        """The server has taken the current call: output will follow."""
+        self._opened = time.monotonic()
+        if self._waiting:
+            self._waiting = False
+            seen = ", ".join(map(str, self.progress.offsets))
+            self._say(f"resumed at token {seen}" if self._taken else "the server is back")
+        if self._generate is None or not self._taken:
+            self._accepted = self._taken = True
+
+    def take(self, response: pb.GenerateResponse) -> Delta | None:
+        """See ``Progress.take``."""
+        self._accepted = True
+        self._patience.renew()
+        return self.progress.take(response)
+
+    def wait_after(self, error: Exception) -> float:
+        """Seconds to wait before the next call, after one that failed; raises the error if there is to be none."""
+        if self._opened is not None and time.monotonic() - self._opened > LONGEST_WAIT:
+            self._patience.renew()  # requests may wait long for a token, and break more than once while they do
+        if not self._taken and refused(error):
+            self._sent = self._sent_before
+        if isinstance(error, Unavailable):
+            wait = self._patience.wait_after(error)
+            self._say_waiting(error)
+            return wait
+        if isinstance(error, UnknownRequest) and self._accepted:
+            raise forgotten(self.progress, self._server)
+        if isinstance(error, UnknownRequest) and self._taken and self._generate is not None:
+            self._taken = False  # it was taken, but never on record
+            return self._patience.wait_after(error)
+        if isinstance(error, RequestExists) and self._sent_before:
+            self._taken = True  # by a call of ours whose answer was lost
+            return 0.0
+        raise error
+
+    def _say_waiting(self, error: Unavailable) -> None:
+        if not self._waiting:
+            self._waiting = True
+            lost = self._accepted or isinstance(error, Unreachable)
+            self._say("connection lost; waiting for the server" if lost else f"waiting for the server: {error}")
+
+    def _say(self, message: str) -> None:
+        log.info(message, extra={"request": self.progress.request_id})
 
 
-def backoff(failures: int) -> float:
-    """Seconds to wait after the ``failures``-th failure in a row: doubling, bounded, jittered by a quarter."""
-    return min(FIRST_WAIT * 2.0 ** (failures - 1), LONGEST_WAIT) * random.uniform(0.75, 1.25)
+def refused(error: Exception) -> bool:
+    """Whether a server answered ``Generate`` with this error instead of accepting the request."""
+    return isinstance(error, SpotjaxError) and type(error) not in (SpotjaxError, Unreachable)
+
+
+def forgotten(progress: Progress, server: str) -> UnknownRequest:
+    """The error for a request that was accepted and is not there any more."""
+    return UnknownRequest(
+        f"{server} does not know request {progress.request_id!r} any more, of which {sum(progress.offsets)} tokens "
+        "were seen: it was started again without the commit log that has the request, or the request ended longer ago "
+        "than finished ones are kept; send it again to start from its beginning"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol
 
 from spotjax.engine.generation import Delta, GenerationRequest
@@ -12,11 +12,16 @@ from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 class GenerationService(Protocol):
     """Takes requests and streams their tokens."""
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Accepts a request: from here on it is never lost.
+    def submit(self, request: GenerationRequest) -> Awaitable[None]:
+        """Takes a request, under an id that is its own from here on.
 
-        Raises:
-          InvalidRequest: it can never fit, or its id is taken.
+        Returns: what is done once the request is accepted, that is on record: from then on it is never lost. Raises
+          LogUnavailable if it cannot be recorded; then it is not accepted and its id is free again.
+
+        Raises (the call itself, before anything is recorded):
+          RequestExists: a request of this id was taken before. Told even when no request at all would be taken, so that
+            a client whose call broke learns that the request is there.
+          InvalidRequest: it can never fit.
           Overloaded: the queue is full.
           Draining: the server is about to exit.
         """

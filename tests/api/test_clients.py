@@ -56,7 +56,7 @@ class Blocking:
 
 @pytest.fixture(params=[AsyncSpotjaxClient, Blocking])
 async def client(request: pytest.FixtureRequest, running: Running) -> AsyncIterator[Any]:
-    client = request.param(running.address, retries=6)
+    client = request.param(running.address, patience=2)
     yield client
     await client.close()
 

@@ -86,7 +86,7 @@ async def test_members_of_the_fleet_talk_and_nobody_else_does(address: str, ours
     impostor = Files(theirs.certificate, theirs.key, ours.authority)
     anonymous = grpc.ssl_channel_credentials(Path(ours.authority).read_bytes())
     for credentials in (None, channel_credentials(*theirs), channel_credentials(*impostor), anonymous):
-        async with AsyncSpotjaxClient(address, retries=0, credentials=credentials) as client:
+        async with AsyncSpotjaxClient(address, patience=0, credentials=credentials) as client:
             with pytest.raises(Unavailable):
                 await client.status()
 

@@ -132,7 +132,7 @@ async def test_a_request_id_that_is_taken_is_refused(open_server: Running) -> No
     async for _ in open_server.generation.Generate(request):
         pass
     code, _, metadata = await refusal(open_server.generation.Generate(request))
-    assert (code, metadata["spotjax-field"]) == (grpc.StatusCode.INVALID_ARGUMENT, "request_id")
+    assert (code, metadata["spotjax-field"]) == (grpc.StatusCode.ALREADY_EXISTS, "request_id")
 
 
 @pytest.mark.parametrize("offsets", [[9], [0, 1], [0, 0, 0]])

@@ -144,7 +144,7 @@ def test_a_controller_loads_no_jax() -> None:
 async def test_draining_ends_after_its_time_with_0() -> None:
     async with server("--retain-seconds", "1000", "--drain-seconds", "0.1") as process:
         found = await line_with(process.stdout, r"serving tiny on (\S+)")
-        async with AsyncSpotjaxClient(found[1], retries=0) as client:
+        async with AsyncSpotjaxClient(found[1], patience=0) as client:
             stream = asyncio.create_task(first_token(client))
             await line_with(process.stderr, "accepted")
             process.send_signal(signal.SIGTERM)
@@ -157,7 +157,7 @@ async def test_draining_ends_after_its_time_with_0() -> None:
 async def test_a_second_signal_stops_at_once() -> None:
     async with server("--retain-seconds", "1000") as process:
         found = await line_with(process.stdout, r"serving tiny on (\S+)")
-        async with AsyncSpotjaxClient(found[1], retries=0) as client:
+        async with AsyncSpotjaxClient(found[1], patience=0) as client:
             stream = asyncio.create_task(first_token(client))
             await line_with(process.stderr, "accepted")
             process.send_signal(signal.SIGTERM)

@@ -58,7 +58,7 @@ async def test_with_tls_everything_works_and_plaintext_is_refused(programs: Path
     fleet = LocalFleet(tmp_path, names, (*CONTROLLER, *files.flags), (*plain, *files.flags), credentials=credentials)
     async with running(fleet):
         expected = await answers(fleet.client, REQUESTS[:4])
-        async with AsyncSpotjaxClient(fleet.address, retries=0) as plaintext:
+        async with AsyncSpotjaxClient(fleet.address, patience=0) as plaintext:
             with pytest.raises(Unavailable):
                 await plaintext.status()
         stranger = Process("stranger", (*SERVE, "--join", fleet.address, "--name", "stranger", *plain), tmp_path)

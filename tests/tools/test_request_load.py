@@ -31,7 +31,7 @@ async def client(service: ScriptedService) -> AsyncIterator[AsyncSpotjaxClient]:
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
     await server.attach(service, ServedModel("scripted", ByteTokenizer(), 4096))
-    async with AsyncSpotjaxClient(f"127.0.0.1:{port}", retries=0) as client:
+    async with AsyncSpotjaxClient(f"127.0.0.1:{port}", patience=0) as client:
         yield client
     await server.stop()
 
