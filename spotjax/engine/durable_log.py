@@ -1,0 +1,223 @@
+"""The commit log on disk: what it promises and the thread that writes it. Tables and SQL are in ``log_database``.
+
+All that was asked for while the disk was busy goes into one transaction (group commit); once that is written, the event
+loop is told in the order of the calls. The loop's own thread never waits for a disk.
+
+What is told has been committed, and a commit survives the death of the process in any case. It survives the loss of
+power at once with durability ``step``, which syncs before it tells, and up to a second later with ``interval``. A
+transaction that was cut off has never been; what comes back is always what was asked for up to some moment. This holds
+as far as the disk keeps what it says it has synced: if the end of the write-ahead log is destroyed later, it cannot be
+told from one that was never written, and the log is what it was before. Damage anywhere else is noticed.
+
+No clock of the wall is read. Prompts are private: directory and files belong to their user alone, and what is forgotten
+is overwritten, at the latest when nothing was asked for during a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from spotjax.engine.commit_log import RecordedRequest
+from spotjax.engine.generation import GenerationRequest
+from spotjax.engine.log_database import LogDatabase
+from spotjax.engine.log_directory import DATABASE, WriterLock
+from spotjax.engine.log_group import Accept, Group
+from spotjax.engine.log_reading import Contents, read
+from spotjax.engine.log_records import AcceptedRecord, ServiceRecord, encode
+from spotjax.engine.log_writer import LogWriter, Operation
+from spotjax.engine.request import RequestState
+from spotjax.errors import CommitLogError, LogUnavailable, RequestExists
+
+Durability = Literal["step", "interval"]
+
+
+class DurableLog:
+    """A ``CommitLog`` in a directory. ``open`` makes one; the rest is for the event loop's thread.
+
+    Attributes:
+      identity: see ``CommitLog``.
+      epoch: see ``CommitLog``.
+      problem: see ``CommitLog``.
+      directory: where it is.
+      on_change: called on the loop when ``problem`` changes.
+    """
+
+    def __init__(
+        self, directory: Path, lock: WriterLock, database: LogDatabase, contents: Contents, durability: Durability
+    ) -> None:
+        self.directory = directory
+        self.identity, self.epoch = database.service.identity, database.service.epoch
+        self.problem = ""
+        self.on_change: Callable[[], None] = lambda: None
+        self._lock = lock
+        self._opened_with = {stored.recorded.request.request_id: stored.recorded for stored in contents.requests}
+        self._ids = set(self._opened_with)
+        """Requests that are recorded, or are about to be."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
+        self._writer = LogWriter(
+            database,
+            durability,
+            recorded=lambda group: self._on_loop(lambda: self._recorded(group)),
+            refused=lambda accepts, problem: self._on_loop(lambda: self._refused(accepts, problem)),
+            changed=lambda problem: self._on_loop(lambda: self._changed(problem)),
+        )
+
+    @classmethod
+    def open(cls, directory: Path, durability: Durability, model: str) -> DurableLog:
+        """Opens the log in a directory, or makes a new one. Waits for the disk: not for the loop's thread.
+
+        Args:
+          directory: made if there is none.
+          durability: what being told means, see the module.
+          model: fingerprint of what is served. A log of another model without unfinished requests is begun anew.
+
+        Raises:
+          CommitLogError: it is in use, damaged, not readable, or has unfinished requests of another model.
+        """
+        lock = WriterLock(directory)
+        try:
+            database, contents = _open_database(directory, durability, model)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(directory, lock, database, contents, durability)
+
+    def accept(self, request: GenerationRequest, states: Sequence[RequestState], key: int) -> Awaitable[None]:
+        """See ``CommitLog.accept``. Who stops waiting does not undo it: the request is recorded until forgotten.
+
+        Raises:
+          RequestExists: there is one of that id.
+          LogUnavailable: at once while there is a problem, or when awaited.
+        """
+        if self.problem or self._closed:
+            raise LogUnavailable(_unavailable(self.directory, self.problem or "it is closed"))
+        if request.request_id in self._ids:
+            raise RequestExists(request.request_id)
+        content = encode(AcceptedRecord.of(request, states, key))
+        self._ids.add(request.request_id)
+        done = asyncio.get_running_loop().create_future()
+        accept = Accept(request.request_id, content, tuple(states), done)
+        self._put(lambda group: group.accept(accept))
+        return done
+
+    def append(self, states: Sequence[RequestState], then: Callable[[], None]) -> None:
+        """See ``CommitLog.append``. Steps of requests that were refused or forgotten are not recorded."""
+        self._put(lambda group: group.append(states, then))
+
+    def forget(self, request_id: str) -> None:
+        """See ``CommitLog.forget``."""
+        self._ids.discard(request_id)
+        self._opened_with.pop(request_id, None)
+        self._put(lambda group: group.forget(request_id))
+
+    def begin_epoch(self, epoch: int) -> None:
+        """See ``CommitLog.begin_epoch``."""
+        self.epoch = epoch
+
+        def begin(group: Group) -> None:
+            group.epoch = epoch
+
+        self._put(begin)
+
+    def replay(self) -> Iterator[RecordedRequest]:
+        """See ``CommitLog.replay``; without what was forgotten since."""
+        return iter(tuple(self._opened_with.values()))
+
+    async def close(self) -> None:
+        """See ``CommitLog.close``. What could not be written is told to nobody."""
+        if self._closed:
+            return
+        self._put(None)
+        self._closed = True
+        await asyncio.to_thread(self._writer.join)
+        self._lock.release()
+
+    def _put(self, operation: Operation | None) -> None:
+        if self._closed:
+            return
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._writer.start()
+        self._writer.put(operation)
+
+    def _on_loop(self, call: Callable[[], None]) -> None:
+        """From the writer's thread."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(call)
+
+    def _recorded(self, group: Group) -> None:
+        for accept in group.accepts:
+            if not accept.done.done():  # who asked may have gone
+                accept.done.set_result(None)
+        for then in group.then:
+            self._call(then)
+
+    def _call(self, then: Callable[[], None]) -> None:
+        try:
+            then()
+        except Exception as error:  # those that follow must be told all the same
+            assert self._loop is not None
+            self._loop.call_exception_handler({"message": "telling what was recorded failed", "exception": error})
+
+    def _refused(self, accepts: list[Accept], problem: str) -> None:
+        for accept in accepts:
+            self._ids.discard(accept.request_id)
+            if not accept.done.done():
+                accept.done.set_exception(LogUnavailable(_unavailable(self.directory, problem)))
+
+    def _changed(self, problem: str) -> None:
+        self.problem = problem
+        self._call(self.on_change)
+
+
+def _unavailable(directory: Path, problem: str) -> str:
+    return f"the commit log {directory} cannot be written: {problem}; try again when that is mended"
+
+
+def _open_database(directory: Path, durability: Durability, model: str) -> tuple[LogDatabase, Contents]:
+    """The database in a directory whose lock is held, and what was in it."""
+    path = directory / DATABASE
+    advice = f"restore what is intact by opening it with salvage, or move {directory} away to begin anew"
+    try:
+        connection = LogDatabase.connect(path)
+    except (sqlite3.Error, OSError) as error:
+        raise CommitLogError(f"the commit log {path} cannot be opened: {error}; {advice}") from error
+    try:
+        contents = read(connection)
+        if contents.damage:
+            more = f" (and {len(contents.damage) - 1} more)" if len(contents.damage) > 1 else ""
+            raise CommitLogError(f"the commit log {path} is damaged: {contents.damage[0]}{more}; {advice}")
+        return _of_service(path, connection, contents, durability, model), contents
+    except (sqlite3.Error, OSError) as error:
+        connection.close()
+        raise CommitLogError(f"the commit log {path} cannot be read: {error}; {advice}") from error
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _of_service(
+    path: Path, connection: sqlite3.Connection, contents: Contents, durability: Durability, model: str
+) -> LogDatabase:
+    """The database as that of a service with this model; new if it was another's and is not needed any more."""
+    database = LogDatabase(path, connection, contents, durability)
+    if contents.service is not None and contents.service.model != model:
+        unfinished = database.unfinished
+        if unfinished:
+            raise CommitLogError(
+                f"the commit log {path} has {unfinished} unfinished requests of another model, "
+                f"{contents.service.model}; serve that one to finish them, or use another directory "
+                f"(--commit-log), or remove {path.parent}. To be served now: {model}"
+            )
+        contents.service = None
+        contents.requests.clear()
+    if contents.service is None:
+        database.begin_service(ServiceRecord(uuid.uuid4().hex, model, 0))
+    return database
