@@ -18,9 +18,11 @@ from spotjax.models.checkpoint import Checkpoint
 from spotjax.models.gguf import GgufCheckpoint
 from spotjax.models.gguf_tokenizer import gguf_tokenizer
 from spotjax.models.huggingface import HuggingFaceCheckpoint
+from spotjax.models.orbax_checkpoint import OrbaxCheckpoint, is_checkpoint
 from spotjax.models.tokenizer import Tokenizer
 
 HUB = "hf://"
+BUCKETS = ("gs://", "s3://")
 HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 
 Progress = Callable[[str], None]
@@ -78,7 +80,9 @@ def open_model(name: str) -> Model:
 
     Args:
       name: ``tiny`` (shipped), ``smollm2-135m-instruct`` (after ``fetch``), the path of a Hugging Face directory or of
-        a ``.gguf`` file, or ``hf://organisation/name`` with an optional ``@revision``.
+        a ``.gguf`` file, or ``hf://organisation/name`` with an optional ``@revision``; or a checkpoint that
+        ``spotjax convert`` or ``spotjax checkpoint save`` wrote: its path, or its ``gs://`` or ``s3://`` URL, which
+        is handed to tensorstore (only paths were tried).
 
     Raises:
       CheckpointError: there is no such model, or it cannot be read.
@@ -91,6 +95,8 @@ def open_model(name: str) -> Model:
         return _open_gguf(name, cached_path(name))
     if name.startswith(HUB):
         return _open_directory(name, _download(name))
+    if name.startswith(BUCKETS):
+        return _open_checkpoint(name, name)
     path = Path(name).expanduser()
     if path.is_dir():
         return _open_directory(name, path)
@@ -98,7 +104,8 @@ def open_model(name: str) -> Model:
         return _open_gguf(name, path)
     known = ", ".join([*SHIPPED, *FETCHABLE])
     raise CheckpointError(
-        f"no model {name!r}: known names are {known}; else give a Hugging Face directory, a .gguf file or {HUB}org/name"
+        f"no model {name!r}: known names are {known}; else give a Hugging Face directory, a .gguf file, a converted "
+        f"checkpoint or {HUB}org/name"
     )
 
 
@@ -137,12 +144,22 @@ def cached_path(name: str) -> Path:
 
 
 def _open_directory(name: str, directory: Path) -> Model:
+    if is_checkpoint(directory):
+        return _open_checkpoint(name, str(directory))
     return _checked(Model(name, HuggingFaceCheckpoint(directory), Tokenizer.from_directory(directory)))
 
 
 def _open_gguf(name: str, path: Path) -> Model:
     checkpoint = GgufCheckpoint(path)
     return _checked(Model(name, checkpoint, gguf_tokenizer(checkpoint.metadata)))
+
+
+def _open_checkpoint(name: str, location: str) -> Model:
+    checkpoint = OrbaxCheckpoint(location)
+    with tempfile.TemporaryDirectory(prefix="spotjax-tokenizer-") as directory:
+        for file, content in checkpoint.tokenizer_files().items():
+            Path(directory, file).write_bytes(content)
+        return _checked(Model(name, checkpoint, Tokenizer.from_directory(Path(directory))))
 
 
 def _checked(model: Model) -> Model:

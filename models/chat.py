@@ -23,6 +23,9 @@ class ChatTemplate:
       source: the template, Jinja as Hugging Face writes it.
       special_tokens: text of ``bos_token``, ``eos_token`` and so on, which templates refer to.
 
+    Attributes:
+      source, special_tokens: as given.
+
     Raises:
       CheckpointError: the template is not valid Jinja.
     """
@@ -32,7 +35,7 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template is not valid in line {error.lineno}: {error.message}") from error
-        self._special_tokens = dict(special_tokens)
+        self.source, self.special_tokens = source, dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt text of a chat, up to where the assistant answers.
@@ -45,7 +48,7 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                **self._special_tokens,
+                **self.special_tokens,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
                 tools=None,

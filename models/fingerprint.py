@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import xxhash
 
-from spotjax.meshes.slices import whole
+from spotjax.meshes.slices import Index, whole
 from spotjax.models.checkpoint import Checkpoint
+from spotjax.models.spec import ArraySpec
+
+
+@runtime_checkable
+class Sampled(Protocol):
+    """A checkpoint that has kept what its fingerprints are made of."""
+
+    def sample_digest(self, name: str, dtype: np.dtype) -> str:
+        """``sample_digest`` of the array's sample."""
 
 
 def fingerprint(checkpoint: Checkpoint, dtype: np.dtype) -> str:
-    """A hash of the configuration, the dtype that it is served at, all vectors and the first row of every matrix."""
+    """A hash of the configuration, the dtype that it is served at, all vectors and the first row of every matrix.
+
+    The samples count as they are served: weights that round to the same are the same.
+    """
     spec = checkpoint.spec
     digest = hashlib.sha256(repr((spec.config, dtype.name)).encode())
     for array in spec.parameters:
-        index = whole(array.shape)
-        sample = index if len(index) == 1 else ((0, 1), *index[1:])
-        digest.update(array.name.encode())
-        digest.update(np.ascontiguousarray(checkpoint.read(array.name, sample)).tobytes())
+        if isinstance(checkpoint, Sampled):
+            sample = checkpoint.sample_digest(array.name, dtype)
+        else:
+            sample = sample_digest(checkpoint.read(array.name, sample_index(array)), dtype)
+        digest.update(f"{array.name}={sample};".encode())
     return digest.hexdigest()
+
+
+def sample_index(array: ArraySpec) -> Index:
+    """What of an array goes into a fingerprint."""
+    index = whole(array.shape)
+    return index if len(index) == 1 else ((0, 1), *index[1:])
+
+
+def sample_digest(sample: np.ndarray, dtype: np.dtype) -> str:
+    """A hash of an array's sample when it is served at ``dtype``, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(np.ascontiguousarray(sample.astype(dtype, copy=False)).view(np.uint8))

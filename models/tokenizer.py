@@ -64,6 +64,17 @@ class Tokenizer:
         source = _chat_template(directory, settings)
         return cls(tokenizer, frozenset(ends), ChatTemplate(source, special_tokens) if source is not None else None)
 
+    def files(self) -> dict[str, bytes]:
+        """Name and contents of the files from which ``from_directory`` makes this tokenizer again."""
+        files = {
+            "tokenizer.json": self._tokenizer.to_str().encode(),
+            "generation_config.json": msgspec.json.encode({"eos_token_id": sorted(self.end_tokens)}),
+        }
+        if self._chat is not None:
+            files["tokenizer_config.json"] = msgspec.json.encode(self._chat.special_tokens)
+            files["chat_template.jinja"] = self._chat.source.encode()
+        return files
+
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included; a model may have more rows than that."""

@@ -1,0 +1,64 @@
+"""How an array is cut into chunks, the unit of reading, so that the shards of any mesh read little more than theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from spotjax.meshes.layout import TENSOR_AXES, tensor_degrees, tensor_range
+from spotjax.meshes.slices import Range
+from spotjax.models.spec import ArraySpec, ModelSpec
+
+OVERHEAD = 0.1
+"""What a shard may read too much, as a part of what it needs."""
+LARGEST = 8 << 20
+"""Bytes of a chunk, at most: several are read and checked at once."""
+WHOLE = 64 << 10
+"""Bytes of an array up to which it is one chunk: reading all of it costs no more than reading a part."""
+
+
+def chunk_shape(array: ArraySpec, spec: ModelSpec, itemsize: int) -> tuple[int, ...]:
+    """Extents of an array's chunks: whole but for the axis that the mesh splits.
+
+    Heads are chunks of their own, because every shard holds whole ones. Feed-forward width and vocabulary split at
+    other places for every tensor degree; their chunks are the largest that suit all degrees.
+    """
+    axes = [axis for axis, name in enumerate(array.axes) if name in TENSOR_AXES]
+    if not axes or array.size * itemsize <= WHOLE:
+        return array.shape
+    (axis,) = axes
+    extent, name = array.shape[axis], array.axes[axis]
+    if name in ("heads", "kv_heads"):
+        return (*array.shape[:axis], 1, *array.shape[axis + 1 :])
+    degrees = tensor_degrees(spec, spec.config.heads)
+    shards = [[tensor_range(extent, name, spec, tensor, m) for m in range(tensor)] for tensor in degrees]
+    limit = LARGEST // (prod(array.shape) // extent * itemsize)
+    return (*array.shape[:axis], chunk_extent(shards, limit), *array.shape[axis + 1 :])
+
+
+def chunk_extent(degrees: Sequence[Sequence[Range]], limit: int) -> int:
+    """The largest extent, up to ``limit``, at which no shard of any degree reads too much; at least 1.
+
+    Tried are whole parts of the shards, which fit those of one degree exactly.
+
+    Args:
+      degrees: ranges of all shards, for every tensor degree; the first shard is never shorter than the others.
+      limit: in elements.
+    """
+    smallest = min(stop - start for (start, stop), *_ in degrees)
+    tried = {-(-(ranges[0][1] - ranges[0][0]) // parts) for ranges in degrees for parts in range(1, 65)}
+    fitting = (extent for extent in sorted(tried, reverse=True) if extent <= limit)
+    return next(
+        (extent for extent in fitting if all(_suits(extent, ranges) for ranges in degrees)),
+        max(1, min(limit, int(smallest * OVERHEAD / 2))),  # two chunks that are needed only in part
+    )
+
+
+def _suits(extent: int, ranges: Sequence[Range]) -> bool:
+    """Whether shards read no more than ``OVERHEAD`` too much; of a full shard, because the last ones may be short."""
+    allowed = (ranges[0][1] - ranges[0][0]) * OVERHEAD
+    for start, stop in ranges:
+        read = (-(-stop // extent) - start // extent) * extent if stop > start else 0
+        if read - (stop - start) > allowed:
+            return False
+    return True

@@ -1,0 +1,94 @@
+"""Makes one checkpoint of parts that several processes wrote. Imports no jax, so that a controller can do it.
+
+Whoever has written a part leaves a record of it beside it; once all are there, they become the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+import tensorstore as ts
+
+from spotjax.errors import CheckpointError
+from spotjax.models.config import LlamaConfig
+from spotjax.models.orbax_manifest import (
+    MANIFEST,
+    PARAMETERS,
+    TOKENIZER,
+    Manifest,
+    Part,
+    check_parts,
+    checksum,
+    encode,
+    kvstore,
+    parts_of,
+)
+from spotjax.models.orbax_part import FAILURES, StoredPart, make_context
+from spotjax.models.spec import ModelSpec
+
+
+def leave_record(location: str, part: str, record: Part) -> None:
+    """Says that a part is written, and what it consists of.
+
+    Raises:
+      CheckpointError: that cannot be written.
+    """
+    _write(location, {_record_name(part): msgspec.json.encode(record)})
+
+
+def find_record(location: str, part: str) -> Part | None:
+    """What ``leave_record`` left, if the part that it speaks of is still there."""
+    context = make_context()
+    try:
+        found = ts.KvStore.open(kvstore(location), context=context).result().read(_record_name(part)).result()
+        if found.state != "value":
+            return None
+        record = msgspec.json.decode(found.value, type=Part)
+        StoredPart(location, part, record, context).identify().finish()
+    except (*FAILURES, msgspec.MsgspecError, CheckpointError):
+        return None  # of no use: the part will be written again
+    return record
+
+
+def drop_record(location: str, part: str) -> None:
+    """Forgets what was left, because the part is written anew."""
+    ts.KvStore.open(kvstore(location)).result().write(_record_name(part), None).result()
+
+
+def complete(location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[str, bytes]) -> Manifest:
+    """Writes tokenizer and manifest: from then on the directory is a checkpoint.
+
+    Args:
+      location: of the checkpoint.
+      config: of the model.
+      dtype: that its parts are stored as.
+      tokenizer: ``Tokenizer.files``.
+
+    Raises:
+      CheckpointError: parts are missing or not those of such a model, or the files cannot be written.
+    """
+    names = list(parts_of(ModelSpec(config)))
+    records = {name: record for name in names if (record := find_record(location, name)) is not None}
+    check_parts(config, dtype, records, location)
+    sums = {name: checksum(content) for name, content in tokenizer.items()}
+    manifest = Manifest(config, dtype, records, sums)
+    _write(location, {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()})
+    _write(location, {MANIFEST: encode(manifest)})
+    for name in names:
+        drop_record(location, name)
+    return manifest
+
+
+def _record_name(part: str) -> str:
+    return f"{PARAMETERS}/{part}.json"
+
+
+def _write(location: str, files: Mapping[str, bytes]) -> None:
+    """Writes files; each is there as a whole, synced, or not at all."""
+    try:
+        root = ts.KvStore.open(kvstore(location)).result()
+        for write in [root.write(name, content) for name, content in files.items()]:
+            write.result()
+    except FAILURES as error:
+        raise CheckpointError(f"{location}: {', '.join(files)} cannot be written: {error}") from error
