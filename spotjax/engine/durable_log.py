@@ -28,7 +28,8 @@ from spotjax.engine.log_database import LogDatabase
 from spotjax.engine.log_directory import DATABASE, WriterLock
 from spotjax.engine.log_group import Accept, Group
 from spotjax.engine.log_reading import Contents, read
-from spotjax.engine.log_records import AcceptedRecord, ServiceRecord, encode
+from spotjax.engine.log_records import ServiceRecord
+from spotjax.engine.log_salvage import replace_damaged
 from spotjax.engine.log_writer import LogWriter, Operation
 from spotjax.engine.request import RequestState
 from spotjax.errors import CommitLogError, LogUnavailable, RequestExists
@@ -44,6 +45,7 @@ class DurableLog:
       epoch: see ``CommitLog``.
       problem: see ``CommitLog``.
       directory: where it is.
+      salvaged: with ``salvage``, what was found to be damaged and what is missing because of it, a line each.
       on_change: called on the loop when ``problem`` changes.
     """
 
@@ -53,6 +55,7 @@ class DurableLog:
         self.directory = directory
         self.identity, self.epoch = database.service.identity, database.service.epoch
         self.problem = ""
+        self.salvaged = tuple(contents.salvaged)
         self.on_change: Callable[[], None] = lambda: None
         self._lock = lock
         self._opened_with = {stored.recorded.request.request_id: stored.recorded for stored in contents.requests}
@@ -69,20 +72,30 @@ class DurableLog:
         )
 
     @classmethod
-    def open(cls, directory: Path, durability: Durability, model: str) -> DurableLog:
+    def open(cls, directory: Path, durability: Durability, model: str, *, salvage: bool = False) -> DurableLog:
         """Opens the log in a directory, or makes a new one. Waits for the disk: not for the loop's thread.
 
         Args:
           directory: made if there is none.
           durability: what being told means, see the module.
           model: fingerprint of what is served. A log of another model without unfinished requests is begun anew.
+          salvage: if it is damaged, go on with every request as far as its records are intact. The damaged file is
+            kept beside it.
 
         Raises:
           CommitLogError: it is in use, damaged, not readable, or has unfinished requests of another model.
         """
         lock = WriterLock(directory)
         try:
-            database, contents = _open_database(directory, durability, model)
+            connection, contents = _read(directory, model, salvage=salvage)
+            if contents.service is None and lock.identity:
+                connection.close()
+                raise CommitLogError(
+                    f"the commit log {directory} was that of service {lock.identity} and is empty now; put its files "
+                    "back, or remove the directory to begin anew"
+                )
+            database = _of_service(directory, connection, contents, durability, model)
+            lock.mark(database.service.identity)
         except BaseException:
             lock.release()
             raise
@@ -99,16 +112,16 @@ class DurableLog:
             raise LogUnavailable(_unavailable(self.directory, self.problem or "it is closed"))
         if request.request_id in self._ids:
             raise RequestExists(request.request_id)
-        content = encode(AcceptedRecord.of(request, states, key))
-        self._ids.add(request.request_id)
         done = asyncio.get_running_loop().create_future()
-        accept = Accept(request.request_id, content, tuple(states), done)
+        accept = Accept.of(request, states, key, done)
+        self._ids.add(request.request_id)
         self._put(lambda group: group.accept(accept))
         return done
 
     def append(self, states: Sequence[RequestState], then: Callable[[], None]) -> None:
         """See ``CommitLog.append``. Steps of requests that were refused or forgotten are not recorded."""
-        self._put(lambda group: group.append(states, then))
+        step = tuple(states)
+        self._put(lambda group: group.append(step, then))
 
     def forget(self, request_id: str) -> None:
         """See ``CommitLog.forget``."""
@@ -154,7 +167,7 @@ class DurableLog:
 
     def _recorded(self, group: Group) -> None:
         for accept in group.accepts:
-            if not accept.done.done():  # who asked may have gone
+            if accept.done is not None and not accept.done.done():  # who asked may have gone
                 accept.done.set_result(None)
         for then in group.then:
             self._call(then)
@@ -169,7 +182,7 @@ class DurableLog:
     def _refused(self, accepts: list[Accept], problem: str) -> None:
         for accept in accepts:
             self._ids.discard(accept.request_id)
-            if not accept.done.done():
+            if accept.done is not None and not accept.done.done():
                 accept.done.set_exception(LogUnavailable(_unavailable(self.directory, problem)))
 
     def _changed(self, problem: str) -> None:
@@ -181,43 +194,54 @@ def _unavailable(directory: Path, problem: str) -> str:
     return f"the commit log {directory} cannot be written: {problem}; try again when that is mended"
 
 
-def _open_database(directory: Path, durability: Durability, model: str) -> tuple[LogDatabase, Contents]:
-    """The database in a directory whose lock is held, and what was in it."""
+def _read(directory: Path, model: str, *, salvage: bool) -> tuple[sqlite3.Connection, Contents]:
+    """The database in a directory whose lock is held, and what is in it."""
     path = directory / DATABASE
     advice = f"restore what is intact by opening it with salvage, or move {directory} away to begin anew"
+    connection = None
     try:
         connection = LogDatabase.connect(path)
-    except (sqlite3.Error, OSError) as error:
-        raise CommitLogError(f"the commit log {path} cannot be opened: {error}; {advice}") from error
-    try:
         contents = read(connection)
+        if contents.damage and salvage:
+            replace_damaged(path, connection, contents, model)
+            connection, salvaged = LogDatabase.connect(path), contents.damage
+            contents = read(connection)
+            contents.salvaged = salvaged
         if contents.damage:
             more = f" (and {len(contents.damage) - 1} more)" if len(contents.damage) > 1 else ""
             raise CommitLogError(f"the commit log {path} is damaged: {contents.damage[0]}{more}; {advice}")
-        return _of_service(path, connection, contents, durability, model), contents
-    except (sqlite3.Error, OSError) as error:
-        connection.close()
+    except (sqlite3.Error, OSError, CommitLogError) as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, CommitLogError):
+            raise
         raise CommitLogError(f"the commit log {path} cannot be read: {error}; {advice}") from error
-    except BaseException:
-        connection.close()
-        raise
+    return connection, contents
 
 
 def _of_service(
-    path: Path, connection: sqlite3.Connection, contents: Contents, durability: Durability, model: str
+    directory: Path, connection: sqlite3.Connection, contents: Contents, durability: Durability, model: str
 ) -> LogDatabase:
     """The database as that of a service with this model; new if it was another's and is not needed any more."""
-    database = LogDatabase(path, connection, contents, durability)
-    if contents.service is not None and contents.service.model != model:
-        unfinished = database.unfinished
-        if unfinished:
-            raise CommitLogError(
-                f"the commit log {path} has {unfinished} unfinished requests of another model, "
-                f"{contents.service.model}; serve that one to finish them, or use another directory "
-                f"(--commit-log), or remove {path.parent}. To be served now: {model}"
-            )
-        contents.service = None
-        contents.requests.clear()
-    if contents.service is None:
-        database.begin_service(ServiceRecord(uuid.uuid4().hex, model, 0))
+    path = directory / DATABASE
+    try:
+        database = LogDatabase(path, connection, contents, durability)
+        if contents.service is not None and contents.service.model != model:
+            unfinished = database.unfinished
+            if unfinished:
+                raise CommitLogError(
+                    f"the commit log {path} has {unfinished} unfinished requests of another model, "
+                    f"{contents.service.model}, and {model} is to be served; serve that one to finish them, or use "
+                    f"another directory (--commit-log), or remove {directory}"
+                )
+            contents.service = None
+            contents.requests.clear()
+        if contents.service is None:
+            database.begin_service(ServiceRecord(uuid.uuid4().hex, model, 0))
+    except (sqlite3.Error, OSError) as error:
+        connection.close()
+        raise CommitLogError(f"the commit log {path} cannot be written: {error}") from error
+    except CommitLogError:
+        connection.close()
+        raise
     return database

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spotjax.engine.log_directory import sync_directory
 from spotjax.engine.log_group import Group
 from spotjax.engine.log_reading import FORMAT, Contents
 from spotjax.engine.log_records import (
@@ -85,6 +86,7 @@ class LogDatabase:
         """Journal rows up to this one may have something of forgotten requests."""
         self._unchecked = 0
         """Bytes that the write-ahead log got since it was last copied."""
+        self._connection.execute("PRAGMA busy_timeout = 100")  # those who only read are never long in the way
         self._synced = durability == "step"
         self._unsynced = False
         self._wal: int | None = None
@@ -110,6 +112,7 @@ class LogDatabase:
             if version == 0 and pages <= 1:
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {FORMAT}; COMMIT;")
+                sync_directory(path.parent)
         except BaseException:
             connection.close()
             raise

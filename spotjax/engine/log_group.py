@@ -10,6 +10,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from spotjax.engine.generation import GenerationRequest
+from spotjax.engine.log_records import AcceptedRecord, encode
 from spotjax.engine.request import RequestState
 
 
@@ -21,13 +23,24 @@ class Accept:
       request_id: of the request.
       content: its encoded record.
       states: of its sequences, by choice.
-      done: is told the outcome.
+      done: is told the outcome, None if nobody waits for it.
     """
 
     request_id: str
     content: bytes
     states: Sequence[RequestState]
-    done: asyncio.Future[None]
+    done: asyncio.Future[None] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        request: GenerationRequest,
+        states: Sequence[RequestState],
+        key: int,
+        done: asyncio.Future[None] | None = None,
+    ) -> Accept:
+        """Encodes the request, so that one that cannot be is an error of who asks, and not of the writer."""
+        return cls(request.request_id, encode(AcceptedRecord.of(request, states, key)), tuple(states), done)
 
 
 @dataclass

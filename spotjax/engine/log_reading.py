@@ -55,6 +55,7 @@ class Contents:
       last_request: highest number of a request that is or was.
       last_segment: highest number of a segment.
       damage: what is wrong, and what is missing because of it; empty for an intact log.
+      salvaged: damage of the log that this one was made from.
     """
 
     service: ServiceRecord | None = None
@@ -63,6 +64,7 @@ class Contents:
     last_request: int = 0
     last_segment: int = 0
     damage: list[str] = field(default_factory=list)
+    salvaged: list[str] = field(default_factory=list)
 
 
 def read(connection: sqlite3.Connection) -> Contents:
