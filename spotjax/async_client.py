@@ -46,7 +46,7 @@ class AsyncSpotjaxClient:
     ) -> None:
         """Connects at the first call; arguments are those of ``SpotjaxClient``."""
         self.server = server
-        self._patience = patience
+        self._patience = Patience(patience).seconds
         self._met = False
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)

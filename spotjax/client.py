@@ -59,9 +59,12 @@ class SpotjaxClient:
           patience: for how many seconds in a row a server that it has met may be away before a stream gives up; 0
             never tries again.
           credentials: for a server with TLS, see ``spotjax.transport.credentials``; without them it is plaintext.
+
+        Raises:
+          ConfigError: patience is negative.
         """
         self.server = server
-        self._patience = patience
+        self._patience = Patience(patience).seconds
         self._met = False
         if credentials is None:
             self._channel = grpc.insecure_channel(server, options=OPTIONS)

@@ -21,7 +21,7 @@ from spotjax.api.generation_messages import delta_from
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.api.requests import built
 from spotjax.engine.generation import Delta
-from spotjax.errors import RequestExists, SpotjaxError, UnknownRequest
+from spotjax.errors import ConfigError, RequestExists, SpotjaxError, UnknownRequest
 
 log = logging.getLogger("spotjax.client")
 """What both clients tell about waiting, at level INFO."""
@@ -43,7 +43,8 @@ class Patience:
     """How long to go on trying.
 
     Attributes:
-      seconds: from the first of several failures in a row until the last attempt; 0 means never to try again.
+      seconds: from the first of several failures in a row until the last attempt, 0 or more; 0 means never to try
+        again.
       failures: how many there were in a row.
       since: monotonic time of the first of them.
     """
@@ -51,6 +52,10 @@ class Patience:
     seconds: float
     failures: int = 0
     since: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.seconds >= 0:
+            raise ConfigError(f"patience must be 0 or more seconds, got {self.seconds:g}")
 
     def wait_after(self, error: Exception) -> float:
         """Counts a failure. Seconds to wait before the next attempt; raises the error if there is to be none."""
@@ -155,8 +160,10 @@ class Pursuit:
     def take(self, response: pb.GenerateResponse) -> Delta | None:
         """See ``Progress.take``."""
         self._accepted = True
-        self._patience.renew()
-        return self.progress.take(response)
+        delta = self.progress.take(response)
+        if delta is not None:
+            self._patience.renew()
+        return delta
 
     def wait_after(self, error: Exception) -> float:
         """Seconds to wait before the next call, after one that failed; raises the error if there is to be none."""

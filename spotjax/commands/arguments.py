@@ -42,18 +42,20 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
-    """A client of the server that the arguments name.
+    """A client of the server that the arguments name; as patient as ``patience`` says, where a command has it.
 
     Raises:
-      ConfigError: the arguments for TLS are incomplete, or their files of no use.
+      ConfigError: the arguments for TLS are incomplete, or their files of no use; or patience is negative.
     """
+    from spotjax.api.resumption import DEFAULT_PATIENCE
     from spotjax.client import SpotjaxClient
 
+    patience = getattr(arguments, "patience", DEFAULT_PATIENCE)
     files = [getattr(arguments, name) for name in TLS]
     if not any(files):
-        return SpotjaxClient(arguments.server)
+        return SpotjaxClient(arguments.server, patience)
     if not all(files):
         raise ConfigError("TLS needs all of --tls-certificate, --tls-key and --tls-authority")
     from spotjax.transport.credentials import channel_credentials
 
-    return SpotjaxClient(arguments.server, credentials=channel_credentials(*files))
+    return SpotjaxClient(arguments.server, patience, credentials=channel_credentials(*files))

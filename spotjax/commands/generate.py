@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -53,7 +54,14 @@ def add_request_flags(parser: argparse.ArgumentParser) -> None:
         "--resumable",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="go on when the connection breaks, and connect again (default: on)",
+        help="go on when the connection or the server breaks, and connect again (default: on)",
+    )
+    parser.add_argument(
+        "--patience",
+        type=float,
+        default=argparse.SUPPRESS,
+        metavar="SECONDS",
+        help="wait so long for a server that went away or is starting; 0 gives up at once (default: 120)",
     )
 
 
@@ -112,7 +120,7 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 def run_generate(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax generate``."""
     text = sys.stdin.read() if arguments.text == "-" else arguments.text
-    with client_of(arguments) as client, stream(client, text, arguments, arguments.n) as deltas:
+    with notices(), client_of(arguments) as client, stream(client, text, arguments, arguments.n) as deltas:
         show(deltas, arguments)
     return 0
 
@@ -120,7 +128,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
 def run_chat(arguments: argparse.Namespace) -> int:
     """Runs ``spotjax chat``."""
     messages = [{"role": "system", "content": arguments.system}] if arguments.system else []
-    with client_of(arguments) as client:
+    with notices(), client_of(arguments) as client:
         if not hasattr(arguments, "max_tokens"):
             arguments.max_tokens = min(CHAT_TOKENS, client.models()[0].max_model_len // 2)
         for question in [arguments.message] if arguments.message is not None else questions():
@@ -128,6 +136,21 @@ def run_chat(arguments: argparse.Namespace) -> int:
             with stream(client, messages, arguments, 1) as deltas:
                 messages.append({"role": "assistant", "content": show(deltas, arguments)})
     return 0
+
+
+@contextlib.contextmanager
+def notices() -> Iterator[None]:
+    """Says on standard error, terminal or not, when the client waits for the server and when it goes on."""
+    log = logging.getLogger("spotjax.client")
+    handler = logging.StreamHandler()
+    unfinished = "\n" if sys.stdout.isatty() else ""  # the line that the output is in
+    handler.setFormatter(logging.Formatter(f"{unfinished}spotjax: %(message)s"))
+    log.setLevel(logging.INFO)
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def questions() -> Iterator[str]:

@@ -1,19 +1,16 @@
 """Both clients against a live server that comes and goes: every token exactly once, every error by its name."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from both_clients import CLIENTS
 from scripted_server import MODEL, Running, until
 
 from spotjax.api import resumption
 from spotjax.api.errors import Unavailable
-from spotjax.api.resumption import Progress, backoff
 from spotjax.api.server import ApiServer
-from spotjax.async_client import AsyncSpotjaxClient
-from spotjax.client import SpotjaxClient
 from spotjax.engine.generation import Delta
 from spotjax.engine.request import FinishReason
 from spotjax.errors import (
@@ -22,7 +19,7 @@ from spotjax.errors import (
     NoFeasibleShape,
     NoSpareDevices,
     Overloaded,
-    SpotjaxError,
+    RequestExists,
     UnknownInstance,
     UnknownRequest,
 )
@@ -32,31 +29,9 @@ from spotjax.testing import ByteTokenizer
 PROMPT = ByteTokenizer().encode("hello", add_special_tokens=True)
 
 
-class Blocking:
-    """The blocking client behind the interface of the other: every call runs on a thread."""
-
-    def __init__(self, server: str, **options: Any) -> None:
-        self._client = SpotjaxClient(server, **options)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def call(*values: Any, **named: Any) -> Any:
-            return await asyncio.to_thread(getattr(self._client, name), *values, **named)
-
-        async def stream(*values: Any, **named: Any) -> AsyncIterator[Any]:
-            iterator = getattr(self._client, name)(*values, **named)
-            end = object()
-            try:
-                while (item := await asyncio.to_thread(next, iterator, end)) is not end:
-                    yield item
-            finally:
-                await asyncio.to_thread(iterator.close)
-
-        return stream if name in ("generate", "resume", "watch") else call
-
-
-@pytest.fixture(params=[AsyncSpotjaxClient, Blocking])
+@pytest.fixture(params=CLIENTS)
 async def client(request: pytest.FixtureRequest, running: Running) -> AsyncIterator[Any]:
-    client = request.param(running.address, patience=2)
+    client = request.param(running.address, patience=10)
     yield client
     await client.close()
 
@@ -124,22 +99,6 @@ async def test_a_request_that_is_not_resumable_breaks_with_its_connection(runnin
     await until(lambda: running.service.requests["r"].ended)
 
 
-async def test_a_server_that_stays_away_is_given_up_after_bounded_retries(running: Running, client: Any) -> None:
-    running.steps.let(1)
-    with pytest.raises(Unavailable, match=f"{running.address}.*spotjax serve"):
-        async for _ in client.generate("hello"):
-            await running.server.stop()
-
-
-async def test_no_server_at_all_is_said_at_once(client: Any, running: Running) -> None:
-    await running.server.stop()
-    with pytest.raises(Unavailable, match=running.address):
-        async for _ in client.generate("hello"):
-            pass
-    with pytest.raises(Unavailable, match=running.address):
-        await client.status()
-
-
 async def test_closing_a_stream_early_ends_its_request(running: Running, client: Any) -> None:
     running.steps.let(1)
     async with contextlib.aclosing(client.generate("hello", request_id="r")) as stream:
@@ -159,7 +118,7 @@ async def test_a_request_id_that_is_taken_does_not_end_the_other_request(running
     running.steps.let(1)
     async with contextlib.aclosing(client.generate("hello", request_id="r")) as first:
         async for _ in first:
-            with pytest.raises(InvalidRequest) as refused:
+            with pytest.raises(RequestExists, match=r"^request_id: 'r' is taken; choose") as refused:
                 async for _ in client.generate("hello", request_id="r"):
                     pass
             assert refused.value.field == "request_id"
@@ -232,18 +191,3 @@ async def test_watch_gives_recent_events_and_ends_with_the_server(running: Runni
 async def test_recent_events_can_be_had_without_following(running: Running, client: Any) -> None:
     await running.service.preempt("i-0", 0.0)
     assert [event.kind async for event in client.watch(follow=False)] == ["ready", "lost", "switch"]
-
-
-def test_a_gap_in_the_tokens_is_an_error_not_a_loss() -> None:
-    from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
-
-    progress = Progress("r", [0])
-    progress.take(pb.GenerateResponse(request_id="r", token_ids=[1, 2]))
-    with pytest.raises(SpotjaxError, match="goes on at token 3"):
-        progress.take(pb.GenerateResponse(request_id="r", offset=3, token_ids=[4]))
-
-
-def test_waits_double_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumption.random, "uniform", lambda low, high: 1.0)
-    monkeypatch.setattr(resumption, "FIRST_WAIT", 0.1)
-    assert [backoff(failures) for failures in (1, 2, 3, 6, 7, 50)] == [0.1, 0.2, 0.4, 3.2, 5.0, 5.0]
