@@ -8,7 +8,8 @@ depends on the tokens alone. As a pytree:
 - ``header``: uint8[...], whose KV it is and what copied it, as JSON;
 - ``checksums``: uint64[n + 1], xxh3 of each row's content, and one of all other leaves.
 
-A unit is there as a whole or not at all: Orbax gives it its name when it is complete.
+A unit is there as a whole or not at all: Orbax gives it its name when it is complete. In a bucket, where nothing can be
+renamed, one that is not cannot be opened.
 """
 
 from __future__ import annotations
@@ -164,12 +165,9 @@ class Unit:
 
 
 def open_units(paths: Iterable[epath.Path]) -> Iterator[Unit]:
-    """Opens units, all at the same time. Those that are incomplete or damaged are left out."""
-    opening = {
-        path: [_open_leaf(path, leaf) for leaf in _INDEX]
-        for path in paths
-        if ocp.utils.is_checkpoint_finalized(path)  # in a bucket the name alone does not say so
-    }
+    """Opens units, all at the same time. Those that are damaged, or incomplete as in a bucket, are left out."""
+    shared = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})  # what Orbax wrote of a unit is read once
+    opening = {path: [_open_leaf(path, leaf, shared) for leaf in _INDEX] for path in paths}
     reading: dict[epath.Path, list[ts.Future[np.ndarray]]] = {}
     for path, leaves in opening.items():
         with leaving_out(path):
@@ -197,7 +195,7 @@ def _index_checksum(*leaves: np.ndarray) -> int:
     return xxh3_64_intdigest(b"".join(leaf.tobytes() for leaf in leaves))
 
 
-def _open_leaf(path: epath.Path, leaf: str) -> ts.Future[ts.TensorStore]:
+def _open_leaf(path: epath.Path, leaf: str, context: ts.Context | None = None) -> ts.Future[ts.TensorStore]:
     """Begins to open one array of a checkpoint, as Orbax lays them out with OCDBT."""
     kvstore = {"driver": "ocdbt", "base": f"{path.as_uri()}/", "path": f"{leaf}/"}
-    return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True)
+    return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=context)
