@@ -23,16 +23,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class _Layer:
-    """One layer of one sequence.
+class _Copies:
+    """What one source has saved of one layer of one sequence.
 
     Attributes:
-      source: what copied all of it.
+      epoch: the latest.
       pages: by number: positions of the sequence that are here with it and those before it; unit; row in the unit.
     """
 
-    source: int
+    epoch: int = 0
     pages: list[tuple[int, int, int]] = field(default_factory=list)
+
+    @property
+    def watermark(self) -> int:
+        """Positions, from the first on."""
+        return self.pages[-1][0] if self.pages else 0
 
 
 class _Wanted(NamedTuple):
@@ -46,9 +51,9 @@ class _Wanted(NamedTuple):
 class SavedKv:
     """What ``KvWriter``s have saved in a directory. Thread-safe; units saved after it was opened are not seen.
 
-    Pages of several sources are never mixed: of each layer of each sequence there is what the source of the latest
-    epoch saved, in its order. A unit that is missing or damaged cannot leave a hole: a page counts only behind pages
-    that are full.
+    Pages of several sources are never mixed: of each layer of each sequence there is what one source saved, in its
+    order; the one of the latest epoch, and of these the one that got farthest. A unit that is missing or damaged cannot
+    leave a hole: a page counts only behind pages that are full.
 
     Args:
       directory: of all writers.
@@ -113,9 +118,9 @@ class SavedKv:
 
     def _open(self, directory: epath.Path) -> list[Unit]:
         """All usable units, those of one writer in the order in which it saved them."""
-        writers = sorted(directory.iterdir()) if directory.exists() else []
-        paths = (path for writer in writers for path in sorted(writer.iterdir()) if path.name.isdigit())
-        units = list(open_units(paths))
+        writers = (path for path in directory.iterdir() if path.is_dir()) if directory.exists() else ()
+        paths = (path for writer in writers for path in writer.iterdir() if path.name.isdigit())
+        units = list(open_units(sorted(paths, key=lambda path: (path.parent.name, int(path.name)))))
         if not units:
             log.warning("no saved KV in %s", directory)
         for form, count in Counter(unit.form for unit in units if unit.form != self._form).items():
@@ -123,7 +128,7 @@ class SavedKv:
         return [unit for unit in units if unit.form == self._form]
 
     def _index(self) -> None:
-        """Sorts all rows by sequence and epoch, otherwise in the order in which they were saved.
+        """Sorts all rows by sequence, otherwise in the order in which they were saved.
 
         ``_tables`` has, by sequence, int64[n, 8]: the columns of ``Unit.rows`` up to the source, epoch and number of
         the source, number of the unit, row in it.
@@ -136,36 +141,38 @@ class SavedKv:
             place = np.full(count, unit_number), np.arange(count)
             tables.append(np.column_stack([unit.rows[:, :SOURCE], sources[unit.rows[:, SOURCE]], *place]))
         table = np.concatenate(tables)
-        sequences, epochs = table[:, SEQUENCE], table[:, SOURCE]
-        order = np.lexsort((epochs, sequences))  # stable
-        keys, starts = np.unique(sequences[order], return_index=True)
-        parts = np.split(table[order], starts[1:])
+        table = table[np.argsort(table[:, SEQUENCE], kind="stable")]
+        keys, starts = np.unique(table[:, SEQUENCE], return_index=True)
+        parts = np.split(table, starts[1:])
         self._tables = dict(zip(keys.tolist(), parts, strict=False))  # of nothing there is one part, but no key
-        self._sequences: dict[int, dict[int, _Layer]] = {}
+        self._sequences: dict[int, dict[int, _Copies]] = {}
 
     def _drop(self, damaged: Sequence[Unit]) -> None:
         with self._lock:
             self._units = [unit for unit in self._units if unit not in damaged]
             self._index()
 
-    def _layers(self, sequence: int) -> dict[int, _Layer]:
+    def _layers(self, sequence: int) -> dict[int, _Copies]:
         """What is here of a sequence, found out when it is first asked for."""
         layers = self._sequences.get(sequence)
         if layers is None:
-            layers = self._sequences[sequence] = {}
+            found: dict[tuple[int, int], _Copies] = defaultdict(_Copies)
             rows = self._tables[sequence].tolist() if sequence in self._tables else []
-            for layer, _, number, positions, _, source, unit, row in rows:
-                kept = layers.get(layer)
-                if kept is None or kept.source != source:
-                    kept = layers[layer] = _Layer(source)
-                if number > len(kept.pages) or (number and kept.pages[number - 1][0] < number * self._form.page_size):
+            for layer, _, number, positions, epoch, source, unit, row in rows:
+                copies = found[layer, source]
+                copies.epoch = max(copies.epoch, epoch)
+                pages = copies.pages
+                if number > len(pages) or (number and pages[number - 1][0] < number * self._form.page_size):
                     continue  # what came before it is not here
-                kept.pages[number:] = [(positions, unit, row)]
+                pages[number:] = [(positions, unit, row)]
+            layers = self._sequences[sequence] = {}
+            for (layer, _), copies in sorted(found.items(), key=lambda item: (item[1].epoch, item[1].watermark)):
+                layers[layer] = copies  # the last one stays
         return layers
 
     def _watermark(self, sequence: int, layer: int) -> int:
-        kept = self._layers(sequence).get(layer)
-        saved = kept.pages[-1][0] if kept is not None and kept.pages else 0
+        copies = self._layers(sequence).get(layer)
+        saved = copies.watermark if copies is not None else 0
         return saved if self._limit is None else min(saved, self._limit.get(sequence, 0))
 
     def _locate(self, layers: Range, owners: Sequence[tuple[int, int]]) -> dict[int, _Wanted]:

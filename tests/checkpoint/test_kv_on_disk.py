@@ -116,6 +116,16 @@ def test_late_frames_of_a_worker_that_was_lost_are_not_mixed_with_its_successors
     np.testing.assert_array_equal(everything(saved, 1), content(LAYERS, pages_of(1, 6), mark=5))
 
 
+def test_a_worker_that_begins_anew_takes_nothing_away_until_it_is_as_far(tmp_path: Path) -> None:
+    anew = [frame(LAYERS, [page], mark=5, source="anew") for page in pages_of(1, 11)]
+    save(tmp_path, frame(LAYERS, pages_of(1, 10)), *anew[:2])
+    saved = SavedKv(tmp_path, FORM)
+    assert saved.positions(LAYERS, [1]) == (10,)
+    np.testing.assert_array_equal(everything(saved, 1), content(LAYERS, pages_of(1, 10)))
+    save(tmp_path, anew[2])
+    np.testing.assert_array_equal(everything(SavedKv(tmp_path, FORM), 1), content(LAYERS, pages_of(1, 11), mark=5))
+
+
 def test_frames_of_another_controller_are_dropped(tmp_path: Path) -> None:
     save(tmp_path, frame(LAYERS, pages_of(1, 4), service="old", epoch=99))
     assert SavedKv(tmp_path, FORM).sequences() == ()
