@@ -126,6 +126,7 @@ class LogDatabase:
             self._put_service(service)
         self.service, self._known = service, {}
         self._first_row = self._next_row
+        self._checkpoint("TRUNCATE")
 
     def __str__(self) -> str:
         return f"commit log {self._path}"

@@ -13,12 +13,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-import msgspec
-
 from spotjax.engine.commit_log import RecordedRequest
 from spotjax.engine.log_records import (
     AcceptedRecord,
     Increment,
+    MalformedRecord,
     ServiceRecord,
     checksum,
     contiguous,
@@ -28,7 +27,6 @@ from spotjax.engine.log_records import (
     join,
     state_of,
 )
-from spotjax.errors import SpotjaxError
 
 FORMAT = 1
 """Version of the tables and records."""
@@ -60,7 +58,7 @@ class Contents:
 
     service: ServiceRecord | None = None
     requests: list[StoredRequest] = field(default_factory=list)
-    journal: range = range(0)
+    journal: range = range(1, 1)
     last_request: int = 0
     last_segment: int = 0
     damage: list[str] = field(default_factory=list)
@@ -127,8 +125,8 @@ def _recorded(
         whole = join(parts[:intact])
         if intact < len(parts):
             damage.append(
-                f"request {record.request.request_id!r}, choice {choice}: {len(whole.tokens)} tokens are intact, those "
-                f"that follow are missing, though some up to token {parts[-1].offset + len(parts[-1].tokens)} are there"
+                f"request {record.request.request_id!r}, choice {choice}: {len(whole.tokens)} tokens are intact; those "
+                f"that follow are missing, some up to token {parts[-1].offset + len(parts[-1].tokens)} are of no use"
             )
         states.append(state_of(record, choice, whole))
     return RecordedRequest(record.request, tuple(states), record.key)
@@ -145,7 +143,7 @@ def _rows(
             continue
         try:
             record = decode(content)
-        except (msgspec.DecodeError, SpotjaxError) as error:
+        except MalformedRecord as error:
             damage.append(f"{row} is not what this version writes: {error}")
             continue
         yield number, record

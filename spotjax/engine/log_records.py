@@ -9,12 +9,15 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import FinishReason, Logprobs, RequestState
+from spotjax.errors import InvalidRequest
+
+T = TypeVar("T")
 
 
 class Extent(NamedTuple):
@@ -121,6 +124,10 @@ class ServiceRecord(msgspec.Struct, array_like=True, frozen=True):
     epoch: int
 
 
+class MalformedRecord(ValueError):
+    """Bytes are not those of a record."""
+
+
 class RecordGap(ValueError):
     """An increment does not begin where the one before it ends."""
 
@@ -197,18 +204,25 @@ def encode(record: AcceptedRecord | ServiceRecord | Iterable[Increment]) -> byte
 
 
 def decode_accepted(content: bytes) -> AcceptedRecord:
-    """Reads what ``encode`` wrote. Raises msgspec.DecodeError for anything else."""
-    return _accepted.decode(content)
+    """Reads what ``encode`` wrote. Raises MalformedRecord for anything else."""
+    return _decode(_accepted, content)
 
 
 def decode_service(content: bytes) -> ServiceRecord:
-    """Reads what ``encode`` wrote. Raises msgspec.DecodeError for anything else."""
-    return _service.decode(content)
+    """Reads what ``encode`` wrote. Raises MalformedRecord for anything else."""
+    return _decode(_service, content)
 
 
 def decode_increments(content: bytes) -> list[Increment]:
-    """Reads what ``encode`` wrote. Raises msgspec.DecodeError for anything else."""
-    return _increments.decode(content)
+    """Reads what ``encode`` wrote. Raises MalformedRecord for anything else."""
+    return _decode(_increments, content)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[T], content: bytes) -> T:
+    try:
+        return decoder.decode(content)
+    except (msgspec.DecodeError, ValueError, InvalidRequest) as error:
+        raise MalformedRecord(str(error)) from error
 
 
 def checksum(number: int, content: bytes) -> int:
