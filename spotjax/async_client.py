@@ -28,9 +28,10 @@ from spotjax.api.calls import (
 )
 from spotjax.api.errors import Unavailable, error_from
 from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
+from spotjax.api.patience import DEFAULT_PATIENCE, Patience
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
 from spotjax.api.requests import Prompt, Sampling, built, generate_request
-from spotjax.api.resumption import DEFAULT_PATIENCE, Patience, Progress, Pursuit
+from spotjax.api.resumption import Progress, Pursuit
 from spotjax.engine.generation import Delta
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 
@@ -112,9 +113,12 @@ class AsyncSpotjaxClient:
         await self._meet()
         while True:
             try:
-                return list((await self._call(self._generation.Models, generation_pb2.ModelsRequest())).models)
+                answer = await self._call(self._generation.Models, generation_pb2.ModelsRequest())
             except Unavailable as error:
                 await asyncio.sleep(patience.wait_after(error))
+            else:
+                patience.tell_end("the server is back")
+                return list(answer.models)
 
     async def ready(self) -> bool:
         """Whether requests are served; False while the server starts or drains."""

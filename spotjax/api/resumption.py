@@ -1,7 +1,7 @@
 """How a client sees one request through, however often its connection breaks: each token exactly once.
 
-Owns what was seen, which call comes next, and how long to wait for it. No I/O: the calls are made by
-``spotjax.client`` and ``spotjax.async_client``.
+Owns what was seen and which call comes next; how long to wait for it is ``patience.py``. No I/O: ``spotjax.client`` and
+``spotjax.async_client`` make the calls.
 
 A request is sent with ``Generate`` until a server has said that it accepted it, then taken up with ``Resume``. When
 ``Generate`` breaks before the answer, the request may or may not be accepted. It is sent again under its id: a server
@@ -10,67 +10,17 @@ that has it refuses with ``RequestExists``, and the client takes up what it had 
 
 from __future__ import annotations
 
-import logging
-import random
 import time
 from dataclasses import dataclass, field
 from typing import Literal
 
 from spotjax.api.errors import Unavailable, Unreachable
 from spotjax.api.generation_messages import delta_from
+from spotjax.api.patience import LONGEST_WAIT, Patience
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.api.requests import built
 from spotjax.engine.generation import Delta
-from spotjax.errors import ConfigError, RequestExists, SpotjaxError, UnknownRequest
-
-log = logging.getLogger("spotjax.client")
-"""What both clients tell about waiting, at level INFO."""
-
-DEFAULT_PATIENCE = 120.0
-"""Seconds: a controller that starts anew has read its log and loaded its model by then."""
-
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 5.0
-
-
-def backoff(failures: int) -> float:
-    """Seconds to wait after the ``failures``-th failure in a row: doubling, bounded, jittered by a quarter."""
-    return min(FIRST_WAIT * 2.0 ** min(failures - 1, 16), LONGEST_WAIT) * random.uniform(0.75, 1.25)
-
-
-@dataclass(slots=True)
-class Patience:
-    """How long to go on trying.
-
-    Attributes:
-      seconds: from the first of several failures in a row until the last attempt, 0 or more; 0 means never to try
-        again.
-      failures: how many there were in a row.
-      since: monotonic time of the first of them.
-    """
-
-    seconds: float
-    failures: int = 0
-    since: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.seconds >= 0:
-            raise ConfigError(f"patience must be 0 or more seconds, got {self.seconds:g}")
-
-    def wait_after(self, error: Exception) -> float:
-        """Counts a failure. Seconds to wait before the next attempt; raises the error if there is to be none."""
-        now = time.monotonic()
-        if self.failures == 0:
-            self.since = now
-        left = self.since + self.seconds - now
-        if left <= 0:
-            raise error
-        self.failures += 1
-        return min(backoff(self.failures), left)
-
-    def renew(self) -> None:
-        """Something worked: the next failure is the first one in a row."""
-        self.failures = 0
+from spotjax.errors import RequestExists, SpotjaxError, UnknownRequest
 
 
 @dataclass(slots=True)
@@ -126,12 +76,11 @@ class Pursuit:
         """
         self.progress = progress
         self._generate, self._server = generate, server
-        self._patience = Patience(patience)
+        self._patience = Patience(patience, progress.request_id)
         self._accepted = False  # the server has said so
         self._taken = generate is None  # a server has it, or says that it has: take it up
         self._sent = self._sent_before = False  # calls of ours may have brought it to a server; before the current one
         self._opened: float | None = None  # when the current call was answered
-        self._waiting = False  # the user was told so
 
     @property
     def abandoned(self) -> bool:
@@ -150,10 +99,8 @@ class Pursuit:
     def opened(self) -> None:
         """The server has taken the current call: output will follow."""
         self._opened = time.monotonic()
-        if self._waiting:
-            self._waiting = False
-            seen = ", ".join(map(str, self.progress.offsets))
-            self._say(f"resumed at token {seen}" if self._taken else "the server is back")
+        seen = ", ".join(map(str, self.progress.offsets))
+        self._patience.tell_end(f"resumed at token {seen}" if self._taken else "the server is back")
         if self._generate is None or not self._taken:
             self._accepted = self._taken = True
 
@@ -172,9 +119,7 @@ class Pursuit:
         if not self._taken and refused(error):
             self._sent = self._sent_before
         if isinstance(error, Unavailable):
-            wait = self._patience.wait_after(error)
-            self._say_waiting(error)
-            return wait
+            return self._patience.wait_after(Unreachable(str(error)) if self._accepted else error)
         if isinstance(error, UnknownRequest) and self._accepted:
             raise forgotten(self.progress, self._server)
         if isinstance(error, UnknownRequest) and self._taken and self._generate is not None:
@@ -184,15 +129,6 @@ class Pursuit:
             self._taken = True  # by a call of ours whose answer was lost
             return 0.0
         raise error
-
-    def _say_waiting(self, error: Unavailable) -> None:
-        if not self._waiting:
-            self._waiting = True
-            lost = self._accepted or isinstance(error, Unreachable)
-            self._say("connection lost; waiting for the server" if lost else f"waiting for the server: {error}")
-
-    def _say(self, message: str) -> None:
-        log.info(message, extra={"request": self.progress.request_id})
 
 
 def refused(error: Exception) -> bool:

@@ -47,7 +47,7 @@ def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
     Raises:
       ConfigError: the arguments for TLS are incomplete, or their files of no use; or patience is negative.
     """
-    from spotjax.api.resumption import DEFAULT_PATIENCE
+    from spotjax.api.patience import DEFAULT_PATIENCE
     from spotjax.client import SpotjaxClient
 
     patience = getattr(arguments, "patience", DEFAULT_PATIENCE)

@@ -8,7 +8,7 @@ import pytest
 from both_clients import CLIENTS
 from scripted_server import MODEL, Running, until
 
-from spotjax.api import resumption
+from spotjax.api import patience
 from spotjax.api.errors import Unavailable
 from spotjax.api.server import ApiServer
 from spotjax.engine.generation import Delta
@@ -38,7 +38,7 @@ async def client(request: pytest.FixtureRequest, running: Running) -> AsyncItera
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumption, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(patience, "FIRST_WAIT", 0.02)
 
 
 def expected(count: int, choice: int = 0, seed: int = 7) -> list[int]:

@@ -8,6 +8,7 @@ from scripted_server import Running, until
 
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.request import FinishReason
+from spotjax.errors import LogUnavailable
 from spotjax.scripted_generation import scripted_token
 
 PROMPT = [256, *b"hello"]
@@ -54,6 +55,49 @@ async def test_initial_metadata_names_the_request_before_the_first_token(running
     assert metadata["spotjax-request-id"] == "mine"
     metadata = dict(await running.generation.Generate(hello()).initial_metadata())
     assert metadata["spotjax-request-id"] in running.service.requests
+
+
+async def test_a_request_is_said_to_be_accepted_once_it_is_on_record(running: Running) -> None:
+    recording = asyncio.Semaphore(0)
+    running.service._record = recording.acquire
+    running.steps.let_all()
+    call = running.generation.Generate(hello(request_id="r"))
+    told = asyncio.create_task(call.initial_metadata())
+    await until(lambda: "r" in running.service.requests)
+    assert (await running.generation.Models(pb.ModelsRequest())).models and not told.done()
+    recording.release()
+    assert dict(await told)["spotjax-request-id"] == "r"
+    assert tokens_of([response async for response in call]) == expected(8)
+
+
+async def test_a_request_that_cannot_be_recorded_is_refused_and_its_id_is_free(running: Running) -> None:
+    async def full() -> None:
+        raise LogUnavailable("the commit log cannot be written: disk full")
+
+    running.service._record = full
+    call = running.generation.Generate(hello(request_id="r"))
+    with pytest.raises(grpc.aio.AioRpcError, match="disk full") as failure:
+        await call.read()
+    assert failure.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert ("spotjax-error", "LogUnavailable") in tuple(failure.value.trailing_metadata())
+    running.service._record = None
+    running.steps.let_all()
+    assert tokens_of([r async for r in running.generation.Generate(hello(request_id="r"))]) == expected(8)
+
+
+@pytest.mark.parametrize("resumable", [False, True])
+async def test_a_client_that_leaves_before_its_request_is_on_record(running: Running, resumable: bool) -> None:
+    recording = asyncio.Semaphore(0)
+    running.service._record = recording.acquire
+    call = running.generation.Generate(hello(request_id="r", resumable=resumable))
+    await until(lambda: "r" in running.service.requests)
+    left = running.service.requests["r"]
+    call.cancel()
+    await asyncio.wait([asyncio.ensure_future(call.code())])
+    assert (await running.generation.Models(pb.ModelsRequest())).models  # the server knows that the client left
+    recording.release()
+    await until(lambda: left.recorded and (left.ended or resumable))
+    assert left.ended == (None if resumable else FinishReason.CANCELLED)
 
 
 async def test_choices_are_independent_streams_of_one_call(open_server: Running) -> None:

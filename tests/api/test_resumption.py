@@ -4,10 +4,11 @@ import math
 
 import pytest
 
-from spotjax.api import resumption
+from spotjax.api import patience
 from spotjax.api.errors import Unavailable, Unreachable
+from spotjax.api.patience import LONGEST_WAIT, Patience, backoff
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
-from spotjax.api.resumption import LONGEST_WAIT, Patience, Progress, Pursuit, backoff
+from spotjax.api.resumption import Progress, Pursuit
 from spotjax.errors import (
     ConfigError,
     Draining,
@@ -38,8 +39,8 @@ class Clock:
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(resumption.time, "monotonic", clock)
-    monkeypatch.setattr(resumption.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(patience.time, "monotonic", clock)
+    monkeypatch.setattr(patience.random, "uniform", lambda low, high: 1.0)
     return clock
 
 
@@ -167,10 +168,10 @@ def test_waits_double_and_are_bounded() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 17.0, 120.0])
 def test_patience_ends_after_its_seconds(clock: Clock, seconds: float) -> None:
-    patience, start = Patience(seconds), clock.now
+    waits, start = Patience(seconds), clock.now
     with pytest.raises(Unreachable):
         while True:
-            clock.now += patience.wait_after(GONE)
+            clock.now += waits.wait_after(GONE)
     assert clock.now == pytest.approx(start + seconds)
 
 

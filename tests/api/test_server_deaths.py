@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mortal_server import MortalServer
 
 from spotjax import async_client, client
-from spotjax.api import calls, resumption
+from spotjax.api import calls, patience
 from spotjax.engine.generation import Delta
 from spotjax.errors import UnknownRequest
 
@@ -26,7 +26,7 @@ def impatient() -> Any:
     quick = {"grpc.initial_reconnect_backoff_ms": 10, "grpc.min_reconnect_backoff_ms": 10}
     options = tuple((name, quick.get(name, value)) for name, value in calls.OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resumption, "FIRST_WAIT", 0.01)
+        patch.setattr(patience, "FIRST_WAIT", 0.01)
         for module in (client, async_client):
             patch.setattr(module, "OPTIONS", options)
         yield

@@ -16,6 +16,7 @@ async def command_line(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Comm
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
     await server.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
-    yield CommandLine(service, server, f"127.0.0.1:{port}", capsys)
+    command_line = CommandLine(service, server, f"127.0.0.1:{port}", capsys)
+    yield command_line
     await service.stop()
-    await server.stop()
+    await command_line.server.stop()
