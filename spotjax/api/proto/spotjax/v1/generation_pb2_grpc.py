@@ -62,11 +62,13 @@ class GenerationServicer:
     """
 
     def Generate(self, request, context):
-        """Generates text. The stream starts with initial metadata `spotjax-request-id` once the request is accepted: from
-        then on it is never lost. Tokens arrive after they were committed, so none is ever taken back.
+        """Generates text. The stream starts with initial metadata `spotjax-request-id` once the request is accepted, that is
+        on record: from then on it is never lost. Tokens arrive after they were committed, so none is ever taken back.
 
-        INVALID_ARGUMENT: a field is out of range or unknown. RESOURCE_EXHAUSTED: the queue is full, try again after the
-        seconds in trailing metadata `retry-after-seconds`. UNAVAILABLE: the server is starting, draining or going away.
+        INVALID_ARGUMENT: a field is out of range or unknown. ALREADY_EXISTS: a request of this id was accepted before; a
+        client whose call broke takes it up with Resume. RESOURCE_EXHAUSTED: the queue is full, try again after the seconds
+        in trailing metadata `retry-after-seconds`. UNAVAILABLE: the server is starting, draining, going away, or cannot
+        record requests; trailing metadata `spotjax-error` says which.
 
         A client that disconnects, or whose deadline passes, ends the request unless it is resumable.
         """
@@ -75,9 +77,10 @@ class GenerationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Resume(self, request, context):
-        """Takes up the stream of an accepted request, running or finished. Several streams of one request are independent.
+        """Takes up the stream of an accepted request, running or finished, also after the server was started again. Several
+        streams of one request are independent.
 
-        NOT_FOUND: no such request, or it finished too long ago.
+        NOT_FOUND: no such request, or it finished too long ago. UNAVAILABLE: the server is starting or going away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
