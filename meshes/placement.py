@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.layout import LayerRanges
@@ -44,3 +44,14 @@ class Placement:
     def instances(self, data: int) -> frozenset[str]:
         """Names of the instances that replica ``data`` stands on."""
         return frozenset(device.instance for at, device in self.devices.items() if at.data == data)
+
+    def without(self, instance: str) -> Placement:
+        """The same, with the devices of an instance under a name that no instance has.
+
+        For a mesh that has stopped, when an instance is gone and another, or itself with empty memory, takes its name.
+        """
+        devices = {
+            at: DeviceRef(f"{instance} (gone)", device.index) if device.instance == instance else device
+            for at, device in self.devices.items()
+        }
+        return replace(self, devices=devices)

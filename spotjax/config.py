@@ -128,6 +128,22 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     retain_seconds: Annotated[
         float, Meta(ge=0, description="how long a finished request can be resumed", extra=SERVING)
     ] = 600.0
+    durability: Annotated[
+        Literal["step", "interval", "none"],
+        Meta(
+            description="when a token may be sent: step, once it is on disk; interval, once it is written, to be on disk "
+            "within a second; none, at once, and requests end with this process",
+            extra=SERVING,
+        ),
+    ] = "step"
+    commit_log: Annotated[
+        str,
+        Meta(
+            description="directory of the requests and their tokens, which a server started again goes on with; empty: "
+            "one named after the address, in the user's state directory",
+            extra=SERVING,
+        ),
+    ] = ""
     drain_seconds: Annotated[
         float, Meta(ge=0, description="how long running requests may go on after SIGTERM or Ctrl-C", extra=SERVING)
     ] = 30.0
@@ -284,6 +300,8 @@ def refuse_contradictions(config: ServeConfig) -> None:
     if any(getattr(config, name) for name in TLS) and (missing := [n for n in TLS if not getattr(config, n)]):
         there = [name for name in TLS if name not in missing]
         raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs all of {', '.join(TLS)}")
+    if config.commit_log and config.durability == "none":
+        raise ConfigError(f"commit_log ({config.commit_log}) has no meaning with durability none, which keeps no log")
     if config.slice_host >= config.slice_hosts:
         raise ConfigError(f"slice_host ({config.slice_host}) must be less than slice_hosts ({config.slice_hosts})")
     if config.slice_coordinator and config.slice_hosts == 1:

@@ -12,13 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
+
 from spotjax.config import ServeConfig
-from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.durability import open_commit_log
 from spotjax.errors import ConfigError, SpotjaxError
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
 from spotjax.meshes.instance import Instance
 from spotjax.models.catalog import Model, open_model
+from spotjax.models.fingerprint import fingerprint
 from spotjax.models.spec import ModelSpec
 from spotjax.models.tokenizer import Tokenizer
 from spotjax.reshard.local import LocalCluster
@@ -72,6 +75,7 @@ async def start(config: ServeConfig) -> EmbeddedServer:
     Raises:
       ConfigError: settings do not go together.
       CheckpointError: the model cannot be loaded.
+      CommitLogError: the commit log cannot be used.
       NoFeasibleShape: the model does not fit the instances.
     """
     devices = local_instances(config.embedded_instances, config.devices_per_instance)
@@ -93,8 +97,10 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     programs = cache_directory(config.compilation_cache)
     compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs)
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
+    weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
+    commits = await asyncio.to_thread(open_commit_log, config, weights)
     service = Controller(
-        model.name, planning, members, cluster, MemoryCommitLog(), model.tokenizer, model.tokenizer.end_tokens,
+        model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
         limits, time.monotonic, time.time, leave=config.leave,
     )  # fmt: skip
     started = time.monotonic()

@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from spotjax.api.server import ApiServer
 from spotjax.config import ServeConfig, mode
-from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.durability import open_commit_log
+from spotjax.engine.commit_log import CommitLog
 from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices, SpotjaxError
-from spotjax.fleet.controller import Controller, ServiceLimits
+from spotjax.fleet.admission import ServiceLimits
+from spotjax.fleet.controller import Controller
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.remote import RemoteCluster
@@ -37,6 +41,8 @@ from spotjax.transport.security import Tls
 
 log = logging.getLogger(__name__)
 
+REUNION_SECONDS = 5.0
+"""For the other workers of a mesh, when one is back that has a part of it: they look for a controller every 2 s."""
 FORESEEN = 4
 """Workers that a controller which starts none itself gets ready for; more may come."""
 
@@ -49,10 +55,10 @@ class FleetServer:
       tokenizer, model_name, max_model_len: as clients need them.
     """
 
-    def __init__(self, config: ServeConfig, model: Model, address: str) -> None:
+    def __init__(self, config: ServeConfig, model: Model, log: CommitLog, address: str) -> None:
         self.tokenizer: Tokenizer = model.tokenizer
         self.model_name = model.name
-        self._config, self._model = config, model
+        self._config, self._model, self._log = config, model, log
         self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
         tls = None
         if config.tls_certificate:
@@ -67,6 +73,10 @@ class FleetServer:
         self._limits: ServiceLimits | None = None
         self._virtual_memory = 0
         self._readied: set[str] = set()
+        self._awaited: set[str] = set()
+        """Instances of the mesh that an earlier controller had."""
+        self._reunion: asyncio.TimerHandle | None = None
+        self._starting = True
         self._enough = asyncio.Event()
         self._failed_to_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watching: asyncio.Task[None] | None = None
@@ -113,12 +123,15 @@ class FleetServer:
             enough.cancel()
         if self._failed_to_start.done():
             self._failed_to_start.result()
+        self._starting = False
         await self.service.start()
 
     async def close(self) -> None:
         """Stops at the next token boundary. Own workers end; others stay, and wait for a controller."""
         if self._service is not None:
             await self._service.close()
+        else:
+            await self._log.close()
         if self._workers is not None:
             await self._workers.stop()
         if self._watching is not None:
@@ -139,7 +152,9 @@ class FleetServer:
                     self._fail_to_start(problem)
                     return control.Refused(str(problem), retry=False)
         assert self._setup is not None, "it was just built"
-        return control.Welcome(self._setup, self._data_port, self._config.lease_seconds)
+        return control.Welcome(
+            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, reunion=self._starting
+        )
 
     def registered(self, session: WorkerSession) -> None:
         """See ``Watcher.registered``."""
@@ -152,8 +167,10 @@ class FleetServer:
     def ready(self, session: WorkerSession) -> None:
         """See ``Watcher.ready``."""
         self._readied.add(session.instance)
-        if len(self._readied) >= max(1, self._config.workers):
-            self._enough.set()
+        assert session.offer is not None, "it has just made one"
+        if (kept := session.offer.placement) is not None:  # from before this controller: wait for the others of it
+            self._awaited |= {device.instance for _, device in kept.devices}
+        self._look_whether_enough()
         self.service.arrived(session.instance)
 
     def leaving(self, session: WorkerSession, seconds: float) -> None:
@@ -169,6 +186,19 @@ class FleetServer:
         """See ``Watcher.ended``."""
         self._readied.discard(session.instance)
         self.service.gone(session.instance, f"({why})")
+
+    def _look_whether_enough(self) -> None:
+        """The first mesh is formed of all who are expected, or of those who are there when others stay away."""
+        if len(self._readied) < max(1, self._config.workers):
+            return
+        unfinished = not self._config.workers and any(
+            state.finish is None for recorded in self._log.replay() for state in recorded.states
+        )
+        if self._awaited <= self._readied and (self._awaited or not unfinished):
+            self._enough.set()
+        elif self._reunion is None:
+            log.info("waiting for workers of before", extra={"seconds": REUNION_SECONDS})
+            self._reunion = asyncio.get_running_loop().call_later(REUNION_SECONDS, self._enough.set)
 
     # -- parts
 
@@ -190,7 +220,7 @@ class FleetServer:
         )  # fmt: skip
         self._limits, self._cluster = limits, cluster
         self._service = Controller(
-            self._model.name, planning, Membership(()), cluster, MemoryCommitLog(), self._model.tokenizer,
+            self._model.name, planning, Membership(()), cluster, self._log, self._model.tokenizer,
             self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
             config.leave,
         )  # fmt: skip
@@ -242,9 +272,13 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     Raises:
       ConfigError: settings do not go together.
       CheckpointError: the model cannot be loaded.
+      CommitLogError: the commit log cannot be used.
     """
     assert mode(config) == "controller", "not the settings of a controller"
-    fleet = FleetServer(config, await asyncio.to_thread(open_model, config.model), address)
+    model = await asyncio.to_thread(open_model, config.model)
+    weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
+    commits = await asyncio.to_thread(open_commit_log, config, weights)
+    fleet = FleetServer(config, model, commits, address)
     try:
         await fleet.open(server)
     except BaseException:

@@ -13,8 +13,8 @@ import numpy as np
 from spotjax.config import ServeConfig
 from spotjax.engine.scheduler import Limits
 from spotjax.errors import ConfigError, NoFeasibleShape
+from spotjax.fleet.admission import ServiceLimits
 from spotjax.fleet.change import Planning
-from spotjax.fleet.controller import ServiceLimits
 from spotjax.fleet.membership import Membership
 from spotjax.meshes.instance import Instance, InstanceState
 from spotjax.meshes.layout import tensor_degrees

@@ -80,6 +80,7 @@ class PurePipeline:
       delay: turns of the event loop that the next step takes.
       pages: what is in the KV pages.
       batches: all that was run.
+      done: those of them that have written their KV.
     """
 
     page_size: int
@@ -87,6 +88,7 @@ class PurePipeline:
     delay: Callable[[], int] = lambda: 1
     pages: Pages = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
+    done: list[Batch] = field(default_factory=list)
     in_flight: set[int] = field(default_factory=set)
     lost: bool = False
 
@@ -101,6 +103,7 @@ class PurePipeline:
         self.in_flight -= mine
         if self.lost:
             raise InstanceLost("the instance of this replica is gone")
+        self.done.append(batch)
         return result_of(batch, self.pages, self.page_size)
 
 

@@ -1,10 +1,14 @@
-"""The loop of one replica: schedule, run, commit, deliver, with as many steps in flight as the pipeline has stages."""
+"""The loop of one replica: schedule, run, commit, with as many steps in flight as the pipeline has stages.
+
+What is committed is delivered once the log has it, which the next step does not wait for.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from spotjax.engine.batch import Batch, Pipeline
 from spotjax.engine.commit_log import CommitLog
@@ -25,7 +29,7 @@ class Replica:
       pipeline: runs it.
       log: where tokens are committed.
       detokenizer: for text and stop texts.
-      deliver: called with new states after they are committed.
+      deliver: called with new states once they are recorded.
       clock: monotonic seconds.
 
     Attributes:
@@ -95,7 +99,7 @@ class Replica:
         await self._wake.wait()
 
     async def _step(self, batch: Batch) -> None:
-        """One decoding step: run, commit, deliver. What a lost instance computed is dropped, never committed."""
+        """One decoding step: run, commit. What a lost instance computed is dropped, never committed."""
         started = self._clock()
         try:
             result = await self.pipeline.run(batch)
@@ -109,8 +113,8 @@ class Replica:
             for span in batch.spans
             if span.samples and self.scheduler.running[span.sequence].cancelled is None
         }
-        self._log.append(tuple(states.values()))  # a client sees a token only after this line
         ended = self.scheduler.commit(batch, states)
         cancelled = [sequence.state for sequence in ended if sequence.key not in states]
-        self._log.append(cancelled)
-        self._deliver([*states.values(), *cancelled])
+        committed = (*states.values(), *cancelled)
+        if committed:
+            self._log.append(committed, partial(self._deliver, committed))

@@ -11,7 +11,7 @@ from typing import Protocol
 from spotjax.engine.batch import Pipeline
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.holdings import Needs
-from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 
 
 class Cluster(Protocol):
@@ -34,7 +34,7 @@ class Cluster(Protocol):
         ...
 
     async def switch(self, transfers: Sequence[PageTransfer]) -> tuple[Sequence[Pipeline], Traffic]:
-        """Moves KV and makes the prepared placement the current one.
+        """Moves KV and makes the prepared placement the current one, which it stays until the next switch.
 
         No step may be in flight but on replicas that are carried over.
 
@@ -45,8 +45,13 @@ class Cluster(Protocol):
         """
         ...
 
-    async def clear(self) -> None:
-        """Gives up the current placement without a new one; what is left of parameters stays as a source."""
+    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
+        """Asks whoever worked for the controller before this one what is left of its mesh; None if nothing is.
+
+        Args:
+          sequences: all that are to be gone on with: key to the positions, from the first on, whose tokens are certain.
+            KV of others, and of later positions, is of no use to anybody any more.
+        """
         ...
 
     def held(self) -> Mapping[DeviceRef, Needs]:

@@ -7,20 +7,19 @@ Puts the parts together; who is there is in ``attendance``, how a mesh changes i
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from functools import partial
 
 from spotjax.engine.batch import Pipeline
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
-from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.scheduler import Scheduler
 from spotjax.engine.text import Detokenizer
-from spotjax.errors import Draining, InvalidRequest, Overloaded
+from spotjax.errors import Draining
+from spotjax.fleet.admission import Admission, ServiceLimits
 from spotjax.fleet.attendance import Attendance, Supply
 from spotjax.fleet.boundary import Leave
 from spotjax.fleet.change import Planning
@@ -29,7 +28,8 @@ from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
-from spotjax.fleet.requests import AcceptedRequest, RequestTable
+from spotjax.fleet.recovery import certain, recalled
+from spotjax.fleet.requests import RequestTable
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
@@ -37,27 +37,6 @@ from spotjax.meshes.shape import Position
 log = logging.getLogger(__name__)
 PURGE_SECONDS = 10.0
 """How often finished requests are looked through for those past their retention."""
-
-
-@dataclass(frozen=True)
-class ServiceLimits:
-    """What the service accepts.
-
-    Attributes:
-      max_positions: longest prompt and output together, in tokens.
-      pages: KV pages of one replica, page 0 included.
-      page_size: positions per page.
-      queue: sequences that may wait before requests are refused.
-      retain_seconds: how long finished requests can be resumed.
-      replica: limits of one replica by the depth of its pipeline.
-    """
-
-    max_positions: int
-    pages: int
-    page_size: int
-    queue: int
-    retain_seconds: float
-    replica: Callable[[int], Limits]
 
 
 class Controller:
@@ -94,24 +73,26 @@ class Controller:
         leave: Leave = "early",
     ) -> None:
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
-        self._log, self._detokenizer, self._end_tokens, self._clock = log, detokenizer, end_tokens, clock
+        self._log, self._detokenizer, self._clock = log, detokenizer, clock
         self._events = EventLog(wall_clock)
         self._requests = RequestTable(log, limits.retain_seconds)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
         self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
         self._reconfigurer = Reconfigurer(
-            planning, members, cluster, self._dispatcher, self._events, clock, self._commit_ended, leave
+            planning, members, cluster, self._dispatcher, self._events, log, clock, self._commit_ended, leave
         )
         self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
-        self._keys = itertools.count()
+        self._admission = Admission(log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended)
+        self._epochs_before = log.epoch
         self._draining = False
         self._ready_since: float | None = None
         self._all_finished = asyncio.Event()
         self._purging: asyncio.Task[None] | None = None
 
     async def start(self) -> Reconfiguration:
-        """Forms the first mesh."""
+        """Takes up the requests that the log has, and forms the first mesh."""
+        await self._recover()
         report = await self._attendance.open()
         self._ready_since = self._clock()
         self._purging = asyncio.create_task(self._purge())
@@ -124,22 +105,17 @@ class Controller:
             self._purging.cancel()
         await self._attendance.close()
         await self._dispatcher.stop()
+        await self._log.close()
         self._events.close()
         await self._cluster.close()
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: GenerationRequest) -> Awaitable[None]:
         """See ``GenerationService.submit``."""
-        self._check(request)
-        states = [
-            RequestState(request.request_id, choice, request.prompt, request.sampling, self._end_tokens)
-            for choice in range(request.n)
-        ]
-        self._log.accept(request, states)
-        sequences = tuple(ScheduledSequence(next(self._keys), state) for state in states)
-        self._requests.add(AcceptedRequest(request, sequences))
+        if self._draining:
+            raise Draining("the server is draining and takes no new requests; try another one")
+        accepted = self._admission.submit(request)
         self._all_finished.clear()
-        for sequence in sequences:
-            self._dispatcher.add(sequence)
+        return accepted
 
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``."""
@@ -148,11 +124,9 @@ class Controller:
     def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
         """See ``GenerationService.cancel``."""
         accepted = self._requests.get(request_id)
-        if accepted.finished_at is not None:
+        if all(sequence.state.finish for sequence in accepted.sequences):
             return False
-        unfinished = [sequence for sequence in accepted.sequences if sequence.state.finish is None]
-        ended = [s.state for s in unfinished if self._dispatcher.cancel(s, FinishReason(reason))]
-        self._commit_ended(ended)
+        self._admission.cancel(accepted, FinishReason(reason))
         return True
 
     def status(self) -> FleetStatus:
@@ -164,7 +138,7 @@ class Controller:
         since = self._ready_since
         return FleetStatus(
             model=self._model_name,
-            ready=since is not None and placement is not None and not self._draining,
+            ready=since is not None and placement is not None and not self._draining and not self._log.problem,
             draining=self._draining,
             placement=placement,
             instances=tuple(
@@ -180,12 +154,15 @@ class Controller:
                 )
                 for i in self._members.all()
             ),
-            replicas=tuple(_replica_status(n, replica) for n, replica in enumerate(self._dispatcher.replicas)),
-            queued=len(self._dispatcher.parked),
+            replicas=tuple(_replica_status(n, replica) for n, replica in enumerate(self._dispatcher.replicas))
+            if placement
+            else (),
+            queued=self._admission.recording
+            + (len(self._dispatcher.parked) if placement else self._dispatcher.sequences),
             requests_running=self._requests.running,
             requests_finished=self._requests.finished,
             tokens_committed=self._requests.tokens,
-            reconfigurations=max(0, self._reconfigurer.epoch - 1),
+            reconfigurations=max(0, self._reconfigurer.epoch - self._epochs_before - 1),
             uptime_seconds=self._clock() - since if since is not None else 0.0,
         )
 
@@ -240,28 +217,6 @@ class Controller:
         """Verifies that page accounting balances on every replica; for tests, at rest."""
         self._dispatcher.check()
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Refuses what cannot be taken, with the limit."""
-        if self._draining:
-            raise Draining("the server is draining and takes no new requests; try another one")
-        if request.request_id in self._requests:
-            raise InvalidRequest("request_id", f"{request.request_id!r} is taken; choose another or resume it")
-        longest = min(self._limits.max_positions, (self._limits.pages - 1) * self._limits.page_size)
-        asked = len(request.prompt) + request.sampling.max_tokens
-        if asked > longest:
-            raise InvalidRequest(
-                "sampling.max_tokens",
-                f"prompt ({len(request.prompt)}) and max_tokens ({request.sampling.max_tokens}) together must be at "
-                f"most {longest} tokens, got {asked}",
-            )
-        if request.n > self._limits.queue:
-            raise InvalidRequest("n", f"must be at most {self._limits.queue}, the length of the queue, got {request.n}")
-        if self._dispatcher.waiting + request.n > self._limits.queue:
-            raise Overloaded(
-                f"{self._dispatcher.waiting} sequences are waiting, at most {self._limits.queue} may; try again later",
-                retry_after=1.0,
-            )
-
     def _make_replica(self, scheduler: Scheduler, pipeline: Pipeline) -> Replica:
         return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock)
 
@@ -273,13 +228,26 @@ class Controller:
 
     def _commit_ended(self, states: Sequence[RequestState]) -> None:
         """Commits sequences that ended outside a step."""
-        self._log.append(states)
-        self._deliver(states)
+        if states:
+            self._log.append(states, partial(self._deliver, states))
 
     def _failed(self, problem: BaseException) -> None:
         log.critical("the service cannot go on", exc_info=problem)
         if not self.failure.done():
             self.failure.set_exception(problem)
+
+    async def _recover(self) -> None:
+        """Takes up the requests that the log has, with what workers still have of their KV."""
+        waiting = self._admission.recall(self._clock())
+        remains = await self._cluster.reunite({key: certain(sequence.state) for key, sequence in waiting.items()})
+        if remains is not None:
+            limits = self._limits
+            self._dispatcher.recall(recalled(remains, waiting, limits.replica, limits.pages, limits.page_size))
+            self._reconfigurer.recall(remains)
+        if waiting:
+            kept = sum(sequence.computed > 0 for sequence in waiting.values())
+            message = f"{len(waiting)} sequences of an earlier run go on, {kept} of them with KV"
+            self._events.record("recovered", self._reconfigurer.epoch, message, sequences=len(waiting), kept=kept)
 
     async def _purge(self) -> None:
         while True:

@@ -17,6 +17,7 @@ from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over
+from spotjax.fleet.recovery import StoppedPipeline
 from spotjax.planner.holdings import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
 
@@ -55,6 +56,11 @@ class Dispatcher:
     def waiting(self) -> int:
         """Sequences that no step has taken up yet."""
         return len(self.parked) + sum(len(replica.scheduler.waiting) for replica in self.replicas)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that have not ended."""
+        return len(self.parked) + sum(replica.scheduler.load for replica in self.replicas)
 
     def add(self, sequence: ScheduledSequence) -> None:
         """Queues a sequence on the replica with the least load."""
@@ -204,12 +210,22 @@ class Dispatcher:
                 sequence.computed = handover.progress[sequence.key]
                 scheduler.adopt(sequence)
 
-    def park(self) -> None:
-        """Gives up the replicas without new ones; their sequences wait with their tokens. They must be stopped."""
-        self.parked = sorted(self._all(), key=lambda s: s.key)
-        self.replicas, self._loops = (), []
-        for sequence in self.parked:
-            _forget_kv(sequence)
+    def rest(self) -> None:
+        """Nothing goes on: what was in flight never comes back. The replicas must be stopped."""
+        for replica in self.replicas:
+            for sequence in replica.scheduler.running.values():
+                sequence.in_flight = False
+
+    def recall(self, schedulers: Sequence[Scheduler]) -> None:
+        """Takes up stopped replicas with what they have: those of a mesh that another controller had."""
+        assert not self.replicas, "there are replicas already"
+        replicas = [self._make_replica(scheduler, StoppedPipeline(scheduler.limits.depth)) for scheduler in schedulers]
+        for replica in replicas:
+            replica.stop()
+        self.replicas = tuple(replicas)
+        self._loops = [asyncio.create_task(self._watch(replica)) for replica in replicas]
+        taken = {sequence.key for replica in replicas for sequence in replica.scheduler.sequences()}
+        self.parked = [sequence for sequence in self.parked if sequence.key not in taken]
 
     def check(self) -> None:
         """Verifies that page accounting balances on every replica."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 
+from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.request import RequestState
 from spotjax.errors import InstanceLost, NoFeasibleShape
 from spotjax.fleet import reports
@@ -26,7 +27,7 @@ from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.planner.deadline import Arrangement
 from spotjax.planner.optimizer import choose_shape
-from spotjax.reshard.transfer import Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import Preparation, Remains, Survivors, Traffic
 
 Clock = Callable[[], float]
 """Monotonic seconds."""
@@ -41,13 +42,14 @@ class Reconfigurer:
       cluster: the devices.
       dispatcher: the replicas and their sequences.
       events: told about everything.
+      log: told about epochs.
       clock: monotonic seconds.
       committed: told about sequences that ended in the course of a change.
       leave: when the mesh leaves an instance that has notice.
 
     Attributes:
       placement: the current mesh, None while there is none.
-      epoch: counts placements upwards.
+      epoch: counts placements upwards, also over restarts of the controller.
     """
 
     def __init__(
@@ -57,17 +59,30 @@ class Reconfigurer:
         cluster: Cluster,
         dispatcher: Dispatcher,
         events: EventLog,
+        log: CommitLog,
         clock: Clock,
         committed: Callable[[Sequence[RequestState]], None],
         leave: Leave = "early",
     ) -> None:
         self.placement: Placement | None = None
-        self.epoch = 0
+        self.epoch = log.epoch
+        self._log = log
+        self._stopped_on: Placement | None = None
+        """The mesh that stopped last, while there is no other: what is left of its KV is still of use."""
         self._planning, self._members, self._cluster = planning, members, cluster
         self._dispatcher, self._events, self._clock, self._committed = dispatcher, events, clock, committed
         self._tempo = Tempo(planning.spec.kv_bytes_per_position)
         self._boundary = Boundary(leave, members, dispatcher, self._tempo, clock)
         self._one_at_a_time = asyncio.Lock()
+
+    def recall(self, remains: Remains) -> None:
+        """Takes up a mesh that stopped when its controller died; those who have parts of it are there again."""
+        self.epoch = max(self.epoch, remains.placement.epoch)
+        self._stopped_on = remains.placement
+        for name in sorted(remains.holders):
+            self._join(name, f"instance {name} is back with its part of epoch {remains.placement.epoch}")
+        for name in standing_on(remains.placement) - remains.holders:
+            self._stopped_on = self._stopped_on.without(name)
 
     def lose(self, instance: str) -> None:
         """An instance is gone, whatever it was doing. Steps that need it fail from now on."""
@@ -109,10 +124,15 @@ class Reconfigurer:
     def _welcome(self) -> None:
         """Lets instances join. One that was lost and is back joins when the mesh has left it: its memory is empty."""
         for name in self._joinable():
+            if self._stopped_on is not None:
+                self._stopped_on = self._stopped_on.without(name)
             if name not in standing_on(self.placement):
-                self._cluster.join(name)
-                self._members.set_state(name, InstanceState.READY)
-                self._events.record("joined", self.epoch, f"instance {name} joined", instance=name)
+                self._join(name, f"instance {name} joined")
+
+    def _join(self, name: str, message: str) -> None:
+        self._cluster.join(name)
+        self._members.set_state(name, InstanceState.READY)
+        self._events.record("joined", self.epoch, message, instance=name)
 
     def _joinable(self) -> list[str]:
         """Joining instances that can be given work."""
@@ -122,15 +142,15 @@ class Reconfigurer:
         """One change; None if instances came or went before it was made, so that another is called for."""
         self._boundary.look()
         self._welcome()
-        before, started = self.placement, self._clock()
+        before, started = self._mesh, self._clock()
         hurt = self._dispatcher.computed(self._hurt())
         survivors = await self._cluster.survivors(hurt) if hurt else Survivors()
         try:
             preparation = self._plan(survivors)
         except NoFeasibleShape as problem:
-            if any(end > started for end in self._boundary.ends(before).values()):
+            if any(end > started for end in self._boundary.ends(self.placement).values()):
                 self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
-            return None if await self._boundary.serve_on(before) else await self._suspend(str(problem))
+            return None if await self._boundary.serve_on(self.placement) else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return reports.unchanged(self.epoch, preparation, self._running())
         loaded = await self._cluster.prepare(preparation)
@@ -148,7 +168,7 @@ class Reconfigurer:
     def _plan(self, survivors: Survivors) -> Preparation:
         preparation = plan_change(
             self._planning,
-            self.placement,
+            self._mesh,
             self._members.joined(),
             self._dispatcher.live(survivors.positions),
             self.epoch + 1,
@@ -156,7 +176,7 @@ class Reconfigurer:
             self._cluster.held(),
             survivors,
         )
-        reports.planned(self._events, self.epoch, self.placement, preparation)
+        reports.planned(self._events, self.epoch, self._mesh, preparation)
         return preparation
 
     async def _precopy(self, precopy: Precopy, preparation: Preparation) -> None:
@@ -206,6 +226,7 @@ class Reconfigurer:
         """Stops what changes, moves the rest of the KV, starts on the new mesh."""
         before, carried = self.placement, preparation.carried
         stopped = self._clock()
+        self._log.begin_epoch(preparation.placement.epoch)
         await self._dispatcher.stop(carried)
         self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)
@@ -221,6 +242,7 @@ class Reconfigurer:
             raise
         self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
+        self._stopped_on = None
         pause = self._clock() - stopped
         self._tempo.switched(pause)
         kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())
@@ -241,15 +263,19 @@ class Reconfigurer:
             for old, sequences in self._dispatcher.live(preparation.survivors.positions).items()
         }
         room = self._dispatcher.room(preparation.placement.shape.data, preparation.carried)
-        return plan_kv(self._planning, preparation, self.placement, self._members.joined(), live, room)
+        return plan_kv(self._planning, preparation, self._mesh, self._members.joined(), live, room)
+
+    @property
+    def _mesh(self) -> Placement | None:
+        """What KV is on: the current mesh, or the one that stopped last."""
+        return self.placement or self._stopped_on
 
     def _hurt(self) -> list[int]:
-        """Current replicas of which an instance is gone."""
-        if self.placement is None:
+        """Replicas of which an instance is gone."""
+        if (mesh := self._mesh) is None:
             return []
-        gone = set(self._members.having(InstanceState.GONE)) | set(self._members.having(InstanceState.JOINING))
-        replicas = range(self.placement.shape.data)
-        return [data for data in replicas if not gone.isdisjoint(self.placement.instances(data))]
+        there = {instance.name for instance in self._members.joined() if instance.state is not InstanceState.GONE}
+        return [data for data in range(mesh.shape.data) if not mesh.instances(data) <= there]
 
     def _intact(self, preparation: Preparation) -> dict[int, int]:
         """Heirs, by old replica, of those that stop with all their KV: no instance of them is gone."""
@@ -269,14 +295,13 @@ class Reconfigurer:
             raise InstanceLost("a replica that was to go on without stopping has stopped")
 
     async def _suspend(self, why: str) -> Reconfiguration:
-        """No mesh fits: every request waits, none fails."""
+        """No mesh fits: every request waits, none fails. What is left of the KV when one fits again is used then."""
         before = self.placement
         await self._dispatcher.stop()
         self._committed(self._dispatcher.take_cancelled())
         running = self._running()
-        self._dispatcher.park()
-        await self._cluster.clear()
-        self.placement = None
+        self._dispatcher.rest()
+        self.placement, self._stopped_on = None, self._mesh
         self._events.record("stop", self.epoch, f"requests wait for instances: {why}")
         return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from spotjax.errors import ConnectionLost, InstanceLost
 from spotjax.fleet.keepers import choose_keepers
+from spotjax.fleet.recovery import common_remains
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
@@ -23,7 +23,7 @@ from spotjax.meshes.slices import Range
 from spotjax.planner.holdings import Needs, StackedNeeds
 from spotjax.protocol import control
 from spotjax.protocol.steps import ResultHeader, StepHeader
-from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
@@ -31,6 +31,8 @@ from spotjax.transport.endpoint import Endpoint
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 2.0
+NOBODY_WAITS = -1
+"""As the id of a command whose answer is not waited for."""
 FORGET_SECONDS = 0.5
 """Sequences that end within this time are told to the workers together."""
 
@@ -73,7 +75,6 @@ class RemoteCluster:
         self.pipelines: tuple[RemotePipeline, ...] = ()
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
-        self._service = uuid.uuid4().hex
         self._ended: list[int] = []
         self._compiled: dict[str, int] = {}
         self._placement: Placement | None = None
@@ -95,7 +96,8 @@ class RemoteCluster:
         for replica, computed in hurt.items():
             left = dict(computed)
             for number in range(self._placement.shape.stage):
-                if not self._serving[self._placement.group(replica, number)[0].instance].over.done():
+                serving = self._serving.get(self._placement.group(replica, number)[0].instance)
+                if serving is not None and not serving.over.done():
                     continue
                 keeper, kept = await self._most_kept(self._placement.layers[number], tuple(computed))
                 if keeper:
@@ -136,9 +138,12 @@ class RemoteCluster:
         return session is not None and session.offer is not None
 
     def join(self, instance: str) -> None:
-        """See ``Cluster.join``; what the worker still has in memory counts from now on."""
-        offer = self._sessions[instance].offer
+        """See ``Cluster.join``; what the worker still has of parameters counts from now on, of KV if it reunited."""
+        session = self._sessions[instance]
+        offer = session.offer
         assert offer is not None, "only who is ready joins"
+        if offer.placement is not None and self._serving.get(instance) is not session:
+            session.tell(control.Clear(NOBODY_WAITS))
         for parts in offer.held:
             self._held[DeviceRef(instance, parts.device)] = parts.arrays
 
@@ -176,11 +181,25 @@ class RemoteCluster:
             log.warning("%d functions were compiled while the mesh changed", compiled)
         return pipelines, traffic
 
-    async def clear(self) -> None:
-        """See ``Cluster.clear``."""
-        self.pipelines, self._placement, self._prepared = (), None, None
+    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
+        """See ``Cluster.reunite``; of several meshes that workers were part of the last one counts."""
         ready = [session for session in self._sessions.all() if session.offer is not None]
-        await asyncio.gather(*(session.ask(control.Clear) for session in ready), return_exceptions=True)
+        offered = [s.offer.placement for s in ready if s.offer is not None and s.offer.placement is not None]
+        if not offered:
+            return None
+        placement = max(offered, key=lambda one: one.epoch).placement()
+        command = partial(_reunite_command, placement.epoch, tuple(sequences.items()))
+        answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
+        stages = {
+            (session, stage.replica, stage.stage): stage.sequences
+            for session, answer in zip(ready, answers, strict=True)
+            if isinstance(answer, control.Done)
+            for stage in answer.remains
+        }
+        self._placement = placement
+        self._serving = {session.instance: session for session, _, _ in stages}
+        by_place = {(replica, stage): kept for (_, replica, stage), kept in stages.items()}
+        return Remains(placement, frozenset(self._serving), common_remains(by_place))
 
     def evict(self, instance: str, *, at_once: bool) -> None:
         """See ``Cluster.evict``."""
@@ -289,7 +308,7 @@ class RemoteCluster:
     async def _adopt(self, session: WorkerSession, pipelines: tuple[str, ...], keeper: str) -> None:
         """Makes one worker adopt the placement. Who is lost meanwhile is lost on the new mesh."""
         try:
-            await session.ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth, self._service))
+            await session.ask(lambda number: control.Adopt(number, pipelines, keeper, self._bandwidth))
         except InstanceLost:
             self._forget_instance(session.instance)  # it may have been gone before there were pipelines through it
         except CommandFailed as problem:
@@ -332,6 +351,10 @@ class RemoteCluster:
             self._connections[instance].send(header, *payload)
         except (KeyError, ConnectionLost) as problem:
             asyncio.get_running_loop().call_soon(self._sessions.end, instance, f"steps cannot be sent to it: {problem}")
+
+
+def _reunite_command(epoch: int, sequences: tuple[tuple[int, int], ...], number: int) -> control.Reunite:
+    return control.Reunite(number, epoch, sequences)
 
 
 def _sum(done: Iterable[control.Done]) -> Traffic:

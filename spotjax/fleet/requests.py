@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
-from spotjax.engine.request import FinishReason, RequestState
+from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
 
@@ -20,6 +20,7 @@ class AcceptedRequest:
     Attributes:
       request: as accepted.
       sequences: its choices, in order.
+      told: what clients may see of each: the states that the commit log has.
       changed: set and replaced whenever something was committed.
       finished_at: monotonic seconds when the last choice ended, None while one runs.
       readers: streams that follow it; it is retained until they have read it all.
@@ -27,16 +28,20 @@ class AcceptedRequest:
 
     request: GenerationRequest
     sequences: tuple[ScheduledSequence, ...]
+    told: list[RequestState] = field(init=False)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     finished_at: float | None = None
     readers: int = 0
 
+    def __post_init__(self) -> None:
+        self.told = [sequence.state for sequence in self.sequences]
+
 
 class RequestTable:
-    """All retained requests. Output is read from the commit log, so a slow reader holds no memory of its own.
+    """All retained requests, and what is committed of them; a slow reader holds no memory of its own.
 
     Args:
-      log: what is committed.
+      log: is told which of them are forgotten.
       retain_seconds: how long a finished request can still be read.
     """
 
@@ -71,9 +76,21 @@ class RequestTable:
         return self.get(state.request_id).sequences[state.choice].key
 
     def add(self, accepted: AcceptedRequest) -> None:
-        """Takes up a request after the log accepted it."""
+        """Takes up a request that the log is about to accept."""
         self._requests[accepted.request.request_id] = accepted
         self._unfinished[accepted.request.request_id] = accepted
+
+    def remove(self, accepted: AcceptedRequest) -> None:
+        """The log did not accept it after all."""
+        del self._requests[accepted.request.request_id]
+        del self._unfinished[accepted.request.request_id]
+
+    def recall(self, accepted: AcceptedRequest, now: float) -> None:
+        """Takes up a request that the log has from before."""
+        self.add(accepted)
+        if all(told.finish for told in accepted.told):
+            accepted.finished_at = now
+            del self._unfinished[accepted.request.request_id]
 
     @property
     def running(self) -> int:
@@ -81,13 +98,13 @@ class RequestTable:
         return len(self._unfinished)
 
     def committed(self, states: Iterable[RequestState], now: float) -> None:
-        """Wakes the streams of the requests whose sequences gained a token or ended."""
+        """These are recorded: wakes the streams of the requests whose sequences gained a token or ended."""
         for state in states:
             accepted = self._requests[state.request_id]
-            if state.finish not in (FinishReason.CANCELLED, FinishReason.DEADLINE):
-                self.tokens += 1
+            self.tokens += len(state.tokens) - len(accepted.told[state.choice].tokens)
+            accepted.told[state.choice] = state
             ended = state.finish is not None and accepted.finished_at is None
-            if ended and all(s.finish for s in self.log.states(state.request_id)):
+            if ended and all(told.finish for told in accepted.told):
                 accepted.finished_at = now
                 self.finished += 1
                 del self._unfinished[state.request_id]
@@ -106,7 +123,7 @@ class RequestTable:
     def stream(self, request_id: str, offsets: Sequence[int]) -> AsyncIterator[Delta]:
         """See ``fleet.service.GenerationService.stream``."""
         accepted = self.get(request_id)
-        states = self.log.states(request_id)
+        states = accepted.told
         if offsets and len(offsets) != len(states):
             raise InvalidRequest("offsets", f"one for each of the {len(states)} choices, got {len(offsets)}")
         seen = list(offsets) or [0] * len(states)
@@ -122,9 +139,8 @@ class RequestTable:
         try:
             while open_choices:
                 changed = accepted.changed
-                states = self.log.states(accepted.request.request_id)
                 for choice in sorted(open_choices):
-                    state = states[choice]
+                    state = accepted.told[choice]
                     if len(state.tokens) > seen[choice] or state.finish is not None:
                         yield _delta(state, seen[choice])
                         seen[choice] = len(state.tokens)

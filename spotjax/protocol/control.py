@@ -22,7 +22,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
 
 METHOD = "/spotjax.v1.Workers/Join"
-VERSION = 1
+VERSION = 2
 """Both sides must speak the same."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """What the controller's port takes of anybody."""
@@ -88,6 +88,19 @@ class ModelSetup(msgspec.Struct, frozen=True):
     degrees: tuple[int, ...]
 
 
+class StageRemains(msgspec.Struct, frozen=True, array_like=True):
+    """KV that one stage still has.
+
+    Attributes:
+      replica, stage: its place in the mesh.
+      sequences: (key, its pages in order, positions whose KV is in them).
+    """
+
+    replica: int
+    stage: int
+    sequences: tuple[tuple[int, tuple[int, ...], int], ...]
+
+
 # -- worker to controller
 
 
@@ -121,10 +134,12 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     Attributes:
       held: parameters still in memory, or attached to.
       compiled: functions compiled so far while somebody could have waited.
+      placement: the mesh of which it still has stages with their KV, from the time of an earlier controller.
     """
 
     held: tuple[Parts, ...]
     compiled: int
+    placement: PlacementMessage | None = None
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -135,6 +150,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
       moved, loaded: bytes, see ``reshard.transfer.Traffic``.
       compiled: functions compiled so far while somebody could have waited.
       positions: what ``Coverage`` asked for, by sequence.
+      remains: what ``Reunite`` asked for.
     """
 
     id: int
@@ -142,6 +158,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     loaded: int = 0
     compiled: int = 0
     positions: tuple[int, ...] = ()
+    remains: tuple[StageRemains, ...] = ()
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -189,11 +206,15 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
       setup: what to get ready.
       data_port: of the controller's data endpoint, on the host that the worker joined at.
       lease_seconds: how long the fleet waits for a sign of life.
+      service: tells the requests of one commit log from those of another, whose sequences have the same keys.
+      reunion: whether KV that is still there from that service's last controller may be of use; else it is given up.
     """
 
     setup: ModelSetup
     data_port: int
     lease_seconds: float
+    service: str
+    reunion: bool
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -257,20 +278,32 @@ class Adopt(msgspec.Struct, frozen=True, tag=True):
       pipelines: name of every replica's pipeline; steps carry it.
       keeper: the instance that keeps a copy of this one's KV; empty for none.
       bandwidth: bytes per second that copying may take; 0 for no limit.
-      service: tells this controller from those before it, whose sequences had the same keys.
     """
 
     id: int
     pipelines: tuple[str, ...]
     keeper: str
     bandwidth: int
-    service: str = ""
 
 
 class Clear(msgspec.Struct, frozen=True, tag=True):
-    """Give up the current placement; parameters stay."""
+    """Give up the current placement with its KV, and copies of others' KV; parameters stay."""
 
     id: int
+
+
+class Reunite(msgspec.Struct, frozen=True, tag=True):
+    """The controller has started again and goes on with these sequences: what of their KV is there? Answered in ``Done``.
+
+    Attributes:
+      id: of the command.
+      epoch: of the mesh that is taken up; stages of another are given up, and so is all KV but what is asked for.
+      sequences: (key, positions whose tokens are certain).
+    """
+
+    id: int
+    epoch: int
+    sequences: tuple[tuple[int, int], ...]
 
 
 class Coverage(msgspec.Struct, frozen=True, tag=True):
@@ -297,7 +330,7 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     at_once: bool
 
 
-Command = Prepare | CopyPages | Switch | Adopt | Clear | Coverage
+Command = Prepare | CopyPages | Switch | Adopt | Clear | Reunite | Coverage
 FromController = Welcome | Refused | Command | Forget | Release
 
 

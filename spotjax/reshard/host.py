@@ -86,6 +86,8 @@ class Host:
         self.stages: Mapping[Place, Stage] = {}
         self.store = ShardStore({})
         self.prepared: Prepared | None = None
+        self._dead: set[Place] = set()
+        """Current stages whose buffers are deleted."""
         self.kv = KvMover(model)
         self._buckets, self._devices, self._peers = buckets, devices, peers
         self._compiled_for: set[int] = set()
@@ -120,6 +122,7 @@ class Host:
         Raises: see ``ParameterMover.carry_out``.
         """
         self.prepared = None
+        self.stages = {place: stage for place, stage in self.stages.items() if place not in self._dead}
         traffic, placement = Traffic(), preparation.placement
         self.compile_for(placement.shape.tensor)
         store = self._parameters.carry_out(
@@ -156,6 +159,7 @@ class Host:
         assert self.prepared is not None, "prepare comes before adopt"
         self.placement, self.stages = self.prepared.preparation.placement, self.prepared.stages
         self.store, self.prepared = self.prepared.store.over(self.store), None
+        self._dead = set()
         self._parameters.settle()
 
     def clear(self) -> None:
@@ -171,10 +175,14 @@ class Host:
         self.model.executables.close()
 
     def lose(self, instance: str) -> None:
-        """Deletes the buffers of an instance here and now, whoever uses them, as if its machine were gone."""
+        """Deletes the buffers of an instance here and now, whoever uses them, as if its machine were gone.
+
+        Whoever reads them just now fails. The next preparation, planned without them, finds no such stages any more.
+        """
         gone = set(self._devices[instance])
         stages = [*self.stages.values(), *(self.prepared.stages.values() if self.prepared is not None else ())]
         stages = [stage for stage in stages if not gone.isdisjoint(stage.devices)]
+        self._dead |= {place for place, stage in self.stages.items() if stage in stages}
         with ExitStack() as no_calls:
             for devices in {stage.devices for stage in stages}:
                 no_calls.enter_context(self.model.calls(devices))

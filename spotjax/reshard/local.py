@@ -16,7 +16,7 @@ from spotjax.meshes.placement import Placement
 from spotjax.planner.holdings import Needs
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameters import Checkpoint
-from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
@@ -104,12 +104,9 @@ class LocalCluster:
             pipeline.close()
         return self.pipelines, traffic
 
-    async def clear(self) -> None:
-        """See ``Cluster.clear``."""
-        for pipeline in self.pipelines:
-            pipeline.close()
-        self.pipelines = ()
-        self._host.clear()
+    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
+        """See ``Cluster.reunite``: what was on the devices of a process went with it."""
+        return None
 
     def lose(self, instance: str) -> None:
         """See ``Cluster.lose``: the instance's buffers are deleted here and now, whoever uses them."""
@@ -122,7 +119,9 @@ class LocalCluster:
 
     async def close(self) -> None:
         """See ``Cluster.close``."""
-        await self.clear()
+        for pipeline in self.pipelines:
+            pipeline.close()
+        self.pipelines = ()
         self._host.close()
 
     @property

@@ -25,6 +25,22 @@ class Survivors:
 
 
 @dataclass(frozen=True)
+class Remains:
+    """What is left of the mesh that a controller before this one had.
+
+    Attributes:
+      placement: the mesh.
+      holders: instances that still have their stages of it.
+      sequences: by replica: key of a sequence to its KV pages there and the positions whose KV is in them, on every
+        stage that a holder has.
+    """
+
+    placement: Placement
+    holders: frozenset[str]
+    sequences: Mapping[int, Mapping[int, tuple[tuple[int, ...], int]]]
+
+
+@dataclass(frozen=True)
 class Preparation:
     """A placement about to be brought into being.
 

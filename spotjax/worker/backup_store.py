@@ -7,7 +7,7 @@ is the number of positions, from the first on, whose KV is here.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,7 +38,7 @@ class BackupStore:
 
     def __init__(self) -> None:
         self.service = ""
-        """The controller whose sequences are kept; frames of others come late and are dropped."""
+        """Whose sequences are kept; frames of others come late and are dropped."""
         self._sequences: dict[int, dict[int, _Layer]] = {}
         self._lock = threading.Lock()
 
@@ -74,6 +74,14 @@ class BackupStore:
         with self._lock:
             for sequence in sequences:
                 self._sequences.pop(sequence, None)
+
+    def keep(self, certain: Mapping[int, int]) -> None:
+        """Drops all sequences but these, and all but so many positions of each."""
+        with self._lock:
+            self._sequences = {key: layers for key, layers in self._sequences.items() if key in certain}
+            for key, layers in self._sequences.items():
+                for layer in layers.values():
+                    layer.positions = min(layer.positions, certain[key])
 
     def clear(self) -> None:
         """Drops everything."""

@@ -20,7 +20,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
-from spotjax.worker.backup import StageBackup
+from spotjax.worker.ledger import StageLedger
 from spotjax.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -43,14 +43,14 @@ class Role:
       number: its place in the pipeline.
       last: there is none after it.
       next: the instance of the next stage; this one's own name if that is here; the controller after the last.
-      backup: is told what steps write; None where KV is not backed up.
+      ledger: is told what steps write; None where that is not kept.
     """
 
     stage: Stage
     number: int
     last: bool
     next: str
-    backup: StageBackup | None = None
+    ledger: StageLedger | None = None
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class StageExecutor:
 
     def _step(self, role: Role, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
         ready = header.ready and self._has(role.stage, header.want)
-        if role.backup is not None:
-            role.backup.begin(header.sequences, packed.rows, packed.pages)
+        if role.ledger is not None:
+            role.ledger.begin(header.sequences, packed.rows, packed.pages)
         out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
-        if role.backup is not None:
-            role.backup.written(header.sequences, packed.rows)
+        if role.ledger is not None:
+            role.ledger.written(header.sequences, packed.rows)
         self._hand_on(role, header, packed, out, ready)
 
     def _hand_on(self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool) -> None:

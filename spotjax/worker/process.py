@@ -173,6 +173,7 @@ class WorkerProcess:
                 self._config.parameter_store or default_directory()
             )  # fmt: skip
             self._worker = await asyncio.to_thread(self._load, welcome.setup, stores)
+        await asyncio.to_thread(self._worker.serve, welcome.service, reunion=welcome.reunion)
         return self._worker
 
     def _load(self, setup: control.ModelSetup, stores: Path | None) -> Worker:

@@ -64,7 +64,7 @@ class Session:
         return self._worker is not None
 
     async def run(self) -> End:
-        """Stays until the end. The worker's stages are given up when it returns."""
+        """Stays until the end. What the worker has then is kept for another controller."""
         following = asyncio.create_task(self._follow())
         try:
             await self.tell(self._registration)
@@ -83,7 +83,7 @@ class Session:
             if self._carrying_out is not None:
                 await asyncio.gather(self._carrying_out, return_exceptions=True)
             if self._worker is not None:
-                await asyncio.to_thread(self._worker.clear)
+                await asyncio.to_thread(self._worker.pause)
 
     async def tell(self, message: control.FromWorker) -> None:
         """Sends a message; one that the stream does not take any more is lost with the stream."""

@@ -124,6 +124,10 @@ class LeadingWorker(SliceWorker):
         self.followers.send(Superseded())
         super().supersede()
 
+    def pause(self) -> None:
+        """See ``Worker.pause``; KV that is spread over hosts is not kept."""
+        self.clear()
+
     def clear(self) -> None:
         """See ``Worker.clear``; called in a thread other than the loop's."""
         asyncio.run_coroutine_threadsafe(self.carry_out(control.Clear(0)), self.loop).result()

@@ -36,6 +36,7 @@ from spotjax.runtime.executables import Devices
 from spotjax.worker.backup import Backup
 from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
+from spotjax.worker.ledger import StageLedger
 from spotjax.worker.links import Links
 from spotjax.worker.memory import StoreMemory
 from spotjax.worker.peers import RemotePeers
@@ -72,6 +73,8 @@ class Worker:
         self._backups = backups
         self._backup: Backup | None = None
         self._keeper = ""
+        self._ledgers: dict[tuple[int, int], StageLedger] = {}
+        """Of the current stages, by replica and stage number."""
 
     @classmethod
     def load(
@@ -134,7 +137,9 @@ class Worker:
         held = tuple(
             control.Parts(device.index, dict(arrays)) for device, arrays in self._host.held().items() if arrays
         )
-        return control.Ready(held, self._compiled)
+        placement = self._host.placement
+        kept = control.PlacementMessage.of(placement) if placement is not None and self._ledgers else None
+        return control.Ready(held, self._compiled, kept)
 
     async def carry_out(self, command: control.Command) -> control.Done:
         """One command.
@@ -156,6 +161,9 @@ class Worker:
                 await self._adopt(command)
             case control.Clear():
                 await asyncio.to_thread(self.clear)
+            case control.Reunite():
+                remains = await asyncio.to_thread(self._reunite, command)
+                return control.Done(command.id, remains=remains, compiled=self._compiled)
             case control.Coverage():
                 positions = self._backups.positions(command.layers, command.sequences)
                 return control.Done(command.id, positions=positions, compiled=self._compiled)
@@ -182,20 +190,48 @@ class Worker:
     def forget(self, sequences: Sequence[int]) -> None:
         """These sequences have ended: their copies are of no use any more."""
         self._backups.forget(sequences)
-        if self._backup is not None:
-            self._backup.forget(sequences)
+        for ledger in self._ledgers.values():
+            ledger.forget(sequences)
 
     def supersede(self) -> None:
         """Puts an early end to a command that reads from others."""
         self._peers.supersede()
 
+    def pause(self) -> None:
+        """The controller is gone: keeps everything for the next one, and copies and reports nothing meanwhile."""
+        self._quieten()
+
+    def serve(self, service: str, *, reunion: bool) -> None:
+        """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
+        if not reunion or service != self._backups.service:
+            self.clear()
+        self._backups.service = service
+
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""
+        self._quieten()
+        self._backups.clear()
+        self._clear_stages()
+
+    def _quieten(self) -> None:
         self._links.onward = ()
         self._end_backup()
-        self._backups.clear()
+
+    def _clear_stages(self) -> None:
         self.executor.close()
+        self._ledgers = {}
         self._host.clear()
+
+    def _reunite(self, command: control.Reunite) -> tuple[control.StageRemains, ...]:
+        """What is there for a controller that goes on where one before it ended."""
+        self.executor.close()  # what was on its way then is not to change anything any more
+        certain, placement = dict(command.sequences), self._host.placement
+        self._backups.keep(certain)
+        if placement is None or placement.epoch != command.epoch:
+            self._clear_stages()
+        for ledger in self._ledgers.values():
+            ledger.keep(certain)
+        return tuple(control.StageRemains(*place, ledger.remains()) for place, ledger in self._ledgers.items())
 
     def close(self, *, for_good: bool) -> None:
         """Frees everything; the store stays for a later process unless this end is ``for_good``."""
@@ -224,22 +260,24 @@ class Worker:
 
     async def _adopt(self, command: control.Adopt) -> None:
         self._host.adopt()
-        self._backups.service = command.service
         self._back_up_to(command.keeper, command.bandwidth)
         placement = self._host.placement
         assert placement is not None, "it was just adopted"
         roles, last, onwards = {}, placement.shape.stage - 1, set[str]()
+        before, self._ledgers = self._ledgers, {}
         for (data, number), stage in self._host.stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
-            whole = stage.own == stage.devices  # TPU slices: no host has all kv heads to back up
-            backup = self._backup.of(stage) if self._backup is not None and whole else None
-            roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, backup)
+            if stage.own == stage.devices:  # on a TPU slice, no host has all kv heads
+                known = next((ledger for ledger in before.values() if ledger.stage is stage), None)
+                self._ledgers[data, number] = known or StageLedger(stage, self._host.model.page_size)
+                self._ledgers[data, number].epoch = placement.epoch
+            ledger = self._ledgers.get((data, number))
+            roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, ledger)
             if onward != self._name:
                 onwards.add(onward)
         self.executor.install(roles)
         if self._backup is not None:
-            copied = [role.backup for role in roles.values() if role.backup is not None]
-            self._backup.install(copied, placement.epoch, command.service)
+            self._backup.install(self._ledgers.values())
         if self._memory is not None:
             self._memory.keep(self._host.held())
         shown = ", ".join(f"{data}.{number}" for data, number in sorted(self._host.stages)) or "none"
@@ -261,7 +299,9 @@ class Worker:
         self._end_backup()
         if keeper:
             push = partial(self._links.push, keeper)
-            self._backup = Backup(self._host.kv, self._host.model.page_size, push, bandwidth)
+            for ledger in self._ledgers.values():
+                ledger.restart()
+            self._backup = Backup(self._host.kv, self._backups.service, push, bandwidth)
             self._keeper = keeper
 
     def _end_backup(self) -> None:

@@ -9,23 +9,25 @@ from dataclasses import dataclass, field
 from random import Random
 
 from pure_model import Letters, PurePipeline, turns, undisturbed
+from recording_log import RecordingLog
 
-from spotjax.engine.commit_log import MemoryCommitLog
 from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits
 from spotjax.errors import InstanceLost
+from spotjax.fleet.admission import ServiceLimits
 from spotjax.fleet.attendance import Supply
 from spotjax.fleet.boundary import Leave
 from spotjax.fleet.change import Planning
-from spotjax.fleet.controller import Controller, ServiceLimits
+from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, InstanceType
+from spotjax.meshes.placement import Placement
 from spotjax.models.config import LlamaConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.demand import Demand
 from spotjax.planner.holdings import Needs
-from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 
 LETTERS = Letters()
 PAGE_SIZE = 4
@@ -57,6 +59,7 @@ class PureCluster:
         self.switches = 0
         self._random, self._fault = random, fault
         self._homes: list[frozenset[str]] = []
+        self._placement: Placement | None = None
         self._loaded: dict[DeviceRef, Needs] = {}
         self._prepared: Preparation | None = None
         self._fresh: list[PurePipeline] = []
@@ -83,7 +86,7 @@ class PureCluster:
         self._copy(transfers)
         await self._work(prepared)
         self.pipelines = self._fresh
-        self._prepared = None
+        self._prepared, self._placement = None, prepared.placement
         self._homes = [prepared.placement.instances(data) for data in range(prepared.placement.shape.data)]
         self._loaded |= prepared.needs
         self.switches += 1
@@ -105,9 +108,23 @@ class PureCluster:
                     if (old, slot) in self.pipelines[transfer.old].pages:
                         self._fresh[transfer.new].pages[new, slot] = self.pipelines[transfer.old].pages[old, slot]
 
-    async def clear(self) -> None:
+    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
+        """What is in the pages of those instances that are there, as the steps of before tell it."""
         await turns(self._random.randrange(3))
-        self.pipelines, self._homes, self._prepared = [], [], None
+        self._prepared = None
+        if self._placement is None:
+            return None
+        kept = {
+            replica: {key: one for key, one in written(pipeline, sequences).items() if not pipeline.lost}
+            for replica, pipeline in enumerate(self.pipelines)
+        }
+        holders = frozenset().union(*self._homes) - self.lost
+        return Remains(self._placement, holders, kept)
+
+    def outlive(self) -> None:
+        """The controller is gone, and with it whatever it waited for."""
+        for pipeline in self.pipelines:
+            pipeline.in_flight.clear()
 
     def held(self) -> dict[DeviceRef, Needs]:
         return dict(self._loaded)
@@ -125,14 +142,16 @@ class PureCluster:
         return True
 
     def join(self, instance: str) -> None:
-        assert all(instance not in home for home in self._homes), "joins while the mesh still stands on its old self"
+        stopped = all(not pipeline.in_flight for pipeline in self.pipelines)
+        assert stopped or all(gone(instance) not in home for home in self._homes), "the mesh stands on its old self"
         self.lost.discard(instance)
 
     def lose(self, instance: str) -> None:
-        self.lost.add(instance)
+        self.lost |= {instance, gone(instance)}
         self._loaded = {device: held for device, held in self._loaded.items() if device.instance != instance}
         for pipeline, home in zip(self.pipelines, self._homes, strict=True):
             pipeline.lost |= instance in home
+        self._homes = [frozenset(gone(i) if i == instance else i for i in home) for home in self._homes]
 
     async def close(self) -> None:
         self.closed = True
@@ -153,18 +172,39 @@ class PureCluster:
             raise InstanceLost(f"instance {min(gone)} was lost meanwhile")
 
 
+def gone(instance: str) -> str:
+    """What an instance was: one of that name that is back is another."""
+    return f"{instance} (gone)"
+
+
+def written(pipeline: PurePipeline, certain: Mapping[int, int]) -> dict[int, tuple[tuple[int, ...], int]]:
+    """Key to pages and positions of the sequences that a pipeline has KV of, by what was run on it."""
+    owners: dict[int, int] = {}
+    kept: dict[int, tuple[tuple[int, ...], int]] = {}
+    for batch in pipeline.done:
+        for span in batch.spans:
+            for page in span.pages:
+                if owners.get(page, span.sequence) != span.sequence:
+                    kept.pop(owners[page], None)
+                owners[page] = span.sequence
+            kept[span.sequence] = span.pages, span.start + len(span.tokens)
+    return {key: (pages, min(n, certain[key])) for key, (pages, n) in kept.items() if certain.get(key)}
+
+
 @dataclass
 class Service:
     """A controller over a pure cluster."""
 
     controller: Controller
     cluster: PureCluster
-    log: MemoryCommitLog
+    log: RecordingLog
     members: Membership
     requests: dict[str, GenerationRequest] = field(default_factory=dict)
 
-    def submit(self, name: str, prompt: Sequence[int] = (1, 2, 3), n: int = 1, **sampling: object) -> str:
-        request = GenerationRequest(name, tuple(prompt), SamplingParams(**sampling), n)
+    def submit(
+        self, name: str, prompt: Sequence[int] = (1, 2, 3), n: int = 1, resumable: bool = True, **sampling: object
+    ) -> str:
+        request = GenerationRequest(name, tuple(prompt), SamplingParams(**sampling), n, resumable)
         self.controller.submit(request)
         self.requests[name] = request
         return name
@@ -206,12 +246,13 @@ def make_service(
     cluster: PureCluster | None = None,
     supply: Supply | None = None,
     leave: Leave = "early",
+    log: RecordingLog | None = None,
 ) -> Service:
     """A service that is not started, of which the first ``alive`` instances are ready."""
     members = Membership(machines)
     for machine in machines[len(machines) if alive is None else alive :]:
         members.set_state(machine.name, InstanceState.GONE)
-    cluster, log = cluster or PureCluster(random, fault), MemoryCommitLog()
+    cluster, log = cluster or PureCluster(random, fault), log or RecordingLog()
     limits = ServiceLimits(
         max_positions=40,
         pages=pages,
@@ -259,7 +300,7 @@ class Reading:
 async def read(controller: Controller, name: str, random: Random | None = None) -> Reading:
     """Follows a request to its end; with ``random`` slowly, leaving and coming back in between."""
     reading = Reading()
-    n = len(controller._log.states(name))
+    n = len(controller._requests.get(name).told)
     while True:
         stream = controller.stream(name, [len(reading.tokens.get(choice, ())) for choice in range(n)])
         ended = True
