@@ -1,4 +1,4 @@
-"""The controller dies at any moment and another goes on from its log: every token once, and KV used where it still is."""
+"""The controller dies at any moment and another goes on from its log: every token once, and KV is used where it is."""
 
 from __future__ import annotations
 
