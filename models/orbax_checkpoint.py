@@ -40,6 +40,7 @@ class OrbaxCheckpoint:
       location: a path, or a URL that tensorstore knows (``gs://``, ``s3://``); only paths were tried.
 
     Attributes:
+      location: as given.
       manifest: what it consists of.
 
     Raises:
@@ -47,13 +48,13 @@ class OrbaxCheckpoint:
     """
 
     def __init__(self, location: str | Path) -> None:
-        self._location, context = str(location), make_context()
-        self._root = _open_root(self._location, context)
-        self.manifest: Manifest = decode(self._read_file(MANIFEST, INCOMPLETE), self._location)
+        self.location, context = str(location), make_context()
+        self._root = _open_root(self.location, context)
+        self.manifest: Manifest = decode(self._read_file(MANIFEST, INCOMPLETE), self.location)
         self._spec = ModelSpec(self.manifest.config)
         self._places = {array.name: (array, *place_of(array)) for array in self._spec.parameters}
         self._parts = {
-            name: StoredPart(self._location, name, record, context) for name, record in self.manifest.parts.items()
+            name: StoredPart(self.location, name, record, context) for name, record in self.manifest.parts.items()
         }
         for identification in [part.identify() for part in self._parts.values()]:  # all at once
             identification.finish()
@@ -106,7 +107,7 @@ class OrbaxCheckpoint:
         files = {name: self._read_file(f"{TOKENIZER}/{name}", REMEDY) for name in self.manifest.tokenizer}
         for name, content in files.items():
             if checksum(content) != self.manifest.tokenizer[name]:
-                raise CheckpointError(f"{self._location}: {TOKENIZER}/{name} has a wrong checksum; {REMEDY}")
+                raise CheckpointError(f"{self.location}: {TOKENIZER}/{name} has a wrong checksum; {REMEDY}")
         return files
 
     def verify(self) -> None:
@@ -131,9 +132,9 @@ class OrbaxCheckpoint:
         try:
             found = self._root.read(name).result()
         except FAILURES as error:
-            raise CheckpointError(f"{self._location}: {name} cannot be read: {error}; {REMEDY}") from error
+            raise CheckpointError(f"{self.location}: {name} cannot be read: {error}; {REMEDY}") from error
         if found.state != "value":
-            raise CheckpointError(f"{self._location} has no {name}: {remedy}")
+            raise CheckpointError(f"{self.location} has no {name}: {remedy}")
         content: bytes = found.value
         return content
 

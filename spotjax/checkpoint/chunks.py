@@ -11,8 +11,8 @@ from spotjax.models.spec import ArraySpec, ModelSpec
 
 OVERHEAD = 0.1
 """What a shard may read too much, as a part of what it needs."""
-LARGEST = 8 << 20
-"""Bytes of a chunk, at most: several are read and checked at once."""
+LARGEST = 1 << 20
+"""Bytes of a chunk, at most, where it is not a head: what fits a processor's cache is checked and copied faster."""
 WHOLE = 64 << 10
 """Bytes of an array up to which it is one chunk: reading all of it costs no more than reading a part."""
 
@@ -33,10 +33,17 @@ def chunk_shape(array: ArraySpec, spec: ModelSpec, itemsize: int) -> tuple[int, 
     degrees = tensor_degrees(spec, spec.config.heads)
     shards = [[tensor_range(extent, name, spec, tensor, m) for m in range(tensor)] for tensor in degrees]
     limit = LARGEST // (prod(array.shape) // extent * itemsize)
-    return (*array.shape[:axis], chunk_extent(shards, limit), *array.shape[axis + 1 :])
+    chunk = chunk_extent(shards, max(1, limit), OVERHEAD / (_layer_share(spec, name) if array.layer is not None else 1))
+    return (*array.shape[:axis], chunk, *array.shape[axis + 1 :])
 
 
-def chunk_extent(degrees: Sequence[Sequence[Range]], limit: int) -> int:
+def _layer_share(spec: ModelSpec, axis: str) -> float:
+    """What part of a layer the arrays with that axis are; the others read nothing too much."""
+    sizes = {name: prod(shape) for name, (shape, _) in spec.layer_arrays.items()}
+    return sum(sizes[name] for name, (_, axes) in spec.layer_arrays.items() if axis in axes) / sum(sizes.values())
+
+
+def chunk_extent(degrees: Sequence[Sequence[Range]], limit: int, overhead: float) -> int:
     """The largest extent, up to ``limit``, at which no shard of any degree reads too much; at least 1.
 
     Tried are whole parts of the shards, which fit those of one degree exactly.
@@ -44,19 +51,20 @@ def chunk_extent(degrees: Sequence[Sequence[Range]], limit: int) -> int:
     Args:
       degrees: ranges of all shards, for every tensor degree; the first shard is never shorter than the others.
       limit: in elements.
+      overhead: what a shard may read too much, as a part of what it needs.
     """
     smallest = min(stop - start for (start, stop), *_ in degrees)
     tried = {-(-(ranges[0][1] - ranges[0][0]) // parts) for ranges in degrees for parts in range(1, 65)}
     fitting = (extent for extent in sorted(tried, reverse=True) if extent <= limit)
     return next(
-        (extent for extent in fitting if all(_suits(extent, ranges) for ranges in degrees)),
-        max(1, min(limit, int(smallest * OVERHEAD / 2))),  # two chunks that are needed only in part
+        (extent for extent in fitting if all(_suits(extent, ranges, overhead) for ranges in degrees)),
+        max(1, min(limit, int(smallest * overhead / 2))),  # two chunks that are needed only in part
     )
 
 
-def _suits(extent: int, ranges: Sequence[Range]) -> bool:
-    """Whether shards read no more than ``OVERHEAD`` too much; of a full shard, because the last ones may be short."""
-    allowed = (ranges[0][1] - ranges[0][0]) * OVERHEAD
+def _suits(extent: int, ranges: Sequence[Range], overhead: float) -> bool:
+    """Whether shards read no more than ``overhead`` too much; of a full shard, because the last ones may be short."""
+    allowed = (ranges[0][1] - ranges[0][0]) * overhead
     for start, stop in ranges:
         read = (-(-stop // extent) - start // extent) * extent if stop > start else 0
         if read - (stop - start) > allowed:

@@ -12,7 +12,7 @@ from spotjax.checkpoint.parameters import ParameterWriter
 from spotjax.errors import CheckpointError
 from spotjax.models.catalog import Model
 from spotjax.models.orbax_checkpoint import is_checkpoint
-from spotjax.models.orbax_manifest import MANIFEST, itemsize, is_url
+from spotjax.models.orbax_manifest import MANIFEST, is_url, itemsize
 from spotjax.models.orbax_part import StoredPart, make_context
 
 

@@ -5,7 +5,6 @@ Only a few chunks are in memory at a time: Orbax gets leaves that are read while
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,7 +30,6 @@ from spotjax.models.orbax_manifest import (
     Part,
     StoredArray,
     checksum,
-    is_url,
     itemsize,
     kvstore,
     parts_of,
@@ -156,7 +154,7 @@ def source_of(shards: Sequence[Shard]) -> Source:
 def shards_of(stacked: jax.Array, array: ArraySpec, spec: ModelSpec) -> list[Shard]:
     """The shards of a stage's array (``meshes.sharding.assemble``), each under the index that it holds."""
     tensor = stacked.sharding.num_devices
-    devices = [device for device in stacked.sharding.mesh.devices.flat]  # type: ignore[attr-defined]
+    devices = list(stacked.sharding.mesh.devices.flat)  # type: ignore[attr-defined]
     by_device = {shard.device: shard.data for shard in stacked.addressable_shards}
     return [
         Shard(shard_index(array, spec, tensor, m), by_device[device])
@@ -202,7 +200,7 @@ def _samples(array: ArraySpec, source: Source, dtype: str) -> dict[str, str]:
     return {served: sample_digest(sample, np.dtype(served)) for served in DTYPES}
 
 
-class _LeafHandler(type_handlers.NumpyHandler):
+class _LeafHandler(type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax has no types
     """Writes leaves in their own chunks, with a checksum each; Orbax reads them back like any numpy array."""
 
     async def serialize(
