@@ -170,7 +170,7 @@ async def test_a_second_signal_stops_at_once() -> None:
 
 async def test_while_the_model_loads_it_is_alive_not_ready_and_can_be_stopped() -> None:
     async with server(before="await asyncio.sleep(1000)") as process:
-        async with AsyncSpotjaxClient(await address_of(process)) as client:
+        async with AsyncSpotjaxClient(await address_of(process), patience=0) as client:
             assert not await client.ready()
             with pytest.raises(Exception, match="starting"):
                 await first_token(client)
