@@ -111,7 +111,7 @@ class Controller:
 
     def submit(self, request: GenerationRequest) -> Awaitable[None]:
         """See ``GenerationService.submit``."""
-        if self._draining:
+        if self._draining and request.request_id not in self._requests:
             raise Draining("the server is draining and takes no new requests; try another one")
         accepted = self._admission.submit(request)
         self._all_finished.clear()
