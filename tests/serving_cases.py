@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from recording_log import RecordingLog
 
-from spotjax.engine.commit_log import MemoryCommitLog
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
@@ -164,7 +164,7 @@ def generate(pipelines: Sequence[LocalPipeline], states: Sequence[RequestState])
 
 
 async def _generate(pipelines: Sequence[LocalPipeline], states: Sequence[RequestState]) -> list[RequestState]:
-    log = MemoryCommitLog()
+    log = RecordingLog()
     remaining = len(states)
 
     def deliver(changed: Sequence[RequestState]) -> None:
@@ -182,7 +182,7 @@ async def _generate(pipelines: Sequence[LocalPipeline], states: Sequence[Request
     names = [f"sequence-{number}" for number in range(len(states))]
     for number, (name, state) in enumerate(zip(names, states, strict=True)):
         named = replace(state, request_id=name)
-        log.accept(GenerationRequest(name, state.prompt, state.sampling), [named])
+        log.accept(GenerationRequest(name, state.prompt, state.sampling), [named], number)
         replicas[number % len(replicas)].scheduler.add(ScheduledSequence(number, named))
     await asyncio.gather(*(replica.run() for replica in replicas))
     for replica, pipeline in zip(replicas, pipelines, strict=True):

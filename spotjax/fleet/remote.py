@@ -193,7 +193,7 @@ class RemoteCluster:
         stages = {
             (session, stage.replica, stage.stage): stage.sequences
             for session, answer in zip(ready, answers, strict=True)
-            if isinstance(answer, control.Done)
+            if isinstance(answer, control.Done) and not session.over.done()
             for stage in answer.remains
         }
         self._placement = placement

@@ -16,6 +16,10 @@ import numpy as np
 from spotjax.runtime.stage import Stage
 
 
+NOBODY = -1
+"""In place of a key."""
+
+
 @dataclass
 class _Sequence:
     """What is known of one sequence on one stage.
@@ -76,6 +80,15 @@ class StageLedger:
                 if (sequence := self._sequences.get(key)) is not None:
                     sequence.written = int(rows[row, 0] + rows[row, 1])
                     sequence.copied = min(sequence.copied, int(rows[row, 0]))
+
+    def overwrite(self, pages: Iterable[int]) -> None:
+        """KV of others is about to be brought into these pages: whoever had them has none here any more."""
+        with self.lock:
+            for page in pages:
+                before = self._owners.pop(page, NOBODY)
+                robbed = self._sequences.get(before)
+                if robbed is not None and page in robbed.pages:
+                    del self._sequences[before]
 
     def forget(self, sequences: Iterable[int]) -> None:
         """These have ended."""

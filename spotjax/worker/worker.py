@@ -29,7 +29,7 @@ from spotjax.protocol import control, reads
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameter_store import ParameterStore
 from spotjax.reshard.shards import Shard, ShardStore
-from spotjax.reshard.transfer import Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
@@ -156,6 +156,7 @@ class Worker:
             case control.CopyPages():
                 traffic = await asyncio.to_thread(self._host.copy_pages, command.transfers)
             case control.Switch():
+                self._make_way(command.transfers)
                 traffic = await asyncio.to_thread(self._host.switch, command.transfers)
             case control.Adopt():
                 await self._adopt(command)
@@ -257,6 +258,13 @@ class Worker:
         survivors = Survivors(backups=dict(command.backups))
         preparation = Preparation(placement, needs, plan, command.heirs, command.carried, survivors)
         return self._host.prepare(preparation, command.steps)
+
+    def _make_way(self, transfers: Sequence[PageTransfer]) -> None:
+        """Tells ledgers which pages KV of other replicas comes into, where a replica goes on with the pages it has."""
+        heirs = self._host.prepared.preparation.heirs if self._host.prepared is not None else {}
+        for (data, _), ledger in self._ledgers.items():
+            coming = [t for t in transfers if t.old != data and t.new == heirs.get(data)]
+            ledger.overwrite(new for transfer in coming for _, new in transfer.pages)
 
     async def _adopt(self, command: control.Adopt) -> None:
         self._host.adopt()

@@ -114,6 +114,7 @@ async def start_server(programs: Path, **settings: object) -> EmbeddedServer:
     """A server of the tiny model; ``programs`` keeps what is compiled for the next one."""
     config = ServeConfig(
         model="random",
+        durability="none",
         max_batch=4,
         prefill_tokens=16,
         page_size=8,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from random import Random
 
 import pytest
 from pure_model import Letters, PurePipeline, turns, undisturbed
+from recording_log import RecordingLog
 
 from spotjax.engine.batch import Batch, StepResult
-from spotjax.engine.commit_log import MemoryCommitLog
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
@@ -25,10 +25,10 @@ PAGE_SIZE = 4
 class Service:
     """One replica and what became of its sequences."""
 
-    def __init__(self, pipeline: PurePipeline, max_batch: int = 4) -> None:
+    def __init__(self, pipeline: PurePipeline, max_batch: int = 4, log: RecordingLog | None = None) -> None:
         limits = Limits(max_batch, 8, pipeline.depth, lambda lengths: len(lengths) <= 2)
         self.scheduler = Scheduler(limits, PageAllocator(30, PAGE_SIZE))
-        self.log = MemoryCommitLog()
+        self.log = log or RecordingLog()
         self.delivered: list[RequestState] = []
         self.pipeline = pipeline
         self.replica = Replica(self.scheduler, pipeline, self.log, LETTERS, self.deliver)
@@ -47,7 +47,7 @@ class Service:
         sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=True)
         request = GenerationRequest(f"r{key}", tuple(range(key, key + prompt)), sampling)
         sequence = ScheduledSequence(key, RequestState(request.request_id, 0, request.prompt, sampling))
-        self.log.accept(request, [sequence.state])
+        self.log.accept(request, [sequence.state], key)
         self.scheduler.add(sequence)
         self.unfinished += 1
         self.replica.wake()
@@ -60,7 +60,8 @@ class Service:
 @pytest.mark.parametrize("depth", [1, 2, 3])
 async def test_every_token_is_committed_then_delivered_whatever_order_steps_come_back_in(depth: int) -> None:
     random = Random(depth)
-    service = Service(PurePipeline(PAGE_SIZE, depth, lambda: random.randrange(5)))
+    log = RecordingLog(lambda: random.choice((0, 1, 2, 9)))
+    service = Service(PurePipeline(PAGE_SIZE, depth, lambda: random.randrange(5)), log=log)
     loop = asyncio.create_task(service.replica.run())
     sequences = [service.submit(key, max_tokens=2 + key) for key in range(7)]
     await service.all_ended.wait()
@@ -157,5 +158,41 @@ async def test_cancelled_in_flight_ends_with_its_step_and_without_its_token() ->
     assert service.log.states("r0") == (flying.state,)
     assert len(other.state.tokens) == 6
     assert service.scheduler.pages.free == service.scheduler.pages.total
+    service.replica.stop()
+    await loop
+
+
+async def test_steps_do_not_wait_for_the_log_and_nothing_is_told_before_it_is_recorded() -> None:
+    service = Service(PurePipeline(PAGE_SIZE))
+    service.submit(0)
+    service.log.full = True
+    loop = asyncio.create_task(service.replica.run())
+    while service.scheduler.running or service.scheduler.waiting:
+        await asyncio.sleep(0)
+    assert not service.delivered and service.tokens(0) == ()
+    assert service.scheduler.pages.free == service.scheduler.pages.total, "whose pages others may have meanwhile"
+    service.log.full = False
+    await service.all_ended.wait()
+    assert [len(state.tokens) for state in service.delivered] == [1, 2, 3, 4, 5, 6]
+    service.replica.stop()
+    await loop
+
+
+async def test_a_step_is_recorded_as_a_whole_with_those_who_were_cancelled_in_it() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
+    recorded: list[list[tuple[str, FinishReason | None]]] = []
+    append = service.log.append
+
+    def noted(states: Sequence[RequestState], then: Callable[[], None]) -> None:
+        recorded.append([(state.request_id, state.finish) for state in states])
+        append(states, then)
+
+    service.log.append = noted  # type: ignore[method-assign]
+    flying, _ = service.submit(0, prompt=1), service.submit(1, prompt=1, max_tokens=1)
+    loop = asyncio.create_task(service.replica.run())
+    await turns(2)
+    service.scheduler.cancel(flying, FinishReason.DEADLINE)
+    await service.all_ended.wait()
+    assert recorded == [[("r1", FinishReason.LENGTH), ("r0", FinishReason.DEADLINE)]]
     service.replica.stop()
     await loop

@@ -10,8 +10,8 @@ from fleet_cases import Reading
 from hypothesis import given
 from hypothesis import strategies as st
 from pure_model import Bytes, next_token, turns
+from recording_log import RecordingLog
 
-from spotjax.engine.commit_log import MemoryCommitLog
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
@@ -26,23 +26,23 @@ class Table(RequestTable):
     """A table, and the hand that commits into it."""
 
     def __init__(self, retain_seconds: float = 60.0) -> None:
-        super().__init__(MemoryCommitLog(), retain_seconds)
+        self.recorder = RecordingLog()
+        super().__init__(self.recorder, retain_seconds)
         self.now = 0.0
 
     def accept(self, name: str, n: int = 1, **sampling: object) -> None:
         request = GenerationRequest(name, (1, 2), SamplingParams(**{"max_tokens": 9, "ignore_eos": True} | sampling), n)
         states = [RequestState(name, choice, request.prompt, request.sampling) for choice in range(n)]
-        self.log.accept(request, states)
+        self.log.accept(request, states, 0)
         self.add(AcceptedRequest(request, tuple(ScheduledSequence(c, state) for c, state in enumerate(states))))
 
     def step(self, name: str, *choices: int) -> None:
         """One more token for each of these choices, in one step."""
-        states = [self.log.states(name)[choice] for choice in choices]
+        states = [self.recorder.states(name)[choice] for choice in choices]
         self.commit([advance(s, next_token((*s.prompt, *s.tokens), s), BYTES) for s in states])
 
     def commit(self, states: Sequence[RequestState]) -> None:
-        self.log.append(states)
-        self.committed(states, self.now)
+        self.log.append(states, lambda: self.committed(states, self.now))
 
 
 async def everything(table: Table, name: str, offsets: Sequence[int] = ()) -> list[Delta]:
@@ -55,9 +55,9 @@ def test_a_stream_taken_up_at_any_token_gives_exactly_the_rest(order: list[int],
         table = Table()
         table.accept("r", n=3, max_tokens=most, stop=tuple(stop), logprobs=0)
         for choice in [*order, *[0, 1, 2] * 9]:
-            if table.log.states("r")[choice].finish is None:
+            if table.recorder.states("r")[choice].finish is None:
                 table.step("r", choice)
-        states = table.log.states("r")
+        states = table.recorder.states("r")
         for offset in range(most + 1):
             offsets = [min(offset + n, len(state.tokens)) for n, state in enumerate(states)]
             for delta, state, start in zip(await everything(table, "r", offsets), states, offsets, strict=True):
@@ -87,7 +87,7 @@ async def test_every_reader_sees_everything_however_slow_it_is() -> None:
         table.step("r", 0, 1)
         await turns(3)
     for reader in readers:
-        (await reader).check(table.log.states("r"))
+        (await reader).check(table.recorder.states("r"))
 
 
 async def test_a_stream_opened_before_the_first_token_waits_for_it() -> None:
@@ -98,13 +98,13 @@ async def test_a_stream_opened_before_the_first_token_waits_for_it() -> None:
     assert not reading.done()
     table.step("r", 0)
     (delta,) = await reading
-    assert delta.tokens == table.log.states("r")[0].tokens and delta.finish is FinishReason.LENGTH
+    assert delta.tokens == table.recorder.states("r")[0].tokens and delta.finish is FinishReason.LENGTH
 
 
 async def test_held_back_text_of_a_cancelled_sequence_is_sent_with_its_end() -> None:
     table = Table()
     table.accept("r", stop=("zz",))
-    state = table.log.states("r")[0]
+    state = table.recorder.states("r")[0]
     for token in b"az":
         state = advance(state, next_token((), state)._replace(token=token), BYTES)
         table.commit([state])
@@ -123,7 +123,7 @@ async def test_figures_count_requests_once_and_cancelled_sequences_without_a_tok
     assert table.running == 2
     table.step("both", 0, 1)
     assert (table.running, table.finished, table.tokens) == (1, 1, 2)
-    states = table.log.states("cancelled")
+    states = table.recorder.states("cancelled")
     table.commit([state.finished(FinishReason.CANCELLED) for state in states])
     assert (table.running, table.finished, table.tokens) == (0, 2, 2)
 
@@ -147,7 +147,7 @@ async def test_finished_requests_are_kept_for_as_long_as_was_promised() -> None:
     table.purge(14.9)
     assert len(await everything(table, "done")) == 1
     table.purge(15.0)
-    assert "done" not in table and "done" not in table.log
+    assert "done" not in table and "done" not in table.recorder.recorded
     with pytest.raises(UnknownRequest, match="'done' is not known; finished requests are kept for 10 s"):
         table.stream("done", ())
     table.purge(1e9)

@@ -43,7 +43,7 @@ class Recorder:
         self.more = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
-        self.answer: control.Welcome | control.Refused = control.Welcome(SETUP, 1, LEASE)
+        self.answer: control.Welcome | control.Refused = control.Welcome(SETUP, 1, LEASE, "service", reunion=False)
         self.arriving = 0
         self.raises: Exception | None = None
 

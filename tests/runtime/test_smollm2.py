@@ -28,6 +28,7 @@ pytestmark = [
 async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EmbeddedServer]:
     config = ServeConfig(
         model=NAME,
+        durability="none",
         instances=2,
         devices_per_instance=3,
         mesh=request.param,

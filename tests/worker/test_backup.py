@@ -9,82 +9,16 @@ import jax
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+from ledger_cases import Row, arrays
 from serving_cases import PAGE_SIZE, SHARED_HEADS, build_stage, shared_heads
 
 from spotjax.protocol.backup import BackupHeader
 from spotjax.reshard.kv import KvMover
 from spotjax.runtime.kv import LayerPages
 from spotjax.runtime.stage import Stage
-from spotjax.worker.backup import Backup, StageBackup
+from spotjax.worker.backup import Backup
 from spotjax.worker.backup_store import BackupStore
-
-Row = tuple[int, int, int, list[int]]
-"""Key, first position, positions and pages of one row of a step."""
-
-
-def step(backup: StageBackup, rows: list[Row], width: int = 32) -> None:
-    """What a stage tells of a step, without running one."""
-    keys, (told, pages) = [key for key, *_ in rows], arrays(rows, width)
-    backup.begin(keys, told, pages)
-    backup.written(keys, told)
-
-
-def arrays(rows: list[Row], width: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    told, pages = np.zeros((len(rows), 3), np.int32), np.zeros((len(rows), width), np.int32)
-    for number, (_, start, length, owned) in enumerate(rows):
-        told[number, :2] = start, length
-        pages[number, : len(owned)] = owned
-    return told, pages
-
-
-def stage_backup(page_size: int = 4) -> StageBackup:
-    return StageBackup(stage=None, page_size=page_size)  # type: ignore[arg-type]  # its bookkeeping needs none
-
-
-def test_full_pages_and_the_latest_positions_are_due() -> None:
-    backup = stage_backup()
-    step(backup, [(1, 0, 10, [5, 3, 8])])
-    assert backup.due(10) == [(1, 0, 5, 4), (1, 1, 3, 8), (1, 2, 8, 10)]
-    backup.copied(backup.due(10))
-    assert backup.due(10) == []
-    step(backup, [(1, 10, 1, [5, 3, 8])])
-    assert backup.due(10) == [(1, 2, 8, 11)], "only the page that has grown"
-
-
-def test_what_is_copied_in_parts_comes_in_order() -> None:
-    backup = stage_backup()
-    step(backup, [(1, 0, 10, [5, 3, 8])])
-    backup.copied(backup.due(2))
-    assert backup.due(10) == [(1, 2, 8, 10)]
-
-
-def test_pages_that_change_hands_take_the_old_owner_with_them() -> None:
-    backup = stage_backup()
-    step(backup, [(1, 0, 8, [5, 3])])
-    due = backup.due(10)
-    backup.begin([2], *arrays([(2, 0, 4, [3])]))  # before the step that writes page 3 is dispatched
-    with backup.lock:
-        assert not backup.still_owned(due), "page 3 is another's from now on"
-    assert backup.due(10) == []
-
-
-def test_a_sequence_that_got_other_pages_begins_anew() -> None:
-    backup = stage_backup()
-    step(backup, [(1, 0, 8, [5, 3])])
-    backup.copied(backup.due(10))
-    step(backup, [(1, 0, 8, [7, 9])])
-    assert backup.due(10) == [(1, 0, 7, 4), (1, 1, 9, 8)]
-
-
-def test_what_was_sent_to_somebody_who_is_gone_is_due_again() -> None:
-    backup = stage_backup()
-    step(backup, [(1, 0, 8, [5, 3])])
-    backup.copied(backup.due(10))
-    backup.restart()
-    assert len(backup.due(10)) == 2
-    backup.forget([1])
-    assert backup.due(10) == []
-
+from spotjax.worker.ledger import StageLedger
 
 def filled_stage() -> tuple[Stage, KvMover]:
     model, weights = shared_heads()
@@ -117,17 +51,17 @@ def test_no_backup_ever_holds_the_kv_of_another_sequence(seed: int) -> None:
         done.set_result(None)
         return done
 
-    backup = StageBackup(stage, PAGE_SIZE)
-    copying = Backup(mover, PAGE_SIZE, push, bandwidth=0)
+    ledger = StageLedger(stage, PAGE_SIZE)
+    copying = Backup(mover, "", push, bandwidth=0)
     try:
-        copying.install([backup], 1, "")
+        copying.install([ledger])
         owner: dict[int, int] = {}
         for _ in range(12):
             key, page = random.randrange(3), random.randrange(1, 5)
             rows: list[Row] = [(key, 0, PAGE_SIZE, [page])]
-            backup.begin([key], *arrays(rows))
+            ledger.begin([key], *arrays(rows))
             write(stage, mover, page, mark=100.0 * key)
-            backup.written([key], arrays(rows)[0])
+            ledger.written([key], arrays(rows)[0])
             owner = {k: p for k, p in owner.items() if p != page} | {key: page}
             if random.random() < 0.5:
                 copying.copy_now()

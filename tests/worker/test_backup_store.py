@@ -138,3 +138,31 @@ def test_frames_of_another_controller_are_dropped() -> None:
     assert store.nbytes == 0
     put(store, (0, 1), pages_of(1, 4), service="new")
     assert store.positions((0, 1), (1,)) == (4,)
+
+
+def test_only_what_is_certain_is_kept() -> None:
+    store = BackupStore()
+    put(store, (0, 2), [*pages_of(1, 10), *pages_of(2, 4), *pages_of(3, 3)])
+    store.keep({1: 6, 3: 9, 7: 2})
+    assert store.positions((0, 2), (1, 2, 3, 7)) == (6, 0, 3, 0)
+    with pytest.raises(SliceUnavailable):
+        store.read((0, 2), [(2, 0)])
+    wanted = pages_of(1, 6)
+    np.testing.assert_array_equal(store.read((0, 2), [(1, 0), (1, 1)]), content((0, 2), wanted))
+
+
+@given(
+    frames=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 2), st.integers(0, 1)), max_size=20),
+    certain=st.dictionaries(st.integers(0, 2), st.integers(0, 12)),
+)
+def test_keeping_never_leaves_more_than_there_was_or_is_certain(
+    frames: list[tuple[int, int, int, int]], certain: dict[int, int]
+) -> None:
+    store, keys = BackupStore(), (0, 1, 2)
+    for sequence, positions, layer, source in frames:
+        put(store, (layer, layer + 1), pages_of(sequence, positions), source=f"{source}", epoch=source)
+    before = [store.positions((layer, layer + 1), keys) for layer in range(3)]
+    store.keep(certain)
+    for layer in range(3):
+        expected = tuple(min(n, certain.get(key, 0)) for key, n in zip(keys, before[layer], strict=True))
+        assert store.positions((layer, layer + 1), keys) == expected

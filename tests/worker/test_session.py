@@ -19,7 +19,7 @@ REGISTRATION = control.Register(
     control.VERSION, "a", "1", InstanceType("box", 2, 2**30, 1e9, 1e9, 1e9, 1e9), "cpu", False, "", "127.0.0.1:1"
 )
 SETUP = control.ModelSetup("tiny", "print", "float32", 33, 8, 64, 4, 16, (1,))
-WELCOME = control.Welcome(SETUP, 1, 2.0)
+WELCOME = control.Welcome(SETUP, 1, 2.0, "service", reunion=True)
 READY = control.Ready((), 3)
 SWITCH = control.Switch(1, ())
 
@@ -31,7 +31,7 @@ class Worker:
         self.did: list[Any] = []
         self.gates: dict[int, asyncio.Event] = {}
         self.problems: dict[int, Exception] = {}
-        self.clears = self.supersedes = 0
+        self.pauses = self.supersedes = 0
         self.forgotten: list[tuple[int, ...]] = []
 
     def ready(self) -> control.Ready:
@@ -53,8 +53,8 @@ class Worker:
     def forget(self, sequences: tuple[int, ...]) -> None:
         self.forgotten.append(sequences)
 
-    def clear(self) -> None:
-        self.clears += 1
+    def pause(self) -> None:
+        self.pauses += 1
 
 
 class Controller:
@@ -141,7 +141,7 @@ async def test_a_worker_gets_ready_and_answers_commands_in_order(controller: Con
     assert await controller.hear() == control.Done(2, moved=2)
     controller.hang_up.set()
     assert await ended(stay) is End.LOST
-    assert controller.worker.clears == 1
+    assert controller.worker.pauses == 1
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ async def test_a_released_worker_ends_as_it_was_told(
     stay = await controller.welcome()
     await controller.say(message)
     assert await ended(stay) is end
-    assert controller.worker.clears == 1
+    assert controller.worker.pauses == 1
 
 
 @pytest.mark.parametrize(("retry", "end"), [(True, End.LOST), (False, End.REFUSED)])
@@ -273,8 +273,8 @@ async def test_the_end_of_a_stay_waits_for_what_is_under_way_and_puts_an_end_to_
         await asyncio.sleep(0)
     controller.hang_up.set()
     assert await ended(stay) is End.LOST
-    assert controller.worker.did == [SWITCH], "superseded, and ended before the stages were given up"
-    assert (controller.worker.supersedes, controller.worker.clears) == (1, 1)
+    assert controller.worker.did == [SWITCH], "superseded, and ended before the worker was paused"
+    assert (controller.worker.supersedes, controller.worker.pauses) == (1, 1)
 
 
 async def test_a_stay_that_is_cancelled_ends_when_what_cannot_be_interrupted_has_ended(controller: Controller) -> None:
@@ -296,7 +296,7 @@ async def test_a_stay_that_is_cancelled_ends_when_what_cannot_be_interrupted_has
     leave.set()
     with pytest.raises(asyncio.CancelledError):
         await ended(stay)
-    assert controller.worker.clears == 1
+    assert controller.worker.pauses == 1
 
 
 async def test_what_is_told_after_the_end_is_lost_without_an_error(controller: Controller) -> None:
