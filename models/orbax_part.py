@@ -20,7 +20,7 @@ NODE_CACHE = 100 << 20
 """Bytes kept in memory of what says where chunks are; chunks themselves are not kept."""
 FILE_READS = 16
 """Reads of files at once: enough that the disk reads on while chunks are checked and copied."""
-RUN_BYTES = 32 << 20
+RUN_BYTES = 8 << 20
 """About so much of an array is in memory when all of it is written or verified."""
 
 FAILURES = (ValueError, KeyError, IndexError, OSError, RuntimeError, NotImplementedError)

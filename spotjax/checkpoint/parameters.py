@@ -44,7 +44,7 @@ Source = Callable[[Index], np.ndarray]
 Progress = Callable[[int], None]
 """Is told how many bytes more have been written."""
 
-IN_FLIGHT = 64 << 20
+IN_FLIGHT = 16 << 20
 """Bytes being written at once."""
 
 

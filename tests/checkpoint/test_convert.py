@@ -182,17 +182,17 @@ print(layer, done.bytes, peak() - before)
 
 def test_converting_takes_about_one_layer_of_memory(tmp_path: Path) -> None:
     search = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    # One arena: what counts is what is in use, not what glibc keeps for each of tensorstore's threads.
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": search},
+        env={**os.environ, "PYTHONPATH": search, "MALLOC_ARENA_MAX": "1"},
         check=True,
         capture_output=True,
         text=True,
     )
-    print(done.stdout)
     layer, total, growth = map(int, done.stdout.split())
     assert total > 7 * layer
-    assert 0 < growth < 2 * layer
+    assert 0 < growth < 1.2 * layer
 
 
 def test_the_command_converts_and_says_what_it_did(
