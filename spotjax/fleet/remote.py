@@ -82,6 +82,8 @@ class RemoteCluster:
         self._prepared: _Change | None = None
         self._held: dict[DeviceRef, Needs] = {}
         self._connections: dict[str, Connection] = {}
+        self._reunited: set[WorkerSession] = set()
+        """Who has kept of its KV what is of use to this controller, and nothing else."""
 
     def held(self) -> Mapping[DeviceRef, Needs]:
         """See ``Cluster.held``."""
@@ -138,11 +140,14 @@ class RemoteCluster:
         return session is not None and session.offer is not None
 
     def join(self, instance: str) -> None:
-        """See ``Cluster.join``; what the worker still has of parameters counts from now on, of KV if it reunited."""
+        """See ``Cluster.join``; what the worker still has of parameters counts from now on, of KV if it reunited.
+
+        Else it gives all KV up: there may be some, also of others, that nobody has told it is of no use any more.
+        """
         session = self._sessions[instance]
         offer = session.offer
         assert offer is not None, "only who is ready joins"
-        if offer.placement is not None and self._serving.get(instance) is not session:
+        if session not in self._reunited:
             session.tell(control.Clear(NOBODY_WAITS))
         for parts in offer.held:
             self._held[DeviceRef(instance, parts.device)] = parts.arrays
@@ -190,6 +195,7 @@ class RemoteCluster:
         placement = max(offered, key=lambda one: one.epoch).placement()
         command = partial(_reunite_command, placement.epoch, tuple(sequences.items()))
         answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
+        self._reunited = {s for s, answer in zip(ready, answers, strict=True) if isinstance(answer, control.Done)}
         stages = {
             (session, stage.replica, stage.stage): stage.sequences
             for session, answer in zip(ready, answers, strict=True)

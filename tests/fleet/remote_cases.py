@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,9 @@ BUCKETS = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_posit
 DEMAND = Demand(batch=3, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=19, step_tokens=8)
 PLANNING = Planning(SPEC, DEMAND)
 PAGES = (PageTransfer(0, 0, ((1, 2),)),)
-Command = control.Prepare | control.CopyPages | control.Switch | control.Adopt | control.Clear | control.Coverage
+Command = control.Command
+Remains = Mapping[tuple[int, int], Sequence[tuple[int, tuple[int, ...], int]]]
+"""By replica and stage: key, pages and positions of every sequence that has some there."""
 Answer = control.Done | control.Failed | None
 Script = Callable[[Any], Awaitable[Answer]]
 
@@ -103,12 +106,20 @@ class Fleet:
         for name in names:
             self.add(name)
 
-    def add(self, name: str, incarnation: str = "1", held: tuple[control.Parts, ...] = (), zone: str = "") -> Worker:
-        """A worker that is ready."""
+    def add(
+        self,
+        name: str,
+        incarnation: str = "1",
+        held: tuple[control.Parts, ...] = (),
+        zone: str = "",
+        placement: Placement | None = None,
+    ) -> Worker:
+        """A worker that is ready; with a placement, it has stages of it from the time of an earlier controller."""
         session = WorkerSession(
             control.Register(control.VERSION, name, incarnation, kind(), "cpu", False, zone, f"{name}:1")
         )
-        session.offer = control.Ready(held, 0)
+        kept = control.PlacementMessage.of(placement) if placement is not None else None
+        session.offer = control.Ready(held, 0, kept)
         self.sessions._current[name] = session
         worker = self.workers[name] = Worker(session)
         self._running.append(asyncio.create_task(self._work(name, worker)))
@@ -162,6 +173,22 @@ def dying(fleet: Fleet, name: str, what: type) -> Script:
             return await obey(command)
         fleet.sessions.end(name, "its connection closed")
         return None
+
+    return script
+
+
+def keeping(
+    epoch: int = 0, remains: Remains = MappingProxyType({}), backups: Mapping[int, int] = MappingProxyType({})
+) -> Script:
+    """A script of a worker that has stages of an epoch, and copies of others' KV."""
+
+    async def script(command: Any) -> Answer:
+        if isinstance(command, control.Coverage):
+            return control.Done(command.id, positions=tuple(backups.get(key, 0) for key in command.sequences))
+        if isinstance(command, control.Reunite) and command.epoch == epoch:
+            told = tuple(control.StageRemains(*place, tuple(kept)) for place, kept in remains.items())
+            return control.Done(command.id, remains=told)
+        return await obey(command)
 
     return script
 

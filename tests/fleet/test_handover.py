@@ -174,7 +174,7 @@ async def test_a_new_sequence_goes_to_the_replica_with_the_least_load_that_is_no
     assert [one.key for one in dispatcher.parked] == [5], "all are stopping"
 
 
-async def test_parking_keeps_tokens_and_forgets_kv() -> None:
+async def test_at_rest_sequences_stay_where_they_are_and_nothing_of_them_is_under_way() -> None:
     dispatcher = make_dispatcher()
     install(dispatcher, 2)
     for key in range(4):
@@ -182,13 +182,41 @@ async def test_parking_keeps_tokens_and_forgets_kv() -> None:
     for replica in dispatcher.replicas:
         assert replica.scheduler.schedule() is not None
     await stop(dispatcher)
+    dispatcher.rest()
     dispatcher.add(sequence(4))
-    dispatcher.park()
-    assert [one.key for one in dispatcher.parked] == [0, 1, 2, 3, 4] and dispatcher.replicas == ()
-    assert all((one.pages, one.computed, one.in_flight) == ([], 0, False) for one in dispatcher.parked)
-    assert [len(one.state.tokens) for one in dispatcher.parked] == [0, 1, 2, 3, 0]
+    assert [one.key for one in dispatcher.parked] == [4] and dispatcher.sequences == 5
+    resting = [one for replica in dispatcher.replicas for one in replica.scheduler.sequences()]
+    assert sorted((one.key, len(one.state.tokens)) for one in resting) == [(n, n) for n in range(4)]
+    assert not any(one.in_flight for one in resting)
     install(dispatcher, 1)
     assert [one.key for one in dispatcher.replicas[0].scheduler.waiting] == [0, 1, 2, 3, 4]
+    dispatcher.check()
+    await stop(dispatcher)
+
+
+async def test_replicas_of_an_earlier_controller_are_as_if_this_one_had_stopped_them() -> None:
+    dispatcher = make_dispatcher()
+    waiting, kept, ending = (sequence(key, prompt=6) for key in range(3))
+    dispatcher.parked = [waiting, kept, ending]
+    scheduler = Scheduler(Limits(4, 8, 2, lambda lengths: True), PageAllocator(10, PAGE_SIZE))
+    for one in (kept, ending):
+        one.pages, one.computed = scheduler.pages.allocate(2), 5
+        scheduler.adopt(one)
+    empty = Scheduler(Limits(4, 8, 2, lambda lengths: True), PageAllocator(10, PAGE_SIZE))
+    dispatcher.recall([scheduler, empty])
+    assert dispatcher.parked == [waiting] and dispatcher.sequences == 3
+    assert dispatcher.live() == {0: [LiveSequence(1, 2, 5), LiveSequence(2, 2, 5)], 1: []}
+    assert dispatcher.computed([0, 1]) == {0: {1: 5, 2: 5}, 1: {}} and dispatcher.running() == frozenset()
+    dispatcher.add(late := sequence(3))
+    assert dispatcher.parked == [waiting, late], "they have stopped"
+    assert dispatcher.cancel(ending, FinishReason.CANCELLED)
+    live = dispatcher.live()
+    heirs = choose_heirs(live, 1)
+    handover = dispatcher.hand_over(1, assign_cohorts(live, 1, 9, PAGE_SIZE, heirs).cohorts, heirs)
+    dispatcher.install([Idle(PAGE_SIZE)], handover)
+    (replica,) = dispatcher.replicas
+    assert list(replica.scheduler.running.values()) == [kept] and kept.computed == 5
+    assert list(replica.scheduler.waiting) == [waiting, late]
     dispatcher.check()
     await stop(dispatcher)
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from fleet_cases import instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from remote_cases import (
     PAGES,
-    PLANNING,
     Answer,
     Fleet,
-    Script,
     decode_step,
     dying,
     failing,
     first_plan,
+    keeping,
     names,
     next_plan,
     obey,
@@ -28,7 +25,6 @@ from remote_cases import (
 
 from spotjax.errors import InstanceLost
 from spotjax.fleet import remote
-from spotjax.fleet.change import plan_change
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.plan import MigrationPlan
 from spotjax.protocol import control
@@ -367,7 +363,7 @@ async def test_what_a_newcomer_holds_counts_until_it_is_lost() -> None:
     fleet.cluster.lose("i0")
     assert fleet.cluster.held() == {}
     await asyncio.gather(*fleet._running)
-    assert worker.heard == [control.Release(at_once=True)]
+    assert worker.heard == [control.Clear(remote.NOBODY_WAITS), control.Release(at_once=True)]
     worker = fleet.add("i1")
     worker.session.offer = None
     assert not fleet.cluster.joinable("i1")
@@ -376,40 +372,14 @@ async def test_what_a_newcomer_holds_counts_until_it_is_lost() -> None:
     await fleet.close()
 
 
-async def test_giving_up_the_mesh_reaches_everybody_who_can_be_reached() -> None:
-    fleet = Fleet([f"i{number}" for number in range(4)])
-    await fleet.form(first_plan())
-    fleet.workers["i0"].script = failing(control.Clear)
-    fleet.workers["i1"].script = dying(fleet, "i1", control.Clear)
-    await fleet.cluster.clear()
-    assert fleet.cluster.pipelines == ()
-    assert [name for what, name in fleet.order if what == "Clear"] == ["i0", "i1", "i2", "i3"]
-    assert {device.instance for device in fleet.cluster.held()} == {"i0", "i2", "i3"}
-    preparation = plan_change(PLANNING, None, instances(1), {}, 2, held=fleet.cluster.held())
-    await fleet.cluster.prepare(preparation)
-    assert fleet.workers["i0"].last(control.Prepare).current is None
-    await fleet.close()
-
-
-def keeping(positions: Mapping[int, int]) -> Script:
-    """A script of a worker that has copies."""
-
-    async def script(command: Any) -> Answer:
-        if isinstance(command, control.Coverage):
-            return control.Done(command.id, positions=tuple(positions.get(key, 0) for key in command.sequences))
-        return await obey(command)
-
-    return script
-
-
 @pytest.mark.parametrize("back", [False, True])
 async def test_what_is_left_of_a_lost_stage_is_what_the_best_keeper_has(back: bool) -> None:
     fleet = Fleet([f"i{number}" for number in range(4)], backup=True)
     preparation = first_plan()
     await fleet.form(preparation)
     lost, keeper = (preparation.placement.group(data, 1)[0].instance for data in range(2))
-    fleet.workers[keeper].script = keeping({1: 8, 2: 4})
-    fleet.workers[preparation.placement.group(1, 0)[0].instance].script = keeping({1: 5})
+    fleet.workers[keeper].script = keeping(backups={1: 8, 2: 4})
+    fleet.workers[preparation.placement.group(1, 0)[0].instance].script = keeping(backups={1: 5})
     fleet.sessions.end(lost, "its connection closed")
     if back:
         fleet.add(lost, "2")  # without its KV

@@ -52,18 +52,28 @@ setups = st.builds(
     st.lists(st.integers(1, 8), max_size=3).map(tuple),
 )
 messages = st.builds(control.PlacementMessage.of, placements)
+kept = st.lists(st.tuples(numbers, st.lists(numbers, max_size=3).map(tuple), numbers), max_size=3).map(tuple)
+remains = st.builds(control.StageRemains, st.integers(0, 9), st.integers(0, 9), kept)
 replicas = st.dictionaries(st.integers(0, 9), st.integers(0, 9), max_size=3)
 
 from_worker = st.one_of(
     st.builds(control.Register, numbers, st.text(), st.text(), kinds, st.text(), st.booleans(), st.text(), st.text()),
-    st.builds(control.Ready, st.lists(parts, max_size=3).map(tuple), numbers),
-    st.builds(control.Done, numbers, numbers, numbers, numbers, st.lists(numbers, max_size=3).map(tuple)),
+    st.builds(control.Ready, st.lists(parts, max_size=3).map(tuple), numbers, st.none() | messages),
+    st.builds(
+        control.Done,
+        numbers,
+        numbers,
+        numbers,
+        numbers,
+        st.lists(numbers, max_size=3).map(tuple),
+        st.lists(remains, max_size=3).map(tuple),
+    ),
     st.builds(control.Failed, numbers, st.text(), st.text()),
     st.builds(control.Leaving, st.floats(0, 1e6)),
     st.builds(control.StepLost, st.text(), st.text()),
 )
 from_controller = st.one_of(
-    st.builds(control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60)),
+    st.builds(control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60), st.text(), st.booleans()),
     st.builds(control.Refused, st.text(), st.booleans()),
     st.builds(
         control.Prepare,
@@ -82,6 +92,7 @@ from_controller = st.one_of(
     st.builds(control.Switch, numbers, pages),
     st.builds(control.Adopt, numbers, st.lists(st.text(), max_size=3).map(tuple), st.text(), numbers),
     st.builds(control.Clear, numbers),
+    st.builds(control.Reunite, numbers, numbers, pairs),
     st.builds(control.Coverage, numbers, ranges, st.lists(numbers, max_size=4).map(tuple)),
     st.builds(control.Forget, st.lists(numbers, max_size=4).map(tuple)),
     st.builds(control.Release, st.booleans()),
@@ -143,6 +154,13 @@ def test_a_plan_for_many_devices_fits_into_one_message() -> None:
     assert len(control.encode(control.Ready(held, 0))) < control.MAX_MESSAGE_BYTES / 2
     moved = tuple((page, page + 10**5) for page in range(10**5))
     assert len(control.encode(control.Switch(1, (PageTransfer(0, 0, moved[:50_000], moved[:50_000]),)))) < 2**21
+
+
+def test_what_many_sequences_have_left_fits_into_one_message() -> None:
+    sequences = tuple((10**6 + key, tuple(range(key * 100, key * 100 + 100)), 1600) for key in range(2000))
+    remains = tuple(control.StageRemains(replica, 3, sequences[:1000]) for replica in range(4))
+    assert len(control.encode(control.Done(1, remains=remains))) < control.MAX_MESSAGE_BYTES / 2
+    assert len(control.encode(control.Reunite(1, 9, tuple((key, n) for key, _, n in sequences)))) < 2**16
 
 
 def test_the_protocol_needs_no_jax() -> None:
