@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from spotjax.engine import log_writer
 from spotjax.engine.durable_log import DurableLog
 from spotjax.engine.log_database import LogDatabase
 from spotjax.engine.log_directory import DATABASE
+from spotjax.engine.log_group import Accept, Group
+from spotjax.engine.log_reading import Contents, read
+from spotjax.engine.log_records import ServiceRecord
 from spotjax.engine.request import RequestState
 from spotjax.errors import CommitLogError, LogUnavailable
 
@@ -162,6 +166,25 @@ async def test_any_error_of_the_disk_is_a_problem_until_it_is_over(
     assert (await contents(tmp_path))["a"].states == (grown(state),)
 
 
+def test_a_group_is_recorded_as_a_whole_or_not_at_all(tmp_path: Path, disk: LimitedDisk) -> None:
+    connection = LogDatabase.connect(tmp_path / DATABASE)
+    database = LogDatabase(tmp_path / DATABASE, connection, Contents(), "step")
+    database.begin_service(ServiceRecord("identity", "model", 0))
+    small, group = new_request("small"), Group()
+    group.accept(Accept.of(small.request, small.states, small.key))  # there is room for this
+    group.append([large("small")], lambda: None)  # but not for that
+    disk.fill()
+    with pytest.raises(sqlite3.Error, match="full"):
+        database.write(group)
+    assert read(connection).requests == []
+    assert database.unfinished == 0
+    disk.clear()
+    database.write(group)
+    (found,) = read(connection).requests
+    assert found.recorded.states == (large("small"),)
+    database.close()
+
+
 async def test_many_steps_that_wait_for_space_are_written_as_one(tmp_path: Path, disk: LimitedDisk) -> None:
     log = opened(tmp_path)
     await accepted(log, new_request("a"))
@@ -175,9 +198,8 @@ async def test_many_steps_that_wait_for_space_are_written_as_one(tmp_path: Path,
     disk.clear()
     await told(log, [])
     await log.close()
-    with sqlite3.connect(tmp_path / DATABASE) as connection:
+    with closing(sqlite3.connect(tmp_path / DATABASE)) as connection:
         assert connection.execute("SELECT count(*) FROM journal").fetchone()[0] <= 3
-    connection.close()
     assert (await contents(tmp_path))["a"].states == (state,)
 
 
