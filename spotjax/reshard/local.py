@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from spotjax.errors import InstanceLost, SliceUnavailable
+from spotjax.errors import InstanceLost
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.planner.holdings import Needs
@@ -134,8 +134,8 @@ class LocalCluster:
         lost_before = frozenset(self._lost)
         try:
             result = await asyncio.to_thread(work)
-        except (RuntimeError, SliceUnavailable) as problem:
-            # jax raises one of several RuntimeErrors when a buffer is deleted under its reader
+        except Exception as problem:
+            # jax raises one of several errors when a buffer is deleted under its reader, and its stage may be gone
             if lost := self._lost - lost_before:
                 self._host.prepared = None
                 raise InstanceLost(f"instance {min(lost)} was lost during a migration") from problem

@@ -41,7 +41,7 @@ EMBEDDED = {
     "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
     "compilation_cache": "off", "log_level": "debug", "log_format": "json",
-    "leave": "late",
+    "leave": "late", "durability": "interval", "commit_log": "/logs",
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
@@ -100,7 +100,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("grace_seconds", "-1"), ("zone", "a/b"),
         ("grace_seconds", "3601"), ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"),
-        ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
+        ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
         ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"), ("log_format", "xml"), ("model", ""),
     ],
@@ -198,6 +198,10 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--tls-key", "k"], "tls_key", "tls_certificate and tls_authority"),
         (["--tls-key", "k", "--tls-certificate", "c"], "tls_certificate and tls_key", "tls_authority"),
         (["--join", "h:1", "--data-listen", "0.0.0.0:0"], "data_listen", "advertise"),
+        (["--join", "h:1", "--durability", "none"], "durability", "join"),
+        (["--join", "h:1", "--commit-log", "/logs"], "commit_log", "join"),
+        (["--durability", "none", "--commit-log", "/logs"], "commit_log", "durability none"),
+        (["--workers", "2", "--durability", "none", "--commit-log", "/logs"], "commit_log", "durability none"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused_naming_both(flags: list[str], first: str, second: str) -> None:

@@ -29,3 +29,12 @@ def test_a_device_at_two_positions_is_refused() -> None:
 def test_layer_ranges_must_be_as_many_as_stages() -> None:
     with pytest.raises(ValueError, match="1 stages need as many layer ranges, got 2"):
         Placement(0, SHAPE, ((0, 2), (2, 4)), DEVICES)
+
+
+def test_without_an_instance_its_devices_are_nobodys_and_all_else_is_as_it_was() -> None:
+    placement = Placement(3, SHAPE, ((0, 4),), DEVICES)
+    left = placement.without("b")
+    assert (left.epoch, left.shape, left.layers) == (3, SHAPE, ((0, 4),))
+    assert left.instances(1) == {"a"} and left.instances(0).isdisjoint({"a", "b"})
+    assert len(set(left.devices.values())) == 4
+    assert left.without("b") == left == placement.without("b").without("c")

@@ -319,3 +319,38 @@ def test_kv_that_is_not_here_is_refused() -> None:
     fleet.hosts["b"].clear()
     with pytest.raises(SliceUnavailable):
         fleet.hosts["b"].read_pages(0, (ours[0], ours[-1] + 1), [1])
+
+
+def test_an_instance_that_is_back_under_its_name_goes_on_with_no_page_of_before() -> None:
+    fleet = Fleet()
+    host, placement = fleet.whole, interleaved(1)
+    host.prepare(fleet.plan(placement, {}), ())
+    host.adopt()
+    fleet.current = placement.without("a")
+    b = host.stages[0, 1]
+    for stage in host.stages.values():
+        for layer in range(*stage.layers):
+            filled = [np.full((1, *part.shape[1:]), 7.0, np.float32) for part in stage.pages[layer]]
+            host.kv.write(stage, layer, [3], LayerPages(*filled))
+    host.lose("a")
+    host.prepare(fleet.plan(interleaved(2), {0: 0}), ())
+    host.switch(())
+    host.adopt()
+    assert host.placement == interleaved(2)
+    for (_, number), stage in host.stages.items():
+        for layer in range(*stage.layers):
+            for pages in stage.pages[layer]:
+                expected = 7.0 if number == 1 else 0.0
+                np.testing.assert_array_equal(np.asarray(pages)[3], np.full(pages.shape[1:], expected))
+    assert host.stages[0, 1].pages == b.pages, "who was not lost has its own"
+    fleet.current = interleaved(2).without("b")
+    host.lose("b")  # and this loss is not forgotten over the one before
+    host.prepare(fleet.plan(interleaved(3), {0: 0}), ())
+    host.switch(())
+    host.adopt()
+    assert all(not np.asarray(part).any() for layer in range(*b.layers) for part in host.stages[0, 1].pages[layer])
+    arrays = {array.name: array for array in host.model.spec.parameters}
+    for device in interleaved(3).devices.values():
+        for name, held in host.store.at(device).items():
+            expected = shard(shared_heads()[1], arrays[name], 1, 0)
+            np.testing.assert_array_equal(np.asarray(held.buffer), expected)
