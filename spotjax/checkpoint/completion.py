@@ -28,6 +28,16 @@ from spotjax.models.orbax_part import FAILURES, StoredPart, make_context
 from spotjax.models.spec import ModelSpec
 
 
+def check_incomplete(location: str) -> None:
+    """Raises CheckpointError if there is a whole checkpoint at ``location`` already, which nobody should write into."""
+    try:
+        found = ts.KvStore.open(kvstore(location)).result().read(MANIFEST).result()
+    except FAILURES as error:
+        raise CheckpointError(f"{location} cannot be read: {error}") from error
+    if found.state == "value":
+        raise CheckpointError(f"{location} is a complete checkpoint already; name another directory or remove it")
+
+
 def leave_record(location: str, part: str, record: Part) -> None:
     """Says that a part is written, and what it consists of.
 

@@ -12,7 +12,7 @@ from spotjax.checkpoint.parameters import ParameterWriter
 from spotjax.errors import CheckpointError
 from spotjax.models.catalog import Model
 from spotjax.models.orbax_checkpoint import is_checkpoint
-from spotjax.models.orbax_manifest import MANIFEST, is_url, itemsize
+from spotjax.models.orbax_manifest import is_url, itemsize
 from spotjax.models.orbax_part import StoredPart, make_context
 
 
@@ -80,8 +80,6 @@ def _check_target(location: str) -> None:
     if is_url(location):
         return
     directory = Path(location).expanduser()
-    if (directory / MANIFEST).exists():
-        raise CheckpointError(f"{location} is a complete checkpoint already; name another directory or remove it")
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{location} is a file; name a directory")
     if directory.is_dir() and any(directory.iterdir()) and not is_checkpoint(directory):

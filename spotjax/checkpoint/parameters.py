@@ -17,7 +17,7 @@ import xxhash
 from orbax.checkpoint import type_handlers
 
 from spotjax.checkpoint.chunks import chunk_shape
-from spotjax.checkpoint.completion import drop_record, find_record, leave_record
+from spotjax.checkpoint.completion import check_incomplete, drop_record, find_record, leave_record
 from spotjax.errors import CheckpointError, SliceUnavailable
 from spotjax.meshes.layout import shard_index
 from spotjax.meshes.slices import Index, intersect, relative, remainder
@@ -55,11 +55,15 @@ class ParameterWriter:
       location: directory of the checkpoint: a path, or a ``gs://`` URL as far as Orbax writes there (not tried).
       config: of the model.
       dtype: that parameters are stored as, ``float32`` or ``bfloat16``.
+
+    Raises:
+      CheckpointError: there is a complete checkpoint already, or the type is another.
     """
 
     def __init__(self, location: str, config: LlamaConfig, dtype: str) -> None:
         if dtype not in DTYPES:
             raise CheckpointError(f"parameters can be stored as {' or '.join(DTYPES)}, not as {dtype}")
+        check_incomplete(location)
         self._location, self._dtype = location, dtype
         self._spec = ModelSpec(config, dtype_bytes=itemsize(dtype))
         self.parts: Mapping[str, Mapping[str, ArraySpec]] = parts_of(self._spec)
@@ -90,11 +94,10 @@ class ParameterWriter:
         Raises:
           CheckpointError: it cannot be written.
         """
-        leaves = {
-            name: _Leaf(array, chunk_shape(array, self._spec, itemsize(self._dtype)), self._dtype, source, progress)
-            for name, array in self.parts[part].items()
-            for source in [sources[array.name]]
-        }
+        leaves = {}
+        for name, array in self.parts[part].items():
+            chunk = chunk_shape(array, self._spec, itemsize(self._dtype))
+            leaves[name] = _Leaf(array, chunk, self._dtype, sources[array.name], progress)
         try:
             drop_record(self._location, part)
             self._checkpointer.save(self._path(part), args=ocp.args.PyTreeSave(leaves), force=True)

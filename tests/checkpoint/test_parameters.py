@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -193,12 +196,54 @@ def test_parts_of_another_type_or_model_are_not_completed(tmp_path: Path) -> Non
         complete(str(tmp_path), LlamaConfig(61, 24, 3, 12, 4, 4, 50), "float32", WORDS)
 
 
+def test_nothing_is_written_into_a_complete_checkpoint(from_mesh: OrbaxCheckpoint) -> None:
+    with pytest.raises(CheckpointError, match="is a complete checkpoint already; name another directory or remove it"):
+        ParameterWriter(from_mesh.location, SHARED_HEADS, "float32")
+
+
 def test_completing_leaves_nothing_that_was_only_needed_for_it(tmp_path: Path) -> None:
     partly_written(tmp_path, 5).close()
     complete(str(tmp_path), SHARED_HEADS, "float32", WORDS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "parameters", "tokenizer"]
     left = sorted(path.name for path in (tmp_path / "parameters").iterdir())
     assert left == ["embedding", "layers.0", "layers.1", "layers.2", "output"]
+
+
+HALF = """
+import sys
+from functools import partial
+from serving_cases import SHARED_HEADS, RandomCheckpoint
+from spotjax.checkpoint.parameters import ParameterWriter
+
+weights = RandomCheckpoint(SHARED_HEADS)
+writer = ParameterWriter(sys.argv[1], SHARED_HEADS, "float32")
+print("ready", flush=True)
+sys.stdin.readline()
+for part, arrays in list(writer.parts.items())[int(sys.argv[2]) :: 2]:
+    writer.write(part, {array.name: partial(weights.read, array.name) for array in arrays.values()})
+"""
+
+
+def test_processes_write_parts_of_one_checkpoint_at_once(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    command = [sys.executable, "-c", HALF, str(tmp_path / "saved")]
+    writers = [
+        subprocess.Popen(
+            [*command, str(number)], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for number in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    complete(str(tmp_path / "saved"), SHARED_HEADS, "float32", WORDS)
+    OrbaxCheckpoint(tmp_path / "saved").verify()
 
 
 def test_shards_that_are_not_all_of_an_array_are_not_saved(tmp_path: Path) -> None:

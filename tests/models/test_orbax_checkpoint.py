@@ -106,9 +106,9 @@ def test_a_url_that_tensorstore_knows_is_a_location(saved: dict[str, OrbaxCheckp
         OrbaxCheckpoint("nowhere://")
 
 
-def test_reading_and_opening_import_neither_jax_nor_orbax(copy: Path) -> None:
+def test_reading_opening_and_completing_import_neither_jax_nor_orbax(copy: Path) -> None:
     program = (
-        "import sys; from spotjax.models.catalog import open_model\n"
+        "import sys; import spotjax.checkpoint.completion; from spotjax.models.catalog import open_model\n"
         f"model = open_model({str(copy)!r}); model.checkpoint.read('norm.scale', ((0, 5),))\n"
         "sys.exit('jax' in sys.modules or 'orbax' in sys.modules)"
     )
