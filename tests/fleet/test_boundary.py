@@ -53,8 +53,8 @@ def test_early_leaves_as_soon_as_everything_is_copied() -> None:
 
 def test_late_decodes_until_shortly_before_the_deadline_and_loses_nothing() -> None:
     async def scenario() -> None:
-        seconds, report, fleet = await left_after("late", 4.0)
-        assert 3 < seconds < 4 and report.requests_recomputed == 0 and report.requests_kept
+        seconds, report, fleet = await left_after("late", 4.2)  # none has just been let in, with nothing to keep
+        assert 3.2 < seconds < 4.2 and report.requests_recomputed == 0 and report.requests_kept
         assert report.precopy_seconds < 0.5, "the wait is no copying"
         assert len(fleet.cluster.copies) == 2, (
             "pages that were filled while decoding went on are copied before the stop"
