@@ -28,6 +28,10 @@ INSTANCE_TYPES = {
 """By name: devices, memory, FLOP/s, memory, link and network bandwidth, latency, spot and on-demand price (USD/h)."""
 
 
+VIRTUAL_CPU = InstanceType("virtual-cpu", 1, 0, 5e10, 1e10, 5e9, 5e9)
+"""A part of a processor that plays a device; its figures are guesses, and its memory is what is asked for."""
+
+
 def instance_type(name: str) -> InstanceType:
     """A known kind of machine.
 

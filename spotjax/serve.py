@@ -10,7 +10,7 @@ import ipaddress
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -19,12 +19,14 @@ from spotjax import local_workers
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
+from spotjax.fleet.service import Service
 from spotjax.fleet.status import FleetStatus
 from spotjax.telemetry import logs
 from spotjax.transport import loop
 from spotjax.transport.credentials import server_credentials
 
 log = logging.getLogger("spotjax.serve")
+Beside = Callable[[Service], Coroutine[Any, Any, None]]
 
 FLUSH_SECONDS = 2.0
 """How long streams of finished requests may take to be written out after draining."""
@@ -37,15 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.main(["serve", *(sys.argv[1:] if argv is None else argv)])
 
 
-def run(config: ServeConfig) -> int:
+def run(config: ServeConfig, beside: Beside | None = None) -> int:
     """Serves until a signal; returns the exit code: 0 once drained, 128 + number on a second signal, 1 on failure."""
     local_workers.die_with_parent()
     logs.set_up(config.log_level, config.log_format)
-    return loop.run(serve(config))
+    return loop.run(serve(config, beside))
 
 
-async def serve(config: ServeConfig) -> int:
+async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
     """The same inside an event loop.
+
+    Args:
+      config: of the server, or of a worker.
+      beside: is given the service once it serves, and runs until it returns or the server ends.
 
     Raises:
       ConfigError: the address cannot be bound, or the settings do not go together.
@@ -65,6 +71,7 @@ async def serve(config: ServeConfig) -> int:
         if not await finishes_before(loading, signals.first):
             return 0
         started = loading.result()
+        watching = asyncio.create_task(beside(started.service)) if beside is not None else None
         try:
             asked = asyncio.create_task(signals.first.wait())
             await asyncio.wait({asked, started.failure}, return_when=asyncio.FIRST_COMPLETED)
@@ -81,6 +88,8 @@ async def serve(config: ServeConfig) -> int:
                 log.warning("requests were left unfinished", extra={"seconds": config.drain_seconds})
             return 0
         finally:
+            if watching is not None:
+                watching.cancel()
             await started.close()
     finally:
         await server.stop()

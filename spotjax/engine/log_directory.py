@@ -64,6 +64,21 @@ class WriterLock:
         os.close(self._file)
 
 
+def user_of(directory: Path) -> str:
+    """The process that writes the log in a directory now, empty if none does. Changes nothing there."""
+    try:
+        file = os.open(directory / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.pread(file, 200, 0).decode("ascii", "replace").partition("\n")[0] or "unknown"
+    finally:
+        os.close(file)
+    return ""
+
+
 def _make(directory: Path) -> None:
     """A directory that is there even if power is lost."""
     if not directory.is_dir():

@@ -23,14 +23,21 @@ class RequestSummary:
       key: of its first sequence.
       prompt_tokens: length of the prompt.
       tokens: output tokens of each choice so far.
-      unfinished: choices that have not ended.
+      ended: whether each choice has ended.
+      resumable: whether it goes on without its client; the others end when the log is opened.
     """
 
     request_id: str
     key: int
     prompt_tokens: int
     tokens: tuple[int, ...]
-    unfinished: int
+    ended: tuple[bool, ...]
+    resumable: bool
+
+    @property
+    def unfinished(self) -> int:
+        """Choices that have not ended."""
+        return self.ended.count(False)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ def inspect_log(directory: Path) -> LogSummary:
                 recorded.key,
                 len(recorded.request.prompt),
                 tuple(len(state.tokens) for state in recorded.states),
-                sum(state.finish is None for state in recorded.states),
+                tuple(state.finish is not None for state in recorded.states),
+                recorded.request.resumable,
             )
             for _, recorded in contents.requests
         ),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 
 from spotjax.meshes.instance import InstanceType
+from spotjax.meshes.instance_types import VIRTUAL_CPU
 from spotjax.meshes.sharding import own
 
 
@@ -30,7 +32,7 @@ def device_type(devices: Sequence[jax.Device], memory_bytes: int) -> InstanceTyp
     device, count = own(devices)[0], len(devices)
     memory = memory_bytes // count
     if device.platform == "cpu":
-        return InstanceType("virtual-cpu", count, memory, 5e10, 1e10, 5e9, 5e9)
+        return replace(VIRTUAL_CPU, devices=count, memory_bytes=memory)
     if not memory:
         memory = int((device.memory_stats() or {}).get("bytes_limit", 0))
     return InstanceType(device.device_kind, count, memory, 1e14, 1e12, 1e11, 5e9)
