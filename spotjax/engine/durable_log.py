@@ -1,4 +1,4 @@
-"""The commit log on disk: what it promises and the thread that writes it. Tables and SQL are in ``log_database``.
+"""The commit log on disk: what it promises. The thread that writes is in ``log_writer``, tables in ``log_database``.
 
 All that was asked for while the disk was busy goes into one transaction (group commit); once that is written, the event
 loop is told in the order of the calls. The loop's own thread never waits for a disk.
@@ -6,11 +6,11 @@ loop is told in the order of the calls. The loop's own thread never waits for a 
 What is told has been committed, and a commit survives the death of the process in any case. It survives the loss of
 power at once with durability ``step``, which syncs before it tells, and up to a second later with ``interval``. A
 transaction that was cut off has never been; what comes back is always what was asked for up to some moment. This holds
-as far as the disk keeps what it says it has synced: if the end of the write-ahead log is destroyed later, it cannot be
-told from one that was never written, and the log is what it was before. Damage anywhere else is noticed.
+as far as the disk keeps what it says it has synced: a write-ahead log that is damaged later cannot always be told from
+one whose end was never written, and then the log is what it was before that place. Damage to the database is noticed.
 
-No clock of the wall is read. Prompts are private: directory and files belong to their user alone, and what is forgotten
-is overwritten, at the latest when nothing was asked for during a second.
+No clock of the wall is read. Prompts are private: directory and files belong to their user alone. What is forgotten is
+overwritten on disk when nothing was asked for during a second, or some thousands of steps later.
 """
 
 from __future__ import annotations

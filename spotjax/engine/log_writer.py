@@ -38,9 +38,6 @@ class LogWriter(threading.Thread):
       recorded: called from this thread with a group that is on disk.
       refused: called from this thread with requests that could not be recorded, and why.
       changed: called from this thread with why nothing can be written, or empty when it can again.
-
-    Attributes:
-      commits: groups that were written.
     """
 
     def __init__(
@@ -52,7 +49,6 @@ class LogWriter(threading.Thread):
         changed: Callable[[str], None],
     ) -> None:
         super().__init__(name="commit-log", daemon=True)
-        self.commits = 0
         self._database = database
         self._recorded, self._refused, self._changed = recorded, refused, changed
         self._queue: queue.SimpleQueue[Operation | None] = queue.SimpleQueue()
@@ -113,7 +109,6 @@ class LogWriter(threading.Thread):
         try:
             if self._group.writes or self._problem:
                 self._database.write(self._group)
-                self.commits += 1
                 self._untidy = True
                 if self._interval and self._sync_at is None:
                     self._sync_at = time.monotonic() + SYNC_SECONDS
@@ -122,6 +117,9 @@ class LogWriter(threading.Thread):
             self._maintain(idle)
         except (sqlite3.Error, OSError) as error:
             self._failed(str(error))
+        except Exception as error:  # a thread that ends here would leave everybody waiting, and nobody would know why
+            log.exception("%s: this should not happen", self._database)
+            self._failed(repr(error))
         else:
             if self._problem:
                 log.warning("%s is written again", self._database)

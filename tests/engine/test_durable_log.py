@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -181,6 +182,19 @@ async def test_the_loop_goes_on_while_the_disk_is_slow(tmp_path: Path, monkeypat
     await was_told.wait()
     await log.close()
     assert (await contents(tmp_path))["a"].states == (grown(state, 99),)
+
+
+@pytest.mark.parametrize(("durability", "level"), [("step", 2), ("interval", 1)])
+async def test_with_step_every_commit_is_synced_and_with_interval_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durability: str, level: int
+) -> None:
+    connections: list[sqlite3.Connection] = []
+    connect = LogDatabase.connect
+    monkeypatch.setattr(LogDatabase, "connect", lambda path: connections.append(connect(path)) or connections[-1])
+    log = opened(tmp_path, durability)
+    await accepted(log, new_request("a"))
+    assert connections[0].execute("PRAGMA synchronous").fetchone() == (level,)
+    await log.close()
 
 
 OPERATIONS = st.lists(

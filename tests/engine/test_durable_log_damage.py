@@ -107,6 +107,33 @@ async def test_a_write_ahead_log_that_was_garbled_has_all_that_was_told_before_t
             assert held == moments[least].held
 
 
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_write_ahead_log_that_was_cut_after_parts_were_copied_is_noticed_or_is_an_earlier_moment(
+    tmp_path: Path, seed: int
+) -> None:
+    chance, moments = random.Random(seed), [dict[str, RecordedRequest]()]
+    traffic = Traffic(chance)
+    with small_limits(rows=16, piece=4, wal=100 << 10):
+        log = opened(tmp_path / "log")
+        for step in range(chance.randint(50, 150)):
+            if step % 4 == 0:
+                request = traffic.accept("r")
+                await log.accept(request.request, request.states, request.key)
+            else:
+                await told(log, traffic.step())
+            moments.append(dict(traffic.held))
+        crashed = copied(tmp_path / "log", tmp_path / "crashed")
+        await log.close()
+    for number in range(20):
+        directory = copied(crashed, tmp_path / f"cut-{number}")
+        with (directory / WAL).open("r+b") as file:
+            file.truncate(chance.randrange((crashed / WAL).stat().st_size + 1))
+        try:
+            assert await contents(directory) in moments
+        except CommitLogError as error:
+            assert "damaged" in str(error)
+
+
 async def busy_log(directory: Path, steps: int = 300) -> dict[str, RecordedRequest]:
     """A log with rows in all tables."""
     traffic = Traffic(random.Random(4))

@@ -11,6 +11,7 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,21 @@ def test_a_group_is_recorded_as_a_whole_or_not_at_all(tmp_path: Path, disk: Limi
     (found,) = read(connection).requests
     assert found.recorded.states == (large("small"),)
     database.close()
+
+
+async def test_what_cannot_be_written_at_all_is_a_problem_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = opened(tmp_path)
+    (state,) = await accepted(log, new_request("a"))
+    log.append([replace(state, tokens=(object(),))], lambda: pytest.fail("told and not recorded"))
+    await until(log, problem=True)
+    assert "object" in log.problem
+    assert "this should not happen" in caplog.text
+    with pytest.raises(LogUnavailable, match="object"):
+        await accepted(log, new_request("b"))
+    await log.close()
+    assert (await contents(tmp_path))["a"].states == (state,)
 
 
 async def test_many_steps_that_wait_for_space_are_written_as_one(tmp_path: Path, disk: LimitedDisk) -> None:
