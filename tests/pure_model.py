@@ -80,7 +80,7 @@ class PurePipeline:
       delay: turns of the event loop that the next step takes.
       pages: what is in the KV pages.
       batches: all that was run.
-      done: those of them that have written their KV.
+      done: those of them that have written their KV, and in between the pages that others' KV was brought into.
     """
 
     page_size: int
@@ -88,7 +88,7 @@ class PurePipeline:
     delay: Callable[[], int] = lambda: 1
     pages: Pages = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
-    done: list[Batch] = field(default_factory=list)
+    done: list[Batch | frozenset[int]] = field(default_factory=list)
     in_flight: set[int] = field(default_factory=set)
     lost: bool = False
 

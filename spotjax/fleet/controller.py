@@ -30,6 +30,7 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
+from spotjax.fleet.saving import Saves, Saving
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
@@ -55,6 +56,7 @@ class Controller:
       wall_clock: Unix time in seconds.
       supply: where more instances come from; see ``Attendance``.
       leave: when the mesh leaves an instance that has notice.
+      saves: where KV is saved when the whole fleet is to be taken; None for nowhere.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Controller:
         wall_clock: Clock,
         supply: Supply | None = None,
         leave: Leave = "early",
+        saves: Saves | None = None,
     ) -> None:
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._clock = log, detokenizer, clock
@@ -79,15 +82,16 @@ class Controller:
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
         self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
+        self._saving = Saving(cluster, self._events, saves or Saves(), self._requests.certain)
         self._reconfigurer = Reconfigurer(
-            planning, members, cluster, self._dispatcher, self._events, log, clock, self._commit_ended, leave
-        )
+            planning, members, cluster, self._dispatcher, self._events, log, self._saving, clock, self._commit_ended,
+            leave,
+        )  # fmt: skip
         self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
         self._admission = Admission(log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended)
         self._epochs_before = log.epoch
         self._draining = False
         self._ready_since: float | None = None
-        self._all_finished = asyncio.Event()
         self._purging: asyncio.Task[None] | None = None
 
     async def start(self) -> Reconfiguration:
@@ -113,9 +117,7 @@ class Controller:
         """See ``GenerationService.submit``."""
         if self._draining and request.request_id not in self._requests:
             raise Draining("the server is draining and takes no new requests; try another one")
-        accepted = self._admission.submit(request)
-        self._all_finished.clear()
-        return accepted
+        return self._admission.submit(request)
 
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``."""
@@ -208,7 +210,7 @@ class Controller:
         self._events.record("draining", self._reconfigurer.epoch, f"draining, at most {seconds:g} s", seconds=seconds)
         if self._requests.running:
             try:
-                await asyncio.wait_for(self._all_finished.wait(), seconds)
+                await asyncio.wait_for(self._requests.idle.wait(), seconds)
             except TimeoutError:
                 return False
         return True
@@ -223,8 +225,6 @@ class Controller:
     def _deliver(self, states: Sequence[RequestState]) -> None:
         self._requests.committed(states, self._clock())
         self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
-        if not self._requests.running:
-            self._all_finished.set()
 
     def _commit_ended(self, states: Sequence[RequestState]) -> None:
         """Commits sequences that ended outside a step."""

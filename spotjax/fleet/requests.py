@@ -11,6 +11,7 @@ from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
+from spotjax.fleet.recovery import certain
 
 
 @dataclass(eq=False)
@@ -51,6 +52,9 @@ class RequestTable:
         """Requests that ended."""
         self.tokens = 0
         """Output tokens that were committed."""
+        self.idle = asyncio.Event()
+        """Set while all are finished."""
+        self.idle.set()
         self._retain = retain_seconds
         self._requests: dict[str, AcceptedRequest] = {}
         self._unfinished: dict[str, AcceptedRequest] = {}
@@ -75,22 +79,32 @@ class RequestTable:
         """Key of the sequence that a state is of."""
         return self.get(state.request_id).sequences[state.choice].key
 
+    def certain(self) -> dict[int, int]:
+        """Key of every unfinished sequence to the positions that count if their KV is kept: those that are recorded."""
+        return {
+            sequence.key: certain(told)
+            for accepted in self._unfinished.values()
+            for sequence, told in zip(accepted.sequences, accepted.told, strict=True)
+            if told.finish is None
+        }
+
     def add(self, accepted: AcceptedRequest) -> None:
         """Takes up a request that the log is about to accept."""
         self._requests[accepted.request.request_id] = accepted
         self._unfinished[accepted.request.request_id] = accepted
+        self.idle.clear()
 
     def remove(self, accepted: AcceptedRequest) -> None:
         """The log did not accept it after all."""
         del self._requests[accepted.request.request_id]
-        del self._unfinished[accepted.request.request_id]
+        self._settle(accepted)
 
     def recall(self, accepted: AcceptedRequest, now: float) -> None:
         """Takes up a request that the log has from before."""
         self.add(accepted)
         if all(told.finish for told in accepted.told):
             accepted.finished_at = now
-            del self._unfinished[accepted.request.request_id]
+            self._settle(accepted)
 
     @property
     def running(self) -> int:
@@ -107,9 +121,14 @@ class RequestTable:
             if ended and all(told.finish for told in accepted.told):
                 accepted.finished_at = now
                 self.finished += 1
-                del self._unfinished[state.request_id]
+                self._settle(accepted)
             accepted.changed.set()
             accepted.changed = asyncio.Event()
+
+    def _settle(self, accepted: AcceptedRequest) -> None:
+        del self._unfinished[accepted.request.request_id]
+        if not self._unfinished:
+            self.idle.set()
 
     def purge(self, now: float) -> None:
         """Forgets requests that finished long enough ago and that nobody is reading."""

@@ -102,6 +102,7 @@ class PureCluster:
     def _copy(self, transfers: Sequence[PageTransfer]) -> None:
         for transfer in transfers:
             assert self.lost.isdisjoint(self._homes[transfer.old]), "KV is read from a lost instance"
+            self._fresh[transfer.new].done.append(frozenset(new for _, new in transfer.pages))
             for old, new in transfer.pages:
                 for slot in range(PAGE_SIZE):
                     self._fresh[transfer.new].pages.pop((new, slot), None)
@@ -182,6 +183,10 @@ def written(pipeline: PurePipeline, certain: Mapping[int, int]) -> dict[int, tup
     owners: dict[int, int] = {}
     kept: dict[int, tuple[tuple[int, ...], int]] = {}
     for batch in pipeline.done:
+        if isinstance(batch, frozenset):
+            for page in batch:
+                kept.pop(owners.pop(page, -1), None)
+            continue
         for span in batch.spans:
             for page in span.pages:
                 if owners.get(page, span.sequence) != span.sequence:
