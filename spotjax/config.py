@@ -131,8 +131,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     durability: Annotated[
         Literal["step", "interval", "none"],
         Meta(
-            description="when a token may be sent: step, once it is on disk; interval, once it is written, to be on disk "
-            "within a second; none, at once, and requests end with this process",
+            description="when a token may be sent: step, once it is on disk; interval, once it is written, to be on "
+            "disk within a second; none, at once, and requests end with this process",
             extra=SERVING,
         ),
     ] = "step"
@@ -142,6 +142,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             description="directory of the requests and their tokens, which a server started again goes on with; empty: "
             "one named after the address, in the user's state directory",
             extra=SERVING,
+        ),
+    ] = ""
+    checkpoint: Annotated[
+        str,
+        Meta(
+            description="directory or bucket URL that all workers reach: KV goes there when the whole fleet is to be "
+            "taken, and is read from there when a fleet starts again; empty: nowhere",
+            extra=CONTROLLER,
         ),
     ] = ""
     drain_seconds: Annotated[

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from spotjax.api.server import ApiServer
+from spotjax.checkpoint.saves import newest
 from spotjax.config import ServeConfig, mode
 from spotjax.durability import open_commit_log
 from spotjax.engine.commit_log import CommitLog
@@ -24,6 +25,7 @@ from spotjax.fleet.controller import Controller
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.remote import RemoteCluster
+from spotjax.fleet.saving import Saves
 from spotjax.fleet.sessions import Sessions, WorkerSession
 from spotjax.local_workers import LocalWorkers
 from spotjax.meshes.instance import Instance, InstanceType
@@ -55,10 +57,10 @@ class FleetServer:
       tokenizer, model_name, max_model_len: as clients need them.
     """
 
-    def __init__(self, config: ServeConfig, model: Model, log: CommitLog, address: str) -> None:
+    def __init__(self, config: ServeConfig, model: Model, log: CommitLog, saves: Saves, address: str) -> None:
         self.tokenizer: Tokenizer = model.tokenizer
         self.model_name = model.name
-        self._config, self._model, self._log = config, model, log
+        self._config, self._model, self._log, self._saves = config, model, log, saves
         self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
         tls = None
         if config.tls_certificate:
@@ -152,9 +154,11 @@ class FleetServer:
                     self._fail_to_start(problem)
                     return control.Refused(str(problem), retry=False)
         assert self._setup is not None, "it was just built"
+        save = self._saves.newest
         return control.Welcome(
-            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, reunion=self._starting
-        )
+            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, self._starting,
+            save.path if save is not None else "", tuple(save.sequences.items()) if save is not None else (),
+        )  # fmt: skip
 
     def registered(self, session: WorkerSession) -> None:
         """See ``Watcher.registered``."""
@@ -216,13 +220,14 @@ class FleetServer:
         print_of = await asyncio.to_thread(fingerprint, self._model.checkpoint, dtype)
         cluster = RemoteCluster(
             self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse,
-            backup=config.kv_backup, bandwidth=config.kv_backup_bandwidth,
+            backup=config.kv_backup, bandwidth=config.kv_backup_bandwidth, layers=spec.config.layers,
+            save=self._saves.newest,
         )  # fmt: skip
         self._limits, self._cluster = limits, cluster
         self._service = Controller(
             self._model.name, planning, Membership(()), cluster, self._log, self._model.tokenizer,
             self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
-            config.leave,
+            config.leave, self._saves,
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
@@ -278,7 +283,9 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     model = await asyncio.to_thread(open_model, config.model)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     commits = await asyncio.to_thread(open_commit_log, config, weights)
-    fleet = FleetServer(config, model, commits, address)
+    before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
+    saves = Saves(config.checkpoint, commits.identity, weights, before)
+    fleet = FleetServer(config, model, commits, saves, address)
     try:
         await fleet.open(server)
     except BaseException:

@@ -16,7 +16,8 @@ from collections import deque
 import numpy as np
 from etils import epath
 
-from spotjax.checkpoint.kv_units import KvFormat, UnitBuffer, UnitSaver
+from spotjax.checkpoint.kv_format import KvFormat
+from spotjax.checkpoint.kv_units import UnitBuffer, UnitSaver
 from spotjax.errors import CheckpointError, ConfigError
 from spotjax.protocol.backup import BackupHeader
 

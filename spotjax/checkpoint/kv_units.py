@@ -26,6 +26,7 @@ import tensorstore as ts
 from etils import epath
 from xxhash import xxh3_64_intdigest
 
+from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.errors import ConfigError
 from spotjax.protocol.backup import BackupHeader
 
@@ -37,35 +38,6 @@ _INDEX = ("header", "rows", "checksums")
 _DAMAGE = (ValueError, KeyError, IndexError, OSError, RuntimeError, msgspec.MsgspecError)
 """What reading something damaged can raise: tensorstore's errors, Orbax's, and ours."""
 
-
-class KvFormat(msgspec.Struct, frozen=True):
-    """Whose KV it is and what a page of a layer looks like. KV that differs in any of this is never used.
-
-    Attributes:
-      service: whose sequences they are; their keys mean nothing to another one.
-      model: fingerprint of the weights.
-      layers: of the model.
-      kv_heads, head_size, page_size: K, H, G.
-      dtype: of keys and values.
-    """
-
-    service: str
-    model: str
-    layers: int
-    kv_heads: int
-    head_size: int
-    page_size: int
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        """Of the keys of one page of one layer; the values are as many."""
-        return self.kv_heads * self.head_size * self.page_size
-
-    @property
-    def row_bytes(self) -> int:
-        """Of one page of one layer."""
-        return 2 * self.elements * np.dtype(self.dtype).itemsize
 
 
 class _Header(msgspec.Struct, frozen=True):

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from spotjax.checkpoint.kv_units import SEQUENCE, SOURCE, KvFormat, Unit, leaving_out, open_units
+from spotjax.checkpoint.kv_format import KvFormat
+from spotjax.checkpoint.kv_units import SEQUENCE, SOURCE, Unit, leaving_out, open_units
 from spotjax.errors import SliceUnavailable
 from spotjax.meshes.slices import Range
 

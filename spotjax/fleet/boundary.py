@@ -104,12 +104,18 @@ class Boundary:
             for old in sorted(self._dispatcher.running())
         }
 
-    async def serve_on(self, current: Placement | None) -> bool:
+    async def serve_on(self, current: Placement | None, reserve: float = 0.0) -> bool:
         """Where there is no mesh to change to: lets each replica decode until the last boundary before its end.
+
+        Args:
+          current: the mesh.
+          reserve: seconds to be left then, at most half of what is left now.
 
         Returns: True as soon as something happens to an instance; False when all replicas have stopped.
         """
+        started = self._clock()
         while ends := self.ends(current):
+            ends = {old: max(end - reserve, (started + end) / 2) if reserve else end for old, end in ends.items()}
             first = min(ends.values())
             steps = self._steps_alone([self._dispatcher.replicas[old] for old in ends], first)
             if not steps:

@@ -54,6 +54,26 @@ class Cluster(Protocol):
         """
         ...
 
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+        """Has the KV of the current placement saved into a directory, while steps go on or after they have stopped.
+
+        Whoever cannot save leaves its KV out; it will be computed again.
+
+        Args:
+          path: of the directory.
+          seconds: for all of it, when ``last``.
+          last: save what there is now and end. Else begin, and go on in the background.
+        """
+        ...
+
+    async def save_parameters(self, path: str) -> int:
+        """Has the parameters of the current placement saved as parts of a checkpoint. Returns: bytes written.
+
+        Raises:
+          CheckpointError: they cannot be written, or a part of them was lost meanwhile.
+        """
+        ...
+
     def held(self) -> Mapping[DeviceRef, Needs]:
         """Which parts of parameters each device of an alive instance has, in a placement or not."""
         ...

@@ -21,6 +21,7 @@ from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.precopy import Precopy
+from spotjax.fleet.saving import RESERVE_SECONDS, Saving
 from spotjax.fleet.status import Reconfiguration
 from spotjax.fleet.tempo import Tempo
 from spotjax.meshes.instance import InstanceState
@@ -43,6 +44,7 @@ class Reconfigurer:
       dispatcher: the replicas and their sequences.
       events: told about everything.
       log: told about epochs.
+      saving: of KV, when no mesh can be.
       clock: monotonic seconds.
       committed: told about sequences that ended in the course of a change.
       leave: when the mesh leaves an instance that has notice.
@@ -60,13 +62,14 @@ class Reconfigurer:
         dispatcher: Dispatcher,
         events: EventLog,
         log: CommitLog,
+        saving: Saving,
         clock: Clock,
         committed: Callable[[Sequence[RequestState]], None],
         leave: Leave = "early",
     ) -> None:
         self.placement: Placement | None = None
         self.epoch = log.epoch
-        self._log = log
+        self._log, self._saving = log, saving
         self._stopped_on: Placement | None = None
         """The mesh that stopped last, while there is no other: what is left of its KV is still of use."""
         self._planning, self._members, self._cluster = planning, members, cluster
@@ -150,7 +153,10 @@ class Reconfigurer:
         except NoFeasibleShape as problem:
             if any(end > started for end in self._boundary.ends(self.placement).values()):
                 self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
-            return None if await self._boundary.serve_on(self.placement) else await self._suspend(str(problem))
+                await self._saving.begin(self.epoch)
+            reserve = RESERVE_SECONDS if self._saving.wanted else 0.0
+            going_on = await self._boundary.serve_on(self.placement, reserve)
+            return None if going_on else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return reports.unchanged(self.epoch, preparation, self._running())
         loaded = await self._cluster.prepare(preparation)
@@ -301,6 +307,9 @@ class Reconfigurer:
         self._committed(self._dispatcher.take_cancelled())
         running = self._running()
         self._dispatcher.rest()
+        if before is not None:
+            ends = [self._members.deadline(name) for name in standing_on(before) if self._members.is_leaving(name)]
+            await self._saving.end(before, min(ends, default=self._clock()) - self._clock())
         self.placement, self._stopped_on = None, self._mesh
         self._events.record("stop", self.epoch, f"requests wait for instances: {why}")
         return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)

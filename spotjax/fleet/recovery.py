@@ -66,8 +66,8 @@ def recalled(
 ) -> list[Scheduler]:
     """The replicas of a mesh as their schedulers were, with the sequences that have KV there.
 
-    Where nobody of a replica is left, the others' pages may have copies elsewhere: the first such replica gets all
-    sequences that no other has, at pages that mean nothing.
+    Where nobody of a replica is left, there may be copies of its pages elsewhere: such replicas get the sequences that
+    no other has, at pages that mean nothing.
 
     Args:
       remains: what is left of the mesh.
@@ -88,7 +88,6 @@ def recalled(
         if remains.holders.isdisjoint(placement.instances(replica)):
             for key in sorted(sequences.keys() - placed):
                 placed |= _place_anywhere(schedulers[replica], sequences[key])
-            break
     return schedulers
 
 

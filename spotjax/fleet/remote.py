@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from spotjax.errors import ConnectionLost, InstanceLost
+from spotjax.checkpoint.saves import Save
+from spotjax.errors import CheckpointError, ConnectionLost, InstanceLost
 from spotjax.fleet.keepers import choose_keepers
 from spotjax.fleet.recovery import common_remains
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
+from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import Range
 from spotjax.planner.holdings import Needs, StackedNeeds
 from spotjax.protocol import control
@@ -56,6 +58,8 @@ class RemoteCluster:
       fuse: see ``RemotePipeline``.
       backup: whether workers copy KV to each other.
       bandwidth: bytes per second that each may spend on it; 0 for no limit.
+      layers: of the model.
+      save: KV that was saved before this controller started, which all workers can read.
 
     Attributes:
       pipelines: one for every replica of the current placement.
@@ -71,10 +75,13 @@ class RemoteCluster:
         fuse: bool,
         backup: bool,
         bandwidth: int,
+        layers: int,
+        save: Save | None = None,
     ) -> None:
         self.pipelines: tuple[RemotePipeline, ...] = ()
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
+        self._layers, self._save = layers, save
         self._ended: list[int] = []
         self._compiled: dict[str, int] = {}
         self._placement: Placement | None = None
@@ -93,7 +100,7 @@ class RemoteCluster:
         """See ``Cluster.survivors``: asks every worker what it keeps of the layers that are gone."""
         positions: dict[int, Mapping[int, int]] = {}
         backups: dict[tuple[int, int], str] = {}
-        if self._placement is None or not self._backup:
+        if self._placement is None:
             return Survivors({replica: {} for replica in hurt})
         for replica, computed in hurt.items():
             left = dict(computed)
@@ -191,7 +198,7 @@ class RemoteCluster:
         ready = [session for session in self._sessions.all() if session.offer is not None]
         offered = [s.offer.placement for s in ready if s.offer is not None and s.offer.placement is not None]
         if not offered:
-            return None
+            return Remains(self._saved_mesh(self._save), frozenset(), {}) if self._save is not None else None
         placement = max(offered, key=lambda one: one.epoch).placement()
         command = partial(_reunite_command, placement.epoch, tuple(sequences.items()))
         answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
@@ -206,6 +213,31 @@ class RemoteCluster:
         self._serving = {session.instance: session for session, _, _ in stages}
         by_place = {(replica, stage): kept for (_, replica, stage), kept in stages.items()}
         return Remains(placement, frozenset(self._serving), common_remains(by_place))
+
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+        """See ``Cluster.save_kv``."""
+        serving = [session for session in self._serving.values() if not session.over.done()]
+        command = partial(_save_command, path, seconds, last)
+        answers = await asyncio.gather(*(session.ask(command) for session in serving), return_exceptions=True)
+        for session, answer in zip(serving, answers, strict=True):
+            if isinstance(answer, BaseException):
+                log.warning("KV of instance %s is not saved: %s", session.instance, answer)
+
+    async def save_parameters(self, path: str) -> int:
+        """See ``Cluster.save_parameters``."""
+        serving = [session for session in self._serving.values() if not session.over.done()]
+        asked = [session.ask(lambda number: control.SaveParameters(number, path)) for session in serving]
+        try:
+            return sum(done.moved for done in await asyncio.gather(*asked))
+        except (InstanceLost, CommandFailed) as problem:
+            raise CheckpointError(f"parameters are not all saved: {problem}") from problem
+
+    def _saved_mesh(self, save: Save) -> Placement:
+        """A mesh of which nobody is left, one stage each replica, whose KV was saved."""
+        shape = MeshShape(save.replicas, 1, 1)
+        devices = {position: DeviceRef("(saved)", position.data) for position in shape.positions()}
+        self._placement, self._serving = Placement(save.epoch, shape, ((0, self._layers),), devices), {}
+        return self._placement
 
     def evict(self, instance: str, *, at_once: bool) -> None:
         """See ``Cluster.evict``."""
@@ -361,6 +393,10 @@ class RemoteCluster:
 
 def _reunite_command(epoch: int, sequences: tuple[tuple[int, int], ...], number: int) -> control.Reunite:
     return control.Reunite(number, epoch, sequences)
+
+
+def _save_command(path: str, seconds: float, last: bool, number: int) -> control.SaveKv:
+    return control.SaveKv(number, path, seconds, last)
 
 
 def _sum(done: Iterable[control.Done]) -> Traffic:

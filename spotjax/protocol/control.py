@@ -208,6 +208,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
       lease_seconds: how long the fleet waits for a sign of life.
       service: tells the requests of one commit log from those of another, whose sequences have the same keys.
       reunion: whether KV that is still there from that service's last controller may be of use; else it is given up.
+      save: directory of a save of KV that counts as a copy from now on; empty for none.
+      saved: (key of a sequence, positions of it that count) of what is in there.
     """
 
     setup: ModelSetup
@@ -215,6 +217,8 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     lease_seconds: float
     service: str
     reunion: bool
+    save: str = ""
+    saved: tuple[tuple[int, int], ...] = ()
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -293,7 +297,7 @@ class Clear(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reunite(msgspec.Struct, frozen=True, tag=True):
-    """The controller has started again and goes on with these sequences: what of their KV is there? Answered in ``Done``.
+    """A controller that started again goes on with these sequences: what of their KV is there? Answered in ``Done``.
 
     Attributes:
       id: of the command.
@@ -304,6 +308,34 @@ class Reunite(msgspec.Struct, frozen=True, tag=True):
     id: int
     epoch: int
     sequences: tuple[tuple[int, int], ...]
+
+
+class SaveKv(msgspec.Struct, frozen=True, tag=True):
+    """Save the KV of the current stages into a directory that others save into, too, while steps go on.
+
+    Attributes:
+      id: of the command.
+      path: of the directory.
+      seconds: for all of it, when ``last``.
+      last: save what there is now and end. Else begin, and go on in the background until told so.
+    """
+
+    id: int
+    path: str
+    seconds: float
+    last: bool
+
+
+class SaveParameters(msgspec.Struct, frozen=True, tag=True):
+    """Save the parameters of this worker's stages of replica 0 into a checkpoint; others save the rest.
+
+    Attributes:
+      id: of the command.
+      path: of the checkpoint.
+    """
+
+    id: int
+    path: str
 
 
 class Coverage(msgspec.Struct, frozen=True, tag=True):
@@ -330,7 +362,7 @@ class Release(msgspec.Struct, frozen=True, tag=True):
     at_once: bool
 
 
-Command = Prepare | CopyPages | Switch | Adopt | Clear | Reunite | Coverage
+Command = Prepare | CopyPages | Switch | Adopt | Clear | Reunite | Coverage | SaveKv | SaveParameters
 FromController = Welcome | Refused | Command | Forget | Release
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
-from spotjax.errors import InstanceLost
+from spotjax.errors import CheckpointError, InstanceLost, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.planner.holdings import Needs
@@ -58,6 +58,18 @@ class LocalCluster:
     async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
         """See ``Cluster.survivors``: in one process there is nobody to keep copies."""
         return Survivors()
+
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+        """See ``Cluster.save_kv``: one process keeps no account of whose pages are whose, so none is saved."""
+
+    async def save_parameters(self, path: str) -> int:
+        """See ``Cluster.save_parameters``."""
+        from spotjax.checkpoint.from_host import save_parameters  # Orbax, which most servers never need
+
+        try:
+            return await asyncio.to_thread(save_parameters, self._host, path)
+        except (RuntimeError, SliceUnavailable) as problem:
+            raise CheckpointError(f"an instance was lost meanwhile: {problem}") from problem
 
     def forget(self, sequences: Sequence[int]) -> None:
         """See ``Cluster.forget``: nothing is kept of them."""

@@ -10,16 +10,17 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
-from spotjax.errors import TransportError
+from spotjax.errors import SpotjaxError
 from spotjax.protocol.backup import BackedUpPage, BackupHeader
 from spotjax.reshard.kv import KvMover
 from spotjax.runtime.compiled import PAGES_PER_MOVE
 from spotjax.runtime.kv import LayerPages
+from spotjax.worker.copying import Copying
 from spotjax.worker.ledger import StageLedger
 
 log = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ LAYERS_PER_FRAME = 8
 RETRY_SECONDS = 1.0
 PUSH_SECONDS = 10.0
 
+FAILURES = (SpotjaxError, TimeoutError, RuntimeError, concurrent.futures.CancelledError)
+"""What copying can end with: the other side is gone or full, or the stage's buffers are gone."""
+
 Push = Callable[[BackupHeader, np.ndarray], concurrent.futures.Future[None]]
-"""Sends pages to the worker that keeps them; done when there is room for more."""
+"""Sends pages to whoever keeps them; done when there is room for more."""
 
 
 class Backup:
@@ -47,15 +51,16 @@ class Backup:
 
     def __init__(self, kv: KvMover, service: str, push: Push, bandwidth: int) -> None:
         self._kv, self._service, self._push, self._bandwidth = kv, service, push, bandwidth
-        self._stages: tuple[StageLedger, ...] = ()
+        self._stages: tuple[Copying, ...] = ()
         self._stopping = threading.Event()
         self._round = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="backup", daemon=True)
         self._thread.start()
 
     def install(self, stages: Iterable[StageLedger]) -> None:
-        """Copies of these stages from now on."""
-        self._stages = tuple(stages)
+        """Copies of these stages from now on; of those that it has copied before it goes on where it was."""
+        before = {id(copying.ledger): copying for copying in self._stages}
+        self._stages = tuple(before.get(id(ledger)) or Copying(ledger) for ledger in stages)
 
     def stop(self) -> None:
         """Copies nothing more; returns at once, though a frame may still be on its way."""
@@ -66,33 +71,33 @@ class Backup:
         self.stop()
         self._thread.join()
 
-    def copy_now(self) -> None:
-        """One round.
+    def copy_now(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """One round, until ``enough`` says so between two frames.
 
         Raises:
-          TransportError: pages cannot be sent.
+          SpotjaxError: pages cannot be sent.
           RuntimeError: a stage's buffers are gone.
         """
         with self._round:
             for stage in self._stages:
-                self._copy(stage)
+                self._copy(stage, enough)
 
     def _run(self) -> None:
         while not self._stopping.wait(ROUND_SECONDS):
             stages = self._stages
             try:
                 self.copy_now()
-            except (TransportError, TimeoutError, RuntimeError, concurrent.futures.CancelledError) as problem:
+            except FAILURES as problem:
                 # whoever kept the copies is gone, or the stage is: the next placement begins anew
                 log.debug("backup interrupted: %s", problem)
                 for stage in stages:
                     stage.restart()
                 self._stopping.wait(RETRY_SECONDS)
 
-    def _copy(self, ledger: StageLedger) -> None:
+    def _copy(self, copying: Copying, enough: Callable[[], bool]) -> None:
         """One round for one stage: what is due now, in frames of a few pages and layers."""
-        source = ledger.source
-        while due := ledger.due(PAGES_PER_MOVE):
+        ledger = copying.ledger
+        while not enough() and (due := copying.due(PAGES_PER_MOVE)):
             started, sent = time.monotonic(), 0
             start, stop = ledger.stage.layers
             for first in range(start, stop, LAYERS_PER_FRAME):
@@ -107,9 +112,11 @@ class Backup:
                 for content, view in zip(taken, views, strict=True):
                     self._kv.to_host(ledger.stage, content, len(due), view)
                 pages = tuple(BackedUpPage(key, number, positions) for key, number, _, positions in due)
-                self._push(BackupHeader(layers, pages, source, ledger.epoch, self._service), flat).result(PUSH_SECONDS)
+                self._push(BackupHeader(layers, pages, copying.source, ledger.epoch, self._service), flat).result(
+                    PUSH_SECONDS
+                )
                 sent += flat.nbytes
-            ledger.copied(due, source)
+            copying.copied(due)
             self._pay(sent, started)
             if len(due) < PAGES_PER_MOVE:
                 return

@@ -7,7 +7,6 @@ and a controller that has started again learns from it what KV is still there. H
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,28 +14,25 @@ import numpy as np
 
 from spotjax.runtime.stage import Stage
 
-
 NOBODY = -1
 """In place of a key."""
 
 
-@dataclass
-class _Sequence:
+@dataclass(eq=False)
+class Resident:
     """What is known of one sequence on one stage.
 
     Attributes:
       pages: its KV pages.
-      written: positions whose KV is on the stage.
-      copied: of these, how many have been copied.
+      written: positions whose KV is on the stage; they only grow. What loses KV becomes another ``Resident``.
     """
 
     pages: tuple[int, ...]
     written: int = 0
-    copied: int = 0
 
 
 class StageLedger:
-    """Whose the pages of one stage are, and what of them is still to be copied. Its lock orders steps and copies.
+    """Whose the pages of one stage are. Its lock orders steps and copies.
 
     A page that changes hands is a danger: copied under its old owner's name it would be wrong KV. So a step that writes
     pages takes them from whoever had them before it runs, and a copy looks, under the lock, whether what it is about to
@@ -46,21 +42,21 @@ class StageLedger:
     def __init__(self, stage: Stage, page_size: int) -> None:
         self.stage = stage
         self.lock = threading.Lock()
-        self.source, self.epoch = uuid.uuid4().hex, 0
-        self._page_size = page_size
-        self._sequences: dict[int, _Sequence] = {}
+        self.epoch = 0
+        self.page_size = page_size
+        self._sequences: dict[int, Resident] = {}
         self._owners: dict[int, int] = {}
 
     def begin(self, sequences: Sequence[int], rows: np.ndarray, pages: np.ndarray) -> None:
         """A step is about to write; called before it is dispatched. ``rows`` and ``pages`` are as in ``StepInput``."""
         with self.lock:
             for row, key in enumerate(sequences):
-                count = -(-int(rows[row, 0] + rows[row, 1]) // self._page_size)
+                count = -(-int(rows[row, 0] + rows[row, 1]) // self.page_size)
                 owned = tuple(pages[row, :count].tolist())
-                sequence = self._sequences.setdefault(key, _Sequence(()))
+                sequence = self._sequences.get(key)
+                if sequence is None or sequence.pages != owned[: len(sequence.pages)]:  # it lost its pages, if any
+                    sequence = self._sequences[key] = Resident(())
                 known = len(sequence.pages)
-                if sequence.pages != owned[:known]:  # it lost its pages and got others
-                    sequence.written = sequence.copied = known = 0
                 sequence.pages = owned
                 for page in owned[known:]:  # most steps bring none: this is on every step's way
                     self._take(page, key)
@@ -77,9 +73,11 @@ class StageLedger:
         """The step is dispatched: what reads the stage's pages from now on finds what it writes."""
         with self.lock:
             for row, key in enumerate(sequences):
-                if (sequence := self._sequences.get(key)) is not None:
-                    sequence.written = int(rows[row, 0] + rows[row, 1])
-                    sequence.copied = min(sequence.copied, int(rows[row, 0]))
+                if (sequence := self._sequences.get(key)) is None:
+                    continue
+                if rows[row, 0] < sequence.written:  # computed again
+                    sequence = self._sequences[key] = Resident(sequence.pages)
+                sequence.written = int(rows[row, 0] + rows[row, 1])
 
     def overwrite(self, pages: Iterable[int]) -> None:
         """KV of others is about to be brought into these pages: whoever had them has none here any more."""
@@ -96,42 +94,23 @@ class StageLedger:
             for key in sequences:
                 self._sequences.pop(key, None)
 
-    def restart(self) -> None:
-        """Nothing is copied yet: whoever kept it is another one now, or lost it. What is still on its way is void."""
-        with self.lock:
-            self.source = uuid.uuid4().hex
-            for sequence in self._sequences.values():
-                sequence.copied = 0
-
     def keep(self, certain: Mapping[int, int]) -> None:
         """Only these sequences count from now on, each with no more than so many positions."""
         with self.lock:
-            self._sequences = {key: one for key, one in self._sequences.items() if key in certain}
-            for key, sequence in self._sequences.items():
-                sequence.written = min(sequence.written, certain[key])
-                sequence.copied = min(sequence.copied, sequence.written)
+            self._sequences = {
+                key: Resident(one.pages, min(one.written, certain[key]))
+                for key, one in self._sequences.items()
+                if key in certain
+            }
 
     def remains(self) -> tuple[tuple[int, tuple[int, ...], int], ...]:
         """(key, pages in order, positions whose KV is in them) of every sequence that has some."""
         with self.lock:
             return tuple((key, one.pages, one.written) for key, one in self._sequences.items() if one.written)
 
-    def due(self, limit: int) -> list[tuple[int, int, int, int]]:
-        """(sequence, number of a page in it, page, positions copied with it) of what is to be copied next.
-
-        Whole sequences as far as the limit goes, those with most to copy last, so that all stay close behind.
-        """
-        with self.lock:
-            behind = [(s.written - s.copied, key, s) for key, s in self._sequences.items() if s.written > s.copied]
-            found: list[tuple[int, int, int, int]] = []
-            for _, key, sequence in sorted(behind, key=lambda entry: entry[:2]):
-                first, last = sequence.copied // self._page_size, -(-sequence.written // self._page_size)
-                for number in range(first, last):
-                    if len(found) == limit:
-                        return found
-                    positions = min(sequence.written, (number + 1) * self._page_size)
-                    found.append((key, number, sequence.pages[number], positions))
-            return found
+    def residents(self) -> dict[int, Resident]:
+        """By key; for who holds the lock."""
+        return self._sequences
 
     def still_owned(self, due: Sequence[tuple[int, int, int, int]]) -> bool:
         """Whether all these pages belong to whom they did; for who holds the lock."""
@@ -142,12 +121,3 @@ class StageLedger:
             and sequence.written >= positions
             for key, number, page, positions in due
         )
-
-    def copied(self, due: Sequence[tuple[int, int, int, int]], source: str) -> None:
-        """These have been sent, under that name; it counts unless there was a ``restart`` since."""
-        with self.lock:
-            if source != self.source:
-                return
-            for key, _, _, positions in due:
-                if (sequence := self._sequences.get(key)) is not None:
-                    sequence.copied = max(sequence.copied, min(positions, sequence.written))

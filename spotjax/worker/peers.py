@@ -13,7 +13,7 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, Range
 from spotjax.protocol import reads
 from spotjax.transport.endpoint import Endpoint
-from spotjax.worker.backup_store import BackupStore
+from spotjax.worker.copies import Copies
 
 
 class RemotePeers:
@@ -21,7 +21,7 @@ class RemotePeers:
 
     Args:
       name: of this instance.
-      backups: what others have backed up here.
+      copies: what this worker has itself of others' KV.
       endpoint: of this process.
       loop: the endpoint's.
       timeout: seconds without progress after which a peer counts as unreachable.
@@ -32,11 +32,11 @@ class RemotePeers:
     """
 
     def __init__(
-        self, name: str, backups: BackupStore, endpoint: Endpoint, loop: asyncio.AbstractEventLoop, timeout: float
+        self, name: str, copies: Copies, endpoint: Endpoint, loop: asyncio.AbstractEventLoop, timeout: float
     ) -> None:
         self.addresses: Mapping[str, str] = {}
         self.epoch = 0
-        self._name, self._backups = name, backups
+        self._name, self._copies = name, copies
         self._endpoint, self._loop, self._timeout = endpoint, loop, timeout
         self._superseded = False
         self._reading: set[concurrent.futures.Future[None]] = set()
@@ -60,11 +60,22 @@ class RemotePeers:
         self._read(instance, reads.ReadPages(self.epoch, replica, layers, tuple(pages)), into)
 
     def read_backup(self, instance: str, layers: Range, owners: Sequence[tuple[int, int]], into: np.ndarray) -> None:
-        """See ``Peers.read_backup``."""
+        """See ``Peers.read_backup``. Pages that are here as a whole come from here: a checkpoint is everybody's."""
         if instance == self._name:
-            into[...] = self._backups.read(layers, owners)
-        else:
+            into[...] = self._copies.read(layers, owners)
+            return
+        here = self._copies.whole(layers, owners)
+        if not any(here):
             self._read(instance, reads.ReadBackup(layers, tuple(owners)), into)
+            return
+        pages = into.reshape(layers[1] - layers[0], 2, len(owners), -1)
+        near, far = ([n for n, whole in enumerate(here) if whole is which] for which in (True, False))
+        content = self._copies.read(layers, [owners[n] for n in near])
+        pages[:, :, near] = content.reshape(*pages.shape[:2], len(near), -1)
+        if far:
+            fetched = np.empty((*pages.shape[:2], len(far), pages.shape[-1]), np.uint8)
+            self._read(instance, reads.ReadBackup(layers, tuple(owners[n] for n in far)), fetched)
+            pages[:, :, far] = fetched
 
     def _read(self, instance: str, what: reads.Read, into: np.ndarray) -> None:
         if not into.nbytes:

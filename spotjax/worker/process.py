@@ -33,6 +33,7 @@ from spotjax.transport.credentials import channel_credentials
 from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
 from spotjax.worker.backup_store import BackupStore
+from spotjax.worker.copies import Copies
 from spotjax.worker.executor import CONTROLLER, StageExecutor
 from spotjax.worker.heartbeat import Heartbeat
 from spotjax.worker.heartbeat_process import BEATS_PER_LEASE, TlsFiles
@@ -83,7 +84,7 @@ class WorkerProcess:
         files = (config.tls_certificate, config.tls_key, config.tls_authority)
         self._tls_files = TlsFiles(*files) if config.tls_certificate else None
         self._worker: Worker | None = None
-        self._backups = BackupStore()
+        self._copies = Copies(BackupStore())
         self._session: Session | None = None
         self._heartbeat: Heartbeat | None = None
         self._beating = ("", 0.0)
@@ -173,13 +174,13 @@ class WorkerProcess:
                 self._config.parameter_store or default_directory()
             )  # fmt: skip
             self._worker = await asyncio.to_thread(self._load, welcome.setup, stores)
-        await asyncio.to_thread(self._worker.serve, welcome.service, reunion=welcome.reunion)
+        await asyncio.to_thread(self._worker.serve, welcome)
         return self._worker
 
     def _load(self, setup: control.ModelSetup, stores: Path | None) -> Worker:
         programs = cache_directory(self._config.compilation_cache)
         return self.KIND.load(
-            self._name, self._devices, setup, self._peers, self._links, self._backups, self._make_executor, programs,
+            self._name, self._devices, setup, self._peers, self._links, self._copies, self._make_executor, programs,
             stores,
         )  # fmt: skip
 
@@ -198,7 +199,7 @@ class WorkerProcess:
         return tuple(devices[: self._config.devices_per_instance] if devices[0].platform == "cpu" else devices)
 
     def _make_peers(self) -> RemotePeers:
-        return RemotePeers(self._name, self._backups, self._endpoint, self._loop, READ_SECONDS)
+        return RemotePeers(self._name, self._copies, self._endpoint, self._loop, READ_SECONDS)
 
     def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:
         return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed, self._watchdog)
@@ -234,7 +235,7 @@ class WorkerProcess:
         if isinstance(header, StepHeader):
             self._worker.executor.receive(header, payload)
         elif isinstance(header, BackupHeader):
-            self._backups.put(header, np.frombuffer(payload, np.uint8))
+            self._copies.store.put(header, np.frombuffer(payload, np.uint8))
         else:
             raise TransportError(f"{connection.peer} sent a {type(header).__name__}, which is not for this process")
 

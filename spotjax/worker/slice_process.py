@@ -51,7 +51,7 @@ class SliceProcess(WorkerProcess):
         return tuple(jax.devices())
 
     def _make_peers(self) -> SlicePeers:
-        self._slice_peers = SlicePeers(self._name, self._backups, self._endpoint, self._loop, READ_SECONDS)
+        self._slice_peers = SlicePeers(self._name, self._copies, self._endpoint, self._loop, READ_SECONDS)
         return self._slice_peers
 
     def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.errors import ConfigError, ConnectionLost, PeerUnreachable, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.sharding import own
@@ -34,7 +35,7 @@ from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.worker.backup import Backup
-from spotjax.worker.backup_store import BackupStore
+from spotjax.worker.copies import Copies
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
 from spotjax.worker.ledger import StageLedger
 from spotjax.worker.links import Links
@@ -43,6 +44,8 @@ from spotjax.worker.peers import RemotePeers
 
 if TYPE_CHECKING:
     from collections.abc import Buffer
+
+    from spotjax.worker.saving import KvSave
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +66,17 @@ class Worker:
         executor: StageExecutor,
         peers: RemotePeers,
         links: Links,
-        backups: BackupStore,
+        copies: Copies,
         store: ParameterStore | None,
         memory: StoreMemory | None,
     ) -> None:
         self.setup, self.executor = setup, executor
         self._name, self._host, self._peers, self._links = name, host, peers, links
         self._store, self._memory = store, memory
-        self._backups = backups
+        self._copies = copies
         self._backup: Backup | None = None
         self._keeper = ""
+        self._save: KvSave | None = None
         self._ledgers: dict[tuple[int, int], StageLedger] = {}
         """Of the current stages, by replica and stage number."""
 
@@ -84,7 +88,7 @@ class Worker:
         setup: control.ModelSetup,
         peers: RemotePeers,
         links: Links,
-        backups: BackupStore,
+        copies: Copies,
         make_executor: Callable[[CompiledModel, int], StageExecutor],
         programs: Path | None,
         stores: Path | None,
@@ -97,7 +101,7 @@ class Worker:
           setup: what to serve.
           peers: the other workers, to read from.
           links: the same, to send steps to.
-          backups: what they have backed up here.
+          copies: what there is of their KV here.
           make_executor: for the compiled functions and the longest sequence.
           programs: directory of compiled programs, None for none.
           stores: directory of parameter stores, None for none.
@@ -125,7 +129,7 @@ class Worker:
         if store is not None:
             host.store = attach(store, name, devices)
         executor = make_executor(compiled, setup.max_positions)
-        return cls(name, setup, host, executor, peers, links, backups, store, memory)
+        return cls(name, setup, host, executor, peers, links, copies, store, memory)
 
     @classmethod
     def store_name(cls, name: str) -> str:
@@ -165,8 +169,12 @@ class Worker:
             case control.Reunite():
                 remains = await asyncio.to_thread(self._reunite, command)
                 return control.Done(command.id, remains=remains, compiled=self._compiled)
+            case control.SaveKv():
+                await asyncio.to_thread(self._save_kv, command)
+            case control.SaveParameters():
+                traffic = Traffic(moved=await asyncio.to_thread(self._save_parameters, command.path))
             case control.Coverage():
-                positions = self._backups.positions(command.layers, command.sequences)
+                positions = self._copies.positions(command.layers, command.sequences)
                 return control.Done(command.id, positions=positions, compiled=self._compiled)
         return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
 
@@ -178,7 +186,7 @@ class Worker:
         """
         wanted = reads.decode(what)
         if isinstance(wanted, reads.ReadBackup):
-            return [self._backups.read(wanted.layers, wanted.owners).data]
+            return [self._copies.read(wanted.layers, wanted.owners).data]
         if isinstance(wanted, reads.ReadSlice):
             source = DeviceRef(self._name, wanted.device)
             content = self._host.store.read(source, ArraySlice(wanted.name, wanted.index))
@@ -190,33 +198,42 @@ class Worker:
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These sequences have ended: their copies are of no use any more."""
-        self._backups.forget(sequences)
+        self._copies.store.forget(sequences)
         for ledger in self._ledgers.values():
             ledger.forget(sequences)
 
     def supersede(self) -> None:
-        """Puts an early end to a command that reads from others."""
+        """Puts an early end to a command that reads from others, or saves."""
         self._peers.supersede()
+        if self._save is not None:
+            self._save.hurry()
 
     def pause(self) -> None:
         """The controller is gone: keeps everything for the next one, and copies and reports nothing meanwhile."""
         self._quieten()
 
-    def serve(self, service: str, *, reunion: bool) -> None:
+    def serve(self, welcome: control.Welcome) -> None:
         """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
-        if not reunion or service != self._backups.service:
+        if not welcome.reunion or welcome.service != self._copies.store.service:
             self.clear()
-        self._backups.service = service
+        self._copies.store.service = welcome.service
+        self._copies.use_save(welcome.save, self._kv_format(), dict(welcome.saved))
+
+    def _kv_format(self) -> KvFormat:
+        c, setup, service = self._host.model.spec.config, self.setup, self._copies.store.service
+        return KvFormat(service, setup.fingerprint, c.layers, c.kv_heads, c.head_size, setup.page_size, setup.dtype)
 
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""
         self._quieten()
-        self._backups.clear()
+        self._copies.store.clear()
         self._clear_stages()
 
     def _quieten(self) -> None:
         self._links.onward = ()
         self._end_backup()
+        if self._save is not None:
+            self._save.hurry()
 
     def _clear_stages(self) -> None:
         self.executor.close()
@@ -227,7 +244,7 @@ class Worker:
         """What is there for a controller that goes on where one before it ended."""
         self.executor.close()  # what was on its way then is not to change anything any more
         certain, placement = dict(command.sequences), self._host.placement
-        self._backups.keep(certain)
+        self._copies.store.keep(certain)
         if placement is None or placement.epoch != command.epoch:
             self._clear_stages()
         for ledger in self._ledgers.values():
@@ -259,6 +276,24 @@ class Worker:
         preparation = Preparation(placement, needs, plan, command.heirs, command.carried, survivors)
         return self._host.prepare(preparation, command.steps)
 
+    def _save_kv(self, command: control.SaveKv) -> None:
+        from spotjax.worker.saving import KvSave  # Orbax, which most workers never need
+
+        if self._save is not None and self._save.path != command.path:
+            self._save.finish(0)  # nobody asked for its end
+            self._save = None
+        if self._save is None:
+            self._save = KvSave(self._host.kv, command.path, self._name, self._kv_format())
+            self._save.install(self._ledgers.values())
+        if command.last:
+            saving, self._save = self._save, None
+            saving.finish(command.seconds)
+
+    def _save_parameters(self, path: str) -> int:
+        from spotjax.checkpoint.from_host import save_parameters
+
+        return save_parameters(self._host, path)
+
     def _make_way(self, transfers: Sequence[PageTransfer]) -> None:
         """Tells ledgers which pages KV of other replicas comes into, where a replica goes on with the pages it has."""
         heirs = self._host.prepared.preparation.heirs if self._host.prepared is not None else {}
@@ -284,8 +319,9 @@ class Worker:
             if onward != self._name:
                 onwards.add(onward)
         self.executor.install(roles)
-        if self._backup is not None:
-            self._backup.install(self._ledgers.values())
+        for copier in (self._backup, self._save):
+            if copier is not None:
+                copier.install(self._ledgers.values())
         if self._memory is not None:
             self._memory.keep(self._host.held())
         shown = ", ".join(f"{data}.{number}" for data, number in sorted(self._host.stages)) or "none"
@@ -307,9 +343,7 @@ class Worker:
         self._end_backup()
         if keeper:
             push = partial(self._links.push, keeper)
-            for ledger in self._ledgers.values():
-                ledger.restart()
-            self._backup = Backup(self._host.kv, self._backups.service, push, bandwidth)
+            self._backup = Backup(self._host.kv, self._copies.store.service, push, bandwidth)
             self._keeper = keeper
 
     def _end_backup(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spotjax.checkpoint.kv import KvWriter
-from spotjax.checkpoint.kv_units import KvFormat
+from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.protocol.backup import BackedUpPage, BackupHeader
 
 PAGE_SIZE = 4

@@ -10,7 +10,7 @@ import pytest
 from serving_cases import PAGE_SIZE, SHARED_HEADS, build_stage, shared_heads
 
 from spotjax.checkpoint.kv import KvWriter
-from spotjax.checkpoint.kv_units import KvFormat
+from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.checkpoint.saved_kv import SavedKv
 from spotjax.protocol.backup import BackedUpPage, BackupHeader
 from spotjax.reshard.kv import KvMover
