@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from random import Random
 
+import pytest
 from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,9 @@ from spotjax.fleet.status import Reconfiguration
 from spotjax.meshes.instance import InstanceState
 
 PATIENCE = 20.0
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # what had not begun when its controller died
 
 
 class Client:
