@@ -43,8 +43,10 @@ from spotjax.transport.security import Tls
 
 log = logging.getLogger(__name__)
 
+RETURN_SECONDS = 3.0
+"""After the start, for workers that kept KV of unfinished requests: they look for a controller every 2 s."""
 REUNION_SECONDS = 5.0
-"""For the other workers of a mesh, when one is back that has a part of it: they look for a controller every 2 s."""
+"""For the other workers of a mesh, when one is back that has a part of it."""
 FORESEEN = 4
 """Workers that a controller which starts none itself gets ready for; more may come."""
 
@@ -74,10 +76,10 @@ class FleetServer:
         self._cluster: RemoteCluster | None = None
         self._limits: ServiceLimits | None = None
         self._virtual_memory = 0
+        self._opened, self._reunion_began = time.monotonic(), 0.0
         self._readied: set[str] = set()
         self._awaited: set[str] = set()
         """Instances of the mesh that an earlier controller had."""
-        self._reunion: asyncio.TimerHandle | None = None
         self._starting = True
         self._enough = asyncio.Event()
         self._failed_to_start: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -173,6 +175,7 @@ class FleetServer:
         self._readied.add(session.instance)
         assert session.offer is not None, "it has just made one"
         if (kept := session.offer.placement) is not None:  # from before this controller: wait for the others of it
+            self._reunion_began = self._reunion_began or time.monotonic()
             self._awaited |= {device.instance for _, device in kept.devices}
         self._look_whether_enough()
         self.service.arrived(session.instance)
@@ -195,14 +198,17 @@ class FleetServer:
         """The first mesh is formed of all who are expected, or of those who are there when others stay away."""
         if len(self._readied) < max(1, self._config.workers):
             return
-        unfinished = not self._config.workers and any(
-            state.finish is None for recorded in self._log.replay() for state in recorded.states
-        )
-        if self._awaited <= self._readied and (self._awaited or not unfinished):
+        if self._awaited:  # some are back, and have told who else was there
+            there, end = self._awaited <= self._readied, self._reunion_began + REUNION_SECONDS
+        else:
+            unfinished = any(state.finish is None for recorded in self._log.replay() for state in recorded.states)
+            there, end = bool(self._config.workers) or not unfinished, self._opened + RETURN_SECONDS
+        left = end - time.monotonic()
+        if there or left <= 0:
             self._enough.set()
-        elif self._reunion is None:
-            log.info("waiting for workers of before", extra={"seconds": REUNION_SECONDS})
-            self._reunion = asyncio.get_running_loop().call_later(REUNION_SECONDS, self._enough.set)
+        elif not self._enough.is_set():
+            log.info("waiting for workers of before", extra={"seconds": round(left, 1)})
+            asyncio.get_running_loop().call_later(left, self._look_whether_enough)
 
     # -- parts
 

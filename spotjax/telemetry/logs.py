@@ -56,5 +56,5 @@ def set_up(level: str, form: Literal["text", "json"], stream: TextIO | None = No
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for chatty in ("jax", "asyncio", "grpc", "hf_xet", "urllib3", "httpx"):
+    for chatty in ("jax", "absl", "asyncio", "grpc", "hf_xet", "urllib3", "httpx"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, root.level))
