@@ -45,7 +45,7 @@ EMBEDDED = {
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
-    "kv_backup_bandwidth": 5,
+    "kv_backup_bandwidth": 5, "checkpoint": "gs://bucket/saves",
 }  # fmt: skip
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
@@ -200,6 +200,8 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--join", "h:1", "--data-listen", "0.0.0.0:0"], "data_listen", "advertise"),
         (["--join", "h:1", "--durability", "none"], "durability", "join"),
         (["--join", "h:1", "--commit-log", "/logs"], "commit_log", "join"),
+        (["--join", "h:1", "--checkpoint", "/saves"], "checkpoint", "join"),
+        (["--instances", "2", "--checkpoint", "/saves"], "checkpoint", "embedded"),
         (["--durability", "none", "--commit-log", "/logs"], "commit_log", "durability none"),
         (["--workers", "2", "--durability", "none", "--commit-log", "/logs"], "commit_log", "durability none"),
     ],

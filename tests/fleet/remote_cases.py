@@ -97,7 +97,8 @@ class Fleet:
         self.sessions = Sessions(Leases(2.0), lambda: 0.0, self)  # type: ignore[arg-type]
         self.endpoint = Endpoint()
         self.cluster = RemoteCluster(
-            self.sessions, self.endpoint, BUCKETS, patience, fuse=False, backup=backup, bandwidth=7  # type: ignore[arg-type]
+            self.sessions, self.endpoint, BUCKETS, patience, fuse=False, backup=backup, bandwidth=7,  # type: ignore[arg-type]
+            layers=SPEC.config.layers,
         )  # fmt: skip
         self.workers: dict[str, Worker] = {}
         self.order: list[tuple[str, str]] = []

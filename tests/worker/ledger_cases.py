@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from spotjax.worker.copying import Copying
 from spotjax.worker.ledger import StageLedger
 
 Row = tuple[int, int, int, list[int]]
@@ -29,6 +30,6 @@ def make_ledger(page_size: int = 4) -> StageLedger:
     return StageLedger(stage=None, page_size=page_size)  # type: ignore[arg-type]  # its bookkeeping needs none
 
 
-def copy(ledger: StageLedger, limit: int = 10) -> None:
+def copy(copying: Copying, limit: int = 10) -> None:
     """What a round of copying tells."""
-    ledger.copied(ledger.due(limit), ledger.source)
+    copying.copied(copying.due(limit))

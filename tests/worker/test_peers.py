@@ -16,6 +16,7 @@ from spotjax.meshes.slices import ArraySlice
 from spotjax.protocol import reads
 from spotjax.transport.endpoint import Endpoint
 from spotjax.worker.backup_store import BackupStore
+from spotjax.worker.copies import Copies
 from spotjax.worker.peers import RemotePeers
 
 SECONDS = 0.5
@@ -36,7 +37,7 @@ class Pair:
             Endpoint(reads.ReadSlice, self._ignore, provide=self._provide),
         ]
         self.backups = BackupStore()
-        self.peers = RemotePeers("a", self.backups, self.endpoints[0], asyncio.get_running_loop(), SECONDS)
+        self.peers = RemotePeers("a", Copies(self.backups), self.endpoints[0], asyncio.get_running_loop(), SECONDS)
 
     def _ignore(self, *frame: Any) -> None:
         raise AssertionError("no frames are sent here")
