@@ -11,24 +11,19 @@ import jax
 import msgspec
 import pytest
 from serving_cases import BUCKETS, POSITIONS, build_pipelines, build_stage, generate, greedy, shared_heads
+from step_cases import frame, prefill, whole
 
-from spotjax.engine.batch import Batch, Span
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.meshes.shape import MeshShape
-from spotjax.protocol.steps import ResultHeader, StepHeader, read_result, step_payload
+from spotjax.protocol.steps import ResultHeader, StepHeader, read_result
 from spotjax.runtime.stage import Stage
-from spotjax.runtime.step import pack_step, step_shape, unpack_result
+from spotjax.runtime.step import unpack_result
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
 from spotjax.worker.watchdog import LOOK_SECONDS, STEP_SECONDS, Watchdog
 
 STAGES = 3
 PROMPTS = [[1, 5, 9, 2], list(range(20)), [7]]
 SECONDS = 60.0
-
-
-def whole(payload: Sequence[memoryview]) -> memoryview:
-    """A payload as it arrives: in fresh memory."""
-    return memoryview(b"".join(payload))
 
 
 @dataclass
@@ -100,18 +95,6 @@ def roles(pipeline: str, stages: Sequence[Stage], homes: Sequence[str]) -> dict[
 def install(net: Net, pipeline: str, homes: Sequence[str]) -> None:
     for name, theirs in roles(pipeline, new_stages(len(homes)), homes).items():
         (net.executors.get(name) or net.worker(name)).install(theirs)
-
-
-def prefill(step: int, prompt: Sequence[int] = (1, 5, 9, 2)) -> Batch:
-    return Batch(step, (Span(3, tuple(prompt), 0, (1,), greedy(prompt, 4), True),))
-
-
-def frame(pipeline: str, batch: Batch, stage: int = 0) -> tuple[StepHeader, memoryview]:
-    shape = step_shape(batch, BUCKETS, fine=False)
-    packed = pack_step(batch, BUCKETS, shape)
-    keys = tuple(span.sequence for span in batch.spans)
-    header = StepHeader(pipeline, batch.step, stage, shape, packed.variant, keys, None, ready=False)
-    return header, whole(step_payload(packed, None))
 
 
 class Pipeline(RemotePipeline):
