@@ -1,6 +1,6 @@
 """Harm done to a service under load, drawn by seed, and whether it kept its promises.
 
-``schedule`` decides what happens to whom, purely; ``Chaos`` makes it happen and looks at what comes of it.
+``tools.chaos_schedule`` decides what happens to whom; ``Chaos`` makes it happen and looks at what comes of it.
 """
 
 from __future__ import annotations
@@ -9,87 +9,24 @@ import asyncio
 import random
 import signal
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from spotjax.tools.chaos_schedule import FOLLOWS, JOIN, KINDS, NEWCOMER, Event
+from spotjax.tools.controller_chaos import clocks, strike
 from spotjax.tools.load import Load, longest
 from spotjax.tools.local_fleet import LocalFleet
-from spotjax.tools.service import GRACE_SECONDS, NotInTime, Service, alive, ready
+from spotjax.tools.service import CHANGED, GRACE_SECONDS, NotInTime, Service, alive, ready
 
 LEASE_SECONDS = 2.0
 """Silence after which an instance counts as lost; ``freeze`` and ``cut`` exceed it, ``pause`` and ``blip`` do not."""
+STRIKES = ("controller", "clocks", "disk")
+"""What events need that strike the controller."""
 LOOK_SECONDS = 0.5
 """How often to look whether tokens can come at all."""
 STALL_SECONDS = 30.0
 """Without any token for so long although a mesh serves, something hangs."""
-MOST_TOKENS = 120
-"""Most tokens that clients see between two events."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of event.
-
-    Attributes:
-      takes: instances that it needs.
-      loses: of these, how many are gone afterwards until they are brought back.
-      away: of these, how many come back by themselves.
-      shortest, longest: seconds that it lasts, where it does.
-      needs: ``embedded`` any service, ``processes``, ``network``.
-    """
-
-    takes: int
-    loses: int = 0
-    away: int = 0
-    shortest: float = 0.0
-    longest: float = 0.0
-    needs: str = "processes"
-
-
-KINDS = {
-    "kill": Kind(1, loses=1, needs="embedded"),
-    "kill two": Kind(2, loses=2, needs="embedded"),
-    "kill in a change": Kind(2, loses=2, needs="embedded"),  # one is given notice, the other killed as its bytes move
-    "terminate": Kind(1, loses=1, needs="embedded"),  # SIGTERM, with grace
-    "preempt": Kind(1, loses=1, shortest=5.0, longest=10.0, needs="embedded"),  # the operators' command
-    "kill newcomer": Kind(0, shortest=0.1, longest=3.0),  # one that is gone starts and is killed somewhere on its way
-    "freeze": Kind(1, away=1, shortest=2.5, longest=4.0),  # stopped as a whole, longer than the lease
-    "pause": Kind(1, shortest=0.1, longest=1.0),  # the same, shorter
-    "hang": Kind(1, away=1, shortest=0.5, longest=3.0),  # the worker is stopped, what speaks for it is not
-    "cut": Kind(1, away=1, shortest=2.5, longest=4.0, needs="network"),  # longer than the lease
-    "blip": Kind(1, shortest=0.2, longest=0.8, needs="network"),
-    "slow": Kind(1, shortest=0.5, longest=2.0, needs="network"),
-    "sever": Kind(1, away=1, needs="network"),  # connections of the data plane are reset, and can be made anew
-}
-JOIN = "join"
-"""Brings some of those back that are gone."""
-NEWCOMER = "kill newcomer"
-FOLLOWS = -1
-"""Tokens before an event that follows hard upon the one before."""
-HASTY, JOINS, TOO_FEW = 0.2, 0.3, 0.1
-"""Shares of events that follow hard, of turns that join if anybody is gone, and of losses that may leave too few."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that happens to the service.
-
-    Attributes:
-      kind: a key of ``KINDS``, or ``JOIN``.
-      targets: instances.
-      tokens: how many clients see after the event before; ``FOLLOWS`` hard upon it.
-      seconds: how long it lasts.
-    """
-
-    kind: str
-    targets: tuple[str, ...]
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        lasting = f" for {self.seconds:.2f} s" if self.seconds else ""
-        return f"{self.kind} {', '.join(self.targets)}{lasting} after {self.tokens} tokens"
 
 
 def possible(service: Service) -> list[str]:
@@ -97,51 +34,9 @@ def possible(service: Service) -> list[str]:
     can = {"embedded"}
     if isinstance(service, LocalFleet):
         can |= {"processes"} | ({"network"} if service.network else set())
+        if service.patience:
+            can |= {"controller"} | ({"clocks"} if clocks() else set()) | ({"disk"} if service.disk else set())
     return [name for name, kind in KINDS.items() if kind.needs in can]
-
-
-def schedule(seed: int, count: int, names: Sequence[str], kinds: Collection[str], enough: int = 2) -> list[Event]:
-    """``count`` events, joins included; no kind occurs twice before all have once. The same seed, the same events.
-
-    Targets are part of the fleet when their turn comes, and joins bring back those that are not. Most events leave
-    ``enough`` instances, some do not.
-    """
-    draw = random.Random(seed)
-    gone: list[str] = []
-    away: list[str] = []
-    recovering: list[str] = []
-    events: list[Event] = []
-    deck: list[str] = []
-
-    def can_be(name: str, there: Sequence[str]) -> bool:
-        kind = KINDS[name]
-        if name == NEWCOMER:
-            return bool(gone)
-        left = len(there) - kind.loses - kind.away
-        return len(there) >= kind.takes and (left >= enough or draw.random() < TOO_FEW)
-
-    while len(events) < count:
-        if not any(name != NEWCOMER for name in deck):  # and they wait until somebody is gone
-            deck += draw.sample(sorted(kinds), len(kinds))
-        there = [name for name in names if name not in gone and name not in away]
-        joins = gone and draw.random() < JOINS
-        chosen = None if joins else next((name for name in deck if can_be(name, there)), None)
-        tokens = FOLLOWS if draw.random() < HASTY else draw.randint(0, MOST_TOKENS)
-        if chosen is not None:
-            deck.remove(chosen)
-            kind = KINDS[chosen]
-            targets = draw.sample(gone, 1) if chosen == NEWCOMER else draw.sample(there, kind.takes)
-            tokens = max(tokens, 0) if set(targets) & set(recovering) else tokens
-            events.append(Event(chosen, tuple(targets), tokens, draw.uniform(kind.shortest, kind.longest)))
-            gone += targets[: kind.loses]
-            away = recovering = targets[: kind.away]
-        elif gone:
-            back = draw.sample(gone, draw.randint(1, len(gone)))
-            gone = [name for name in gone if name not in back]
-            events.append(Event(JOIN, tuple(back), tokens))
-        else:
-            away = []  # they are back by then
-    return events
 
 
 @dataclass(frozen=True)
@@ -244,7 +139,7 @@ class Chaos:
                 raise NotInTime(f"no token for {STALL_SECONDS:g} s with {len(ready(status))} instances: {status}")
 
     async def _act(self, event: Event) -> None:
-        service, first = self._service, event.targets[0]
+        service, first = self._service, next(iter(event.targets), "")
         match event.kind:
             case "kill" | "kill two":
                 await service.kill(event.targets)
@@ -260,17 +155,18 @@ class Chaos:
                 await service.kill(event.targets)
             case "join":
                 await service.bring(event.targets)
+            case kind if KINDS[kind].needs in STRIKES:
+                assert isinstance(service, LocalFleet)
+                await strike(service, self._load, event, self._draw)
             case _:
                 assert isinstance(service, LocalFleet)
                 self._begin(first, disturb(service, event))
 
     async def _kill_in_a_change(self, leaving: str, victim: str) -> None:
         """Gives one instance notice and kills another when the change for it has come to a step drawn by chance."""
-        steps = {self._draw.choice(("plan", "precopy")), "stop", "switch"}  # it may come to an end without that step
-        said, deadline = len(self._service.events), time.monotonic() + GRACE_SECONDS
+        since = len(self._service.events)
         self._begin(leaving, self._service.leave(leaving))
-        while steps.isdisjoint(event.kind for event in self._service.events[said:]) and time.monotonic() < deadline:
-            await asyncio.sleep(0)
+        await self._service.until_said((self._draw.choice(("plan", "precopy")), *CHANGED), since, GRACE_SECONDS)
         await self._service.kill([victim])
 
     def _begin(self, name: str, action: Coroutine[Any, Any, None]) -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spotjax.errors import SpotjaxError
-from spotjax.tools.chaos import Chaos, Event, Outcome, possible, schedule
+from spotjax.tools.chaos import Chaos, Outcome, possible
+from spotjax.tools.chaos_schedule import Event, schedule
 from spotjax.tools.load import Load, answers, median_gap
 from spotjax.tools.processes import Usage
 from spotjax.tools.request_mix import Output, Request, mix
+from spotjax.tools.restarts import Restart, disagreements, restarts
 from spotjax.tools.service import NotInTime, Service
 
 COMPLETE_SECONDS = 90.0
@@ -37,7 +39,8 @@ class Report:
       problems: broken promises, for people; empty if all were kept.
       outcomes: events and their pauses.
       step: median seconds between two tokens of a stream, undisturbed.
-      requests, tokens: how many came to their end, as expected.
+      asked, requests, tokens: how many there were of requests; how many came to their end, as expected.
+      restarts: of the server, as far as tokens came after them.
       seconds: from the first request to the last.
       usage: what each process held before and after.
       story: what happened, filled in if there are problems.
@@ -47,8 +50,10 @@ class Report:
     problems: list[str] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     step: float = 0.0
+    asked: int = 0
     requests: int = 0
     tokens: int = 0
+    restarts: list[Restart] = field(default_factory=list)
     seconds: float = 0.0
     usage: dict[str, tuple[Usage, Usage]] = field(default_factory=dict)
     story: str = ""
@@ -56,8 +61,9 @@ class Report:
     def __str__(self) -> str:
         worst = max((outcome.gap for outcome in self.outcomes), default=0.0)
         summary = (
-            f"seed {self.seed}: {len(self.outcomes)} events, {self.requests} requests and {self.tokens} tokens in "
-            f"{self.seconds:.1f} s, median step {1e3 * self.step:.1f} ms, longest pause {worst:.2f} s"
+            f"seed {self.seed}: {len(self.outcomes)} events, {self.requests} of {self.asked} requests and "
+            f"{self.tokens} tokens in {self.seconds:.1f} s, median step {1e3 * self.step:.1f} ms, longest pause "
+            f"{worst:.2f} s"
         )
         return "\n".join([summary, *self.problems, self.story])
 
@@ -86,11 +92,11 @@ async def run(
     chosen = schedule(seed, events, service.names, possible(service)) if isinstance(events, int) else events
     try:
         expected = expected or await answers(service.client, wanted)
-        await _disturbed(service, report, wanted, expected, chosen, clients, progress)
+        load = await _disturbed(service, report, wanted, expected, chosen, clients, progress)
         report.problems += [*await restless(service), *grown(report.usage)]
         if (code := await service.stop()) != 0:
             report.problems.append(f"the server ended with code {code}")
-        report.problems += service.left()
+        report.problems += [*service.left(), *disagreements(service, load)]
     except (NotInTime, SpotjaxError, subprocess.TimeoutExpired) as problem:
         report.problems.append(f"{type(problem).__name__}: {problem}")
     if report.problems:
@@ -106,7 +112,7 @@ async def _disturbed(
     events: Sequence[Event],
     clients: int,
     progress: Progress,
-) -> None:
+) -> Load:
     """Load and events, until the last request has ended; fills the report in."""
     begin = time.monotonic()
     load = Load(service.client, wanted, expected, clients, report.seed)
@@ -129,10 +135,13 @@ async def _disturbed(
             service.note(f"    tokens of a stream paused for {end_of - begin_of:.3f} s", at=end_of)
         await load.stop(COMPLETE_SECONDS)
         report.problems += load.problems
-        report.requests, report.tokens, report.seconds = load.finished, load.tokens, time.monotonic() - begin
+        report.asked, report.requests, report.tokens = load.asked, load.finished, load.tokens
+        report.seconds = time.monotonic() - begin
+        report.restarts = restarts(service.lives, load.streams)
         await chaos.close()
     after = service.usage()
     report.usage = {name: (before[name], after[name]) for name in before if name in after}
+    return load
 
 
 async def restless(service: Service) -> list[str]:

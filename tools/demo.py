@@ -12,6 +12,7 @@ import queue
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -57,7 +58,12 @@ class Generation:
 def running_server(model: str) -> Iterator[str]:
     """A server process of its own on a free port; yields its address."""
     command = [sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4", "--model", model]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="spotjax-demo-") as commits,
+        subprocess.Popen(
+            [*command, "--commit-log", commits], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as server,
+    ):
         assert server.stdout is not None and server.stderr is not None
         lines: queue.Queue[str | None] = queue.Queue()
         log: list[str] = []

@@ -13,10 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
-from spotjax.errors import SpotjaxError
+from spotjax.errors import LogUnavailable, SpotjaxError
 from spotjax.tools.request_mix import Output, Request, difference
+
+REFUSED_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Load:
       problems: everything that was not as it should be, for people.
       streams: arrivals of every choice so far.
       tokens: number of tokens that arrived.
+      asked: number of requests so far.
+      refused: how often one could not be recorded.
       finished: number of requests that ended as expected.
     """
 
@@ -61,16 +64,26 @@ class Load:
     ) -> None:
         self.problems: list[str] = []
         self.streams: list[Stream] = []
-        self.tokens = self.finished = 0
+        self.tokens = self.asked = self.refused = self.finished = 0
         self.running: dict[str, int] = {}
         """Ids of requests that have not ended, and the tokens that were seen of them."""
+        self.ended: dict[str, tuple[float, tuple[int, ...]]] = {}
+        """Ids of requests that have: monotonic seconds of that, and tokens of each choice."""
         self._client, self._requests, self._expected = client, requests, expected
         self._draw = random.Random(seed)
         self._changed = asyncio.Event()
         self._stopping = False
         self._ids = itertools.count()
         self._prefix = f"load-{seed}-{time.monotonic_ns():x}"
-        self._clients = [asyncio.create_task(self._ask()) for _ in range(clients)]
+        self._clients = [asyncio.create_task(self._ask_on()) for _ in range(clients)]
+
+    def burst(self, count: int) -> None:
+        """So many requests more at once."""
+        self._clients += [asyncio.create_task(self._ask()) for _ in range(count)]
+
+    def is_ours(self, request_id: str) -> bool:
+        """Whether a request is one of this load."""
+        return request_id.startswith(self._prefix)
 
     async def stop(self, seconds: float) -> None:
         """Lets the running requests end and asks for no more. Those that have not ended after ``seconds`` are lost."""
@@ -97,20 +110,33 @@ class Load:
                 return condition()
         return True
 
-    async def _ask(self) -> None:
+    async def _ask_on(self) -> None:
         while not self._stopping and not self.problems:
-            request = self._draw.choice(self._requests)
-            request_id = f"{self._prefix}-{next(self._ids)}-{request.name}"
-            begin = time.monotonic()
-            streams = [Stream(f"{request_id}/{choice}", begin) for choice in range(request.n)]
-            self.streams += streams
-            self.running[request_id] = 0
+            await self._ask()
+
+    async def _ask(self) -> None:
+        request = self._draw.choice(self._requests)
+        request_id = f"{self._prefix}-{next(self._ids)}-{request.name}"
+        begin = time.monotonic()
+        streams = [Stream(f"{request_id}/{choice}", begin) for choice in range(request.n)]
+        self.streams += streams
+        self.running[request_id] = 0
+        self.asked += 1
+        try:
+            await self._insist(request, request_id, streams)
+        except SpotjaxError as error:
+            self.problems.append(f"{request_id}: {type(error).__name__}: {error}")
+        del self.running[request_id]
+        self._changed.set()
+
+    async def _insist(self, request: Request, request_id: str, streams: Sequence[Stream]) -> None:
+        """Asks again, under the same id, when a server could not record it."""
+        while True:
             try:
-                await self._read(request, request_id, streams)
-            except (SpotjaxError, Unavailable) as error:
-                self.problems.append(f"{request_id}: {type(error).__name__}: {error}")
-            del self.running[request_id]
-            self._changed.set()
+                return await self._read(request, request_id, streams)
+            except LogUnavailable:
+                self.refused += 1
+                await asyncio.sleep(REFUSED_SECONDS)
 
     async def _read(self, request: Request, request_id: str, streams: Sequence[Stream]) -> None:
         output = Output.empty(request.n)
@@ -127,6 +153,7 @@ class Load:
         if problem := difference(output, self._expected[request.name]):
             self.problems.append(f"{request_id}: {problem}")
         self.finished += 1
+        self.ended[request_id] = time.monotonic(), tuple(map(len, output.tokens))
 
 
 async def answers(client: AsyncSpotjaxClient, requests: Sequence[Request]) -> dict[str, Output]:

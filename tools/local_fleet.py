@@ -17,7 +17,8 @@ import psutil
 from spotjax.errors import FleetError
 from spotjax.tools.namespaces import Network
 from spotjax.tools.processes import Process
-from spotjax.tools.service import CHANGE_SECONDS, GRACE_SECONDS, SERVE, START_SECONDS, NotInTime, Service, alive
+from spotjax.tools.service import CHANGE_SECONDS, GRACE_SECONDS, SERVE, NotInTime, Service, alive
+from spotjax.tools.small_disk import SmallDisk
 
 LATE_SECONDS = 5.0
 """How much longer than its notice an instance may take to go on a busy machine."""
@@ -34,6 +35,8 @@ class LocalFleet(Service):
       network: if given, every worker is a host of it.
       environment: variables for the workers.
       credentials: of the client, for a controller with TLS.
+      patience: of the client, in seconds, for a controller that dies; workers do not notice whether it is another.
+      disk: if given, the commit log is on it.
     """
 
     def __init__(
@@ -45,11 +48,15 @@ class LocalFleet(Service):
         network: Network | None = None,
         environment: dict[str, str] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        patience: float = 0.0,
+        disk: SmallDisk | None = None,
     ) -> None:
         host = network.address if network else "127.0.0.1"
-        super().__init__(directory, ("--data-listen", f"{host}:0", *arguments), names, host, credentials)
+        listening = ("--data-listen", f"{host}:0", *arguments)
+        commit_log = disk.directory / "commits" if disk else None
+        super().__init__(directory, listening, names, host, credentials, patience, commit_log)
         self.workers: dict[str, Process] = {}
-        self.network = network
+        self.network, self.disk = network, disk
         self.store = Path(
             tempfile.mkdtemp(prefix="spotjax-local-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         )
@@ -58,7 +65,6 @@ class LocalFleet(Service):
 
     async def start(self) -> None:
         """Starts all workers and waits until the first mesh serves."""
-        self.address = await self._poll("the controller listens", self._listening, START_SECONDS)
         for name in self.names:
             self.spawn(name)
         await super().start()

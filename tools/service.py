@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import random
 import signal
+import socket
 import sys
 import time
 from bisect import insort
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 
+from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.errors import FleetError, SpotjaxError
 from spotjax.fleet.status import FleetEvent, FleetStatus
@@ -30,12 +35,33 @@ CHANGE_SECONDS = 60.0
 GRACE_SECONDS = 8.0
 """The notice that instances get: shorter than that of real clouds, for who has nowhere to go waits until it is over."""
 POLL_SECONDS = 0.03
+CHANGED = ("switch", "stop")
+"""Events at the end of a change."""
 CONTROLLER = "controller"
 SERVE = (sys.executable, "-m", "spotjax.serve", "--log-format", "json")
+PORTS = range(20_000, 32_000)
+"""Below those that connections are given by chance: a server that is started again finds its own still free."""
 
 
 class NotInTime(Exception):
     """Something that was to happen did not; says what, and what the service looked like."""
+
+
+@dataclass
+class Life:
+    """One of several lives of a server process.
+
+    Attributes:
+      started: monotonic seconds.
+      ended: the same, of its death; 0 while it lives.
+      sequences: of the life before that were to go on when it had read its log; None before it said so.
+      kept: those of them that had KV.
+    """
+
+    started: float
+    ended: float = 0.0
+    sequences: int | None = None
+    kept: int = 0
 
 
 class Service:
@@ -43,13 +69,17 @@ class Service:
 
     Args:
       directory: for logs.
-      arguments: of ``spotjax serve``, without ``--listen``.
+      arguments: of ``spotjax serve``, without ``--listen`` and ``--commit-log``.
       names: of the instances.
       host: address to listen on.
       credentials: of the client, for a server with TLS.
+      patience: of the client, in seconds; 0 where nothing is to happen to the server, then no connection may break.
+      commit_log: its directory, by default one of ours.
 
     Attributes:
-      client: gives up when its connection breaks, for nothing happens to the controller.
+      client: of the server.
+      commit_log: directory of the commit log.
+      lives: of the server process, the current one last.
       events: everything that the service said happened.
       history: what was done and what happened, for people, by monotonic seconds.
     """
@@ -61,27 +91,43 @@ class Service:
         names: Sequence[str],
         host: str = "127.0.0.1",
         credentials: grpc.ChannelCredentials | None = None,
+        patience: float = 0.0,
+        commit_log: Path | None = None,
     ) -> None:
         self.names, self.directory = tuple(names), directory
+        self.commit_log, self.patience = commit_log or directory / "commits", patience
         self.events: list[FleetEvent] = []
         self.history: list[tuple[float, str]] = []
-        self.server = Process(CONTROLLER, (*SERVE, "--listen", f"{host}:0", *arguments), directory)
-        self.address = ""
+        self.address = f"{host}:{free_port(host)}"
+        self.command = (*SERVE, "--listen", self.address, "--commit-log", str(self.commit_log), *arguments)
+        self.server = Process(CONTROLLER, self.command, directory)
+        self.lives = [Life(time.monotonic())]
         self.client: AsyncSpotjaxClient
         self._credentials = credentials
         self._following: asyncio.Task[None] | None = None
+        self._said = asyncio.Event()
         self._started = time.monotonic()
 
     async def start(self) -> None:
         """Waits until it serves."""
-        self.address = await self._poll("the server listens", self._listening, START_SECONDS)
-        self.client = AsyncSpotjaxClient(self.address, patience=0, credentials=self._credentials)
+        self.client = AsyncSpotjaxClient(self.address, patience=self.patience, credentials=self._credentials)
         await self._poll("it serves", lambda: " is serving " in self.server.output(), START_SECONDS)
         self._following = asyncio.create_task(self._follow())
 
     async def status(self) -> FleetStatus:
-        """What the service says of itself."""
-        return await self.client.status()
+        """What the service says of itself, once there is one to say so.
+
+        Raises:
+          Unavailable: there is none, and that lasts longer than our patience.
+        """
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                return await self.client.status()
+            except Unavailable:
+                if time.monotonic() >= deadline:
+                    raise
+            await asyncio.sleep(POLL_SECONDS)
 
     async def until(self, what: str, condition: Callable[[FleetStatus], bool], seconds: float = CHANGE_SECONDS) -> None:
         """Waits until the status fulfils a condition.
@@ -107,6 +153,27 @@ class Service:
         gone = set(names)
         await self.until(f"{', '.join(sorted(gone))} gone", lambda s: not gone & alive(s), seconds)
 
+    async def until_said(
+        self, kinds: Collection[str], since: int, seconds: float = CHANGE_SECONDS, instance: str = ""
+    ) -> int:
+        """Waits, no longer than that, for an event of one of these kinds, if given of an instance.
+
+        Args:
+          since: number of events before.
+
+        Returns: number of events up to that one, or up to now.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            for number, event in enumerate(self.events[since:], since + 1):
+                if event.kind in kinds and instance in ("", event.fields.get("instance")):
+                    return number
+            self._said.clear()
+            try:
+                await asyncio.wait_for(self._said.wait(), deadline - time.monotonic())
+            except TimeoutError:
+                return len(self.events)
+
     def note(self, text: str, at: float | None = None) -> None:
         """Adds a line to the history, of now or of a moment before."""
         insort(self.history, (time.monotonic() if at is None else at, text))
@@ -125,6 +192,23 @@ class Service:
         """What each of them holds."""
         return {process.name: process.usage() for process in self.processes() if process.exit_code is None}
 
+    async def kill_server(self) -> None:
+        """Kills the server process, whatever it is doing."""
+        self.note("    the server is killed")
+        self.lives[-1].ended = time.monotonic()
+        os.kill(self.server.pid, signal.SIGKILL)  # at once, before what it spawned is looked for
+        await asyncio.to_thread(self.server.kill)
+
+    def start_server(self, *prefix: str) -> None:
+        """Starts the server that was killed again, at its address and with its log; does not wait for it.
+
+        Args:
+          prefix: a command that runs it.
+        """
+        self.note("    the server is started again")
+        self.server = Process(CONTROLLER, (*prefix, *self.command), self.directory)
+        self.lives.append(Life(time.monotonic()))
+
     async def kill(self, names: Sequence[str]) -> None:
         """Takes instances away at once, unannounced."""
         raise NotImplementedError
@@ -134,8 +218,8 @@ class Service:
         raise NotImplementedError
 
     async def preempt(self, name: str, grace_seconds: float) -> None:
-        """The same by the operators' command, which may find the instance gone already."""
-        with contextlib.suppress(FleetError):
+        """The same by the operators' command, which may find the instance gone already, or the server."""
+        with contextlib.suppress(FleetError, Unavailable):
             await self.client.preempt(name, grace_seconds)
 
     async def bring(self, names: Sequence[str]) -> None:
@@ -172,10 +256,6 @@ class Service:
             await self.client.close()
             self._following = None
 
-    def _listening(self) -> str:
-        said = (record for record in self.server.records() if record["message"] == "listening")
-        return next((str(record["address"]) for record in said), "")
-
     async def _poll(self, what: str, get: Callable[[], Any], seconds: float) -> Any:
         deadline = time.monotonic() + seconds
         while not (value := get()):
@@ -185,10 +265,21 @@ class Service:
         return value
 
     async def _follow(self) -> None:
-        with contextlib.suppress(SpotjaxError):  # the server ended
-            async for event in self.client.watch():
-                self.events.append(event)
-                self.note(f"    epoch {event.epoch} {event.kind}: {event.message}")
+        while True:
+            with contextlib.suppress(SpotjaxError):  # the server ended, or has only begun
+                async for event in self.client.watch():
+                    self._heard(event)
+            if not self.patience:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+    def _heard(self, event: FleetEvent) -> None:
+        self.events.append(event)
+        self._said.set()
+        self.note(f"    epoch {event.epoch} {event.kind}: {event.message}")
+        if event.kind == "recovered":
+            life = self.lives[-1]
+            life.sequences, life.kept = int(event.fields["sequences"]), int(event.fields["kept"])
 
 
 Kind = TypeVar("Kind", bound=Service)
@@ -202,6 +293,15 @@ async def running(service: Kind) -> AsyncIterator[Kind]:
         yield service
     finally:
         await service.close()
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port := random.choice(PORTS)))
+            return port
 
 
 def ready(status: FleetStatus) -> set[str]:

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -50,9 +51,10 @@ class Server:
 async def serving(programs: Path, *flags: str) -> AsyncIterator[Server]:
     """A server process; killed at the end if it still runs."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SPOTJAX_"))}
+    log = tempfile.mkdtemp(dir=programs.parent)
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4",
-        "--compilation-cache", str(programs), *flags,
+        "--compilation-cache", str(programs), "--commit-log", log, *flags,
         stdout=asyncio.subprocess.PIPE, env={**environment, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert process.stdout is not None

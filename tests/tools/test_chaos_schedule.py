@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spotjax.tools.chaos import FOLLOWS, JOIN, KINDS, MOST_TOKENS, NEWCOMER, Event, schedule
+from spotjax.tools.chaos_schedule import FOLLOWS, JOIN, KINDS, MOST_TOKENS, NEWCOMER, Event, schedule
 
 NAMES = ("instance-0", "instance-1", "instance-2", "instance-3")
 seeds = st.integers(0, 2**32)
@@ -24,9 +24,9 @@ def test_targets_exist_and_joins_bring_back_those_that_are_gone(seed: int, count
     assert len(events) == count
     for event in events:
         targets = set(event.targets)
-        assert len(targets) == len(event.targets) >= 1 and targets <= set(NAMES)
+        assert len(targets) == len(event.targets) and targets <= set(NAMES)
         if event.kind in (JOIN, NEWCOMER):
-            assert targets <= gone
+            assert targets and targets <= gone
         else:
             assert not targets & gone and len(targets) == KINDS[event.kind].takes
         gone = gone - targets if event.kind == JOIN else gone | lost_by(event)
@@ -38,8 +38,14 @@ def test_the_same_seed_draws_the_same_events(seed: int) -> None:
 
 
 @given(seed=seeds)
-def test_thirty_events_are_of_every_kind(seed: int) -> None:
-    assert {event.kind for event in schedule(seed, 30, NAMES, KINDS)} == {JOIN, *KINDS}
+def test_thirty_events_are_of_every_kind_that_a_fleet_takes_while_its_controller_lives(seed: int) -> None:
+    kinds = [name for name, kind in KINDS.items() if kind.needs in ("embedded", "processes", "network")]
+    assert {event.kind for event in schedule(seed, 30, NAMES, kinds)} == {JOIN, *kinds}
+
+
+@given(seed=seeds)
+def test_sixty_events_are_of_every_kind(seed: int) -> None:
+    assert {event.kind for event in schedule(seed, 60, NAMES, KINDS)} == {JOIN, *KINDS}
 
 
 @given(seed=seeds)

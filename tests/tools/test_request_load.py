@@ -11,7 +11,10 @@ import pytest
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
+from spotjax.engine.generation import GenerationRequest
+from spotjax.errors import LogUnavailable
 from spotjax.testing import ByteTokenizer, ScriptedService
+from spotjax.tools import load as load_module
 from spotjax.tools.load import Load, Stream, answers, longest, median_gap
 from spotjax.tools.request_mix import mix
 
@@ -74,6 +77,34 @@ async def test_a_broken_connection_is_a_problem(client: AsyncSpotjaxClient, serv
     assert await load.until(lambda: False, 30)
     await load.stop(30)
     assert len(load.problems) == 1
+
+
+async def test_a_request_that_could_not_be_recorded_is_asked_for_again(
+    client: AsyncSpotjaxClient, service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, submit, refused = await answers(client, REQUESTS), service.submit, 0
+
+    async def full(request: GenerationRequest) -> None:
+        nonlocal refused
+        refused += 1
+        if refused <= 3:
+            raise LogUnavailable("the commit log cannot be written: disk full")
+        await submit(request)
+
+    monkeypatch.setattr(service, "submit", full)
+    monkeypatch.setattr(load_module, "REFUSED_SECONDS", 0.0)
+    load = Load(client, REQUESTS, expected, clients=1, seed=0)
+    assert await load.until(lambda: load.finished >= 2, 30)
+    await load.stop(30)
+    assert load.problems == [] and load.refused == 3 and load.asked == load.finished == len(load.ended)
+
+
+async def test_a_burst_is_asked_for_at_once_and_once(client: AsyncSpotjaxClient) -> None:
+    load = Load(client, REQUESTS, await answers(client, REQUESTS), clients=0, seed=0)
+    load.burst(20)
+    await load.stop(30)
+    assert load.problems == [] and load.finished == 20
+    assert all(load.is_ours(name) for name in load.ended) and not load.is_ours("another")
 
 
 def test_the_longest_pause_is_that_of_a_stream_across_the_moment() -> None:
