@@ -3,7 +3,8 @@
 * tokens/s of P = 1, 2 and 4 stages, a worker process for each, against the same mesh in one process (embedded mode),
   at a batch of ``--streams``; and from the time per token of a single stream, the overhead of a hop between processes
 * tokens/s with KV backup against without
-* the part of a step that committing its tokens takes
+* the part of a step that committing its tokens keeps the controller from other things; how long it takes until they
+  are on disk is ``bench_durability``'s
 * bytes per second of a migration of about 1 GB of parameters between two workers, against a bare socket copy of as
   many bytes between two processes
 
@@ -32,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save_file
 
-from spotjax.engine.commit_log import MemoryCommitLog
+from spotjax.engine.durable_log import DurableLog
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.models.catalog import SHIPPED
@@ -120,18 +121,22 @@ async def backup(arguments: argparse.Namespace, directory: Path) -> dict[str, An
     }
 
 
-def commit_seconds(streams: int, steps: int = 200) -> float:
-    """Seconds that the commit of one step's tokens takes, one for each stream."""
-    log = MemoryCommitLog()
+async def commit_seconds(streams: int, directory: Path, steps: int = 200) -> float:
+    """Seconds of the event loop that the commit of one step's tokens takes, one for each stream; the disk's not."""
+    log = await asyncio.to_thread(DurableLog.open, directory, "step", "benchmark")
     sampling = SamplingParams(max_tokens=steps)
     states = [RequestState(f"request-{n}", 0, tuple(range(PROMPT)), sampling) for n in range(streams)]
-    for state in states:
-        log.accept(GenerationRequest(state.request_id, state.prompt, sampling), [state])
+    for key, state in enumerate(states):
+        await log.accept(GenerationRequest(state.request_id, state.prompt, sampling), [state], key)
     batches = [[_with_tokens(state, step) for state in states] for step in range(1, steps)]
-    begin = time.perf_counter()
+    seconds = 0.0
     for batch in batches:
-        log.append(batch)
-    return (time.perf_counter() - begin) / len(batches)
+        told, begin = asyncio.Event(), time.perf_counter()
+        log.append(batch, told.set)
+        seconds += time.perf_counter() - begin
+        await told.wait()
+    await log.close()
+    return seconds / len(batches)
 
 
 def _with_tokens(state: RequestState, count: int) -> RequestState:
@@ -225,7 +230,7 @@ async def bench(arguments: argparse.Namespace) -> dict[str, Any]:
             rows = [await against_one_process(arguments, directory, stages) for stages in arguments.stages]
             results["stages"] = rows
             step = arguments.streams / rows[0]["fleet_tokens_per_second"]
-            seconds = commit_seconds(arguments.streams)
+            seconds = await commit_seconds(arguments.streams, directory / "commits")
             results["commit"] = [{"commit_us": 1e6 * seconds, "step_ms": 1e3 * step, "part": seconds / step}]
         if "backup" in arguments.parts:
             results["backup"] = [await backup(arguments, directory)]

@@ -226,7 +226,7 @@ async def test_what_is_too_long_or_too_much_is_recorded_nowhere(build: Callable[
     assert not service.log.recorded and service.requests.running == 0
 
 
-# --- what the log has from before ---------------------------------------------------------------------------------------
+# --- what the log has from before ------------------------------------------------------------------------------------
 
 
 async def earlier(service: Service) -> Service:

@@ -100,7 +100,7 @@ def test_pages_that_are_said_to_be_of_two_or_do_not_exist_are_nobodys() -> None:
 
 def test_pages_that_are_not_enough_for_the_positions_bound_them() -> None:
     waiting = sequences(state(1, 8))
-    (scheduler,) = recall(Remains(mesh(1, 1), frozenset({"0.0"}), {0: {1: ((5, 3), 7)}}), waiting)
+    recall(Remains(mesh(1, 1), frozenset({"0.0"}), {0: {1: ((5, 3), 7)}}), waiting)
     assert (waiting[1].pages, waiting[1].computed) == ([5, 3], 4)
 
 

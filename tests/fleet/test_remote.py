@@ -19,7 +19,6 @@ from remote_cases import (
     keeping,
     names,
     next_plan,
-    obey,
     result,
 )
 

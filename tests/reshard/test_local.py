@@ -1,4 +1,4 @@
-"""The cluster of one process: whatever breaks because an instance was lost meanwhile is that loss, and nothing else is."""
+"""The cluster of one process: what breaks because an instance was lost meanwhile is that loss, and nothing else is."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def on_a() -> Preparation:
     return Preparation(placement, needs, plan, {})
 
 
-@pytest.mark.parametrize("problem", [RuntimeError("deleted"), ValueError("0 shards"), KeyError(0), SliceUnavailable("?")])
+PROBLEMS = [RuntimeError("deleted"), ValueError("0 shards"), KeyError(0), SliceUnavailable("not here")]
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
 async def test_what_breaks_while_an_instance_is_lost_is_a_loss(cluster: LocalCluster, problem: Exception) -> None:
     loop = asyncio.get_running_loop()
 

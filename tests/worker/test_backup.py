@@ -20,6 +20,7 @@ from spotjax.worker.backup import Backup
 from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.ledger import StageLedger
 
+
 def filled_stage() -> tuple[Stage, KvMover]:
     model, weights = shared_heads()
     stage = build_stage(model, weights, jax.devices()[:2], stages=1, number=0)

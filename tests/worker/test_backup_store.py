@@ -152,7 +152,9 @@ def test_only_what_is_certain_is_kept() -> None:
 
 
 @given(
-    frames=st.lists(st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 2), st.integers(0, 1)), max_size=20),
+    frames=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 12), st.integers(0, 2), st.integers(0, 1)), max_size=20
+    ),
     certain=st.dictionaries(st.integers(0, 2), st.integers(0, 12)),
 )
 def test_keeping_never_leaves_more_than_there_was_or_is_certain(

@@ -65,9 +65,7 @@ async def test_the_next_controller_of_a_service_finds_what_there_was(case: Case)
 
 
 @pytest.mark.parametrize("other", [welcome("another's"), welcome(reunion=False)])
-async def test_kv_is_given_up_for_another_service_and_where_it_is_of_no_use(
-    case: Case, other: control.Welcome
-) -> None:
+async def test_kv_is_given_up_for_another_service_and_where_it_is_of_no_use(case: Case, other: control.Welcome) -> None:
     await at_work(case)
     held = case.worker.ready().held
     await asyncio.to_thread(case.worker.pause)
@@ -80,9 +78,7 @@ async def test_kv_is_given_up_for_another_service_and_where_it_is_of_no_use(
 
 
 async def reunite(case: Case, epoch: int, sequences: dict[int, int]) -> dict[tuple[int, int], object]:
-    command = control.decode_from_controller(
-        control.encode(control.Reunite(5, epoch, tuple(sequences.items())))
-    )  # fmt: skip
+    command = control.decode_from_controller(control.encode(control.Reunite(5, epoch, tuple(sequences.items()))))
     done = await case.worker.carry_out(command)  # type: ignore[arg-type]
     assert done.id == 5
     return {(stage.replica, stage.stage): stage.sequences for stage in done.remains}
