@@ -37,6 +37,8 @@ from spotjax.models.orbax_manifest import MANIFEST, PARAMETERS, TOKENIZER, is_ur
 
 FORMAT = 1
 BUNDLE = "bundle.json"
+_UNDONE = ".orbax-checkpoint-tmp"
+"""In the name of a checkpoint that was not finished."""
 LOG, CHECKPOINT = "commit_log", "checkpoint"
 
 
@@ -244,9 +246,10 @@ def _described(summary: LogSummary, save: Save | None, model_name: str, paramete
 
 
 def _below(directory: Path, name: str) -> dict[str, Path]:
-    """All files below a directory, by their names in the bundle; links are followed."""
+    """All files below a directory, by their names in the bundle; links are followed, what Orbax left undone is not."""
     files = (Path(parent, file) for parent, _, names in os.walk(directory, followlinks=True) for file in names)
-    return {f"{name}/{path.relative_to(directory).as_posix()}": path for path in sorted(files)}
+    done = (path for path in sorted(files) if _UNDONE not in path.relative_to(directory).as_posix())
+    return {f"{name}/{path.relative_to(directory).as_posix()}": path for path in done}
 
 
 def _parameter_files(checkpoint: Path) -> dict[str, Path]:

@@ -88,6 +88,9 @@ def place_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> P
     Raises:
       ConfigError: they do not go together.
     """
+    from spotjax.engine.log_directory import default_directory
+    from spotjax.models.orbax_manifest import is_url
+
     if arguments.with_parameters and arguments.export is None:
         raise ConfigError("--with-parameters has no meaning without --export")
     if arguments.export is not None and (arguments.dry_run or arguments.salvage):
@@ -103,12 +106,12 @@ def place_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> P
     if config.durability == "none":
         raise ConfigError("durability none keeps no commit log to restart from")
     checkpoint = arguments.checkpoint or config.checkpoint
+    if checkpoint and not is_url(checkpoint):
+        checkpoint = str(Path(checkpoint).expanduser().absolute())
     if mode(config) == "controller":
         config = msgspec.structs.replace(config, checkpoint=checkpoint)
     if checkpoint and not named and has_parameters(checkpoint):
         config, named = msgspec.structs.replace(config, model=checkpoint), True
-    from spotjax.engine.log_directory import default_directory
-
     log = Path(config.commit_log).expanduser() if config.commit_log else default_directory(config.address)
     return Place(config, named, log, checkpoint)
 
