@@ -30,22 +30,19 @@ from spotjax.protocol import control, reads
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameter_store import ParameterStore
 from spotjax.reshard.shards import Shard, ShardStore
-from spotjax.reshard.transfer import PageTransfer, Preparation, Survivors, Traffic
+from spotjax.reshard.transfer import Preparation, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
-from spotjax.worker.backup import Backup
 from spotjax.worker.copies import Copies
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
-from spotjax.worker.ledger import StageLedger
+from spotjax.worker.kv_keeping import KvKeeping
 from spotjax.worker.links import Links
 from spotjax.worker.memory import StoreMemory
 from spotjax.worker.peers import RemotePeers
 
 if TYPE_CHECKING:
     from collections.abc import Buffer
-
-    from spotjax.worker.saving import KvSave
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +70,9 @@ class Worker:
         self.setup, self.executor = setup, executor
         self._name, self._host, self._peers, self._links = name, host, peers, links
         self._store, self._memory = store, memory
-        self._copies = copies
-        self._backup: Backup | None = None
-        self._keeper = ""
-        self._save: KvSave | None = None
-        self._ledgers: dict[tuple[int, int], StageLedger] = {}
-        """Of the current stages, by replica and stage number."""
+        c = host.model.spec.config
+        form = KvFormat("", setup.fingerprint, c.layers, c.kv_heads, c.head_size, setup.page_size, setup.dtype)
+        self._kv = KvKeeping(name, host.kv, form, copies, links)
 
     @classmethod
     def load(
@@ -142,7 +136,7 @@ class Worker:
             control.Parts(device.index, dict(arrays)) for device, arrays in self._host.held().items() if arrays
         )
         placement = self._host.placement
-        kept = control.PlacementMessage.of(placement) if placement is not None and self._ledgers else None
+        kept = control.PlacementMessage.of(placement) if placement is not None and self._kv.ledgers else None
         return control.Ready(held, self._compiled, kept)
 
     async def carry_out(self, command: control.Command) -> control.Done:
@@ -160,7 +154,8 @@ class Worker:
             case control.CopyPages():
                 traffic = await asyncio.to_thread(self._host.copy_pages, command.transfers)
             case control.Switch():
-                self._make_way(command.transfers)
+                prepared = self._host.prepared
+                self._kv.make_way(command.transfers, prepared.preparation.heirs if prepared is not None else {})
                 traffic = await asyncio.to_thread(self._host.switch, command.transfers)
             case control.Adopt():
                 await self._adopt(command)
@@ -170,11 +165,11 @@ class Worker:
                 remains = await asyncio.to_thread(self._reunite, command)
                 return control.Done(command.id, remains=remains, compiled=self._compiled)
             case control.SaveKv():
-                await asyncio.to_thread(self._save_kv, command)
+                await asyncio.to_thread(self._kv.save, command.path, command.seconds, last=command.last)
             case control.SaveParameters():
                 traffic = Traffic(moved=await asyncio.to_thread(self._save_parameters, command.path))
             case control.Coverage():
-                positions = self._copies.positions(command.layers, command.sequences)
+                positions = await asyncio.to_thread(self._kv.copies.positions, command.layers, command.sequences)
                 return control.Done(command.id, positions=positions, compiled=self._compiled)
         return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
 
@@ -186,7 +181,7 @@ class Worker:
         """
         wanted = reads.decode(what)
         if isinstance(wanted, reads.ReadBackup):
-            return [self._copies.read(wanted.layers, wanted.owners).data]
+            return [self._kv.copies.read(wanted.layers, wanted.owners).data]
         if isinstance(wanted, reads.ReadSlice):
             source = DeviceRef(self._name, wanted.device)
             content = self._host.store.read(source, ArraySlice(wanted.name, wanted.index))
@@ -198,58 +193,40 @@ class Worker:
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These sequences have ended: their copies are of no use any more."""
-        self._copies.store.forget(sequences)
-        for ledger in self._ledgers.values():
-            ledger.forget(sequences)
+        self._kv.forget(sequences)
 
     def supersede(self) -> None:
         """Puts an early end to a command that reads from others, or saves."""
         self._peers.supersede()
-        if self._save is not None:
-            self._save.hurry()
+        self._kv.hurry()
 
     def pause(self) -> None:
         """The controller is gone: keeps everything for the next one, and copies and reports nothing meanwhile."""
-        self._quieten()
+        self._links.onward = ()
+        self._kv.rest()
 
     def serve(self, welcome: control.Welcome) -> None:
         """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
-        if not welcome.reunion or welcome.service != self._copies.store.service:
+        if not welcome.reunion or welcome.service != self._kv.service:
             self.clear()
-        self._copies.store.service = welcome.service
-        self._copies.use_save(welcome.save, self._kv_format(), dict(welcome.saved))
-
-    def _kv_format(self) -> KvFormat:
-        c, setup, service = self._host.model.spec.config, self.setup, self._copies.store.service
-        return KvFormat(service, setup.fingerprint, c.layers, c.kv_heads, c.head_size, setup.page_size, setup.dtype)
+        self._kv.serve(welcome.service, welcome.save, dict(welcome.saved))
 
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""
-        self._quieten()
-        self._copies.store.clear()
-        self._clear_stages()
-
-    def _quieten(self) -> None:
         self._links.onward = ()
-        self._end_backup()
-        if self._save is not None:
-            self._save.hurry()
-
-    def _clear_stages(self) -> None:
+        self._kv.clear()
         self.executor.close()
-        self._ledgers = {}
         self._host.clear()
 
     def _reunite(self, command: control.Reunite) -> tuple[control.StageRemains, ...]:
         """What is there for a controller that goes on where one before it ended."""
         self.executor.close()  # what was on its way then is not to change anything any more
-        certain, placement = dict(command.sequences), self._host.placement
-        self._copies.store.keep(certain)
+        placement = self._host.placement
         if placement is None or placement.epoch != command.epoch:
-            self._clear_stages()
-        for ledger in self._ledgers.values():
-            ledger.keep(certain)
-        return tuple(control.StageRemains(*place, ledger.remains()) for place, ledger in self._ledgers.items())
+            self._kv.ledgers = {}
+            self._host.clear()
+        self._kv.keep(dict(command.sequences))
+        return self._kv.remains()
 
     def close(self, *, for_good: bool) -> None:
         """Frees everything; the store stays for a later process unless this end is ``for_good``."""
@@ -276,80 +253,34 @@ class Worker:
         preparation = Preparation(placement, needs, plan, command.heirs, command.carried, survivors)
         return self._host.prepare(preparation, command.steps)
 
-    def _save_kv(self, command: control.SaveKv) -> None:
-        from spotjax.worker.saving import KvSave  # Orbax, which most workers never need
-
-        if self._save is not None and self._save.path != command.path:
-            self._save.finish(0)  # nobody asked for its end
-            self._save = None
-        if self._save is None:
-            self._save = KvSave(self._host.kv, command.path, self._name, self._kv_format())
-            self._save.install(self._ledgers.values())
-        if command.last:
-            saving, self._save = self._save, None
-            saving.finish(command.seconds)
-
     def _save_parameters(self, path: str) -> int:
         from spotjax.checkpoint.from_host import save_parameters
 
         return save_parameters(self._host, path)
 
-    def _make_way(self, transfers: Sequence[PageTransfer]) -> None:
-        """Tells ledgers which pages KV of other replicas comes into, where a replica goes on with the pages it has."""
-        heirs = self._host.prepared.preparation.heirs if self._host.prepared is not None else {}
-        for (data, _), ledger in self._ledgers.items():
-            coming = [t for t in transfers if t.old != data and t.new == heirs.get(data)]
-            ledger.overwrite(new for transfer in coming for _, new in transfer.pages)
-
     async def _adopt(self, command: control.Adopt) -> None:
         self._host.adopt()
-        self._back_up_to(command.keeper, command.bandwidth)
-        placement = self._host.placement
+        placement, stages = self._host.placement, self._host.stages
         assert placement is not None, "it was just adopted"
+        self._kv.adopt(stages, placement.epoch, command.keeper, command.bandwidth)
         roles, last, onwards = {}, placement.shape.stage - 1, set[str]()
-        before, self._ledgers = self._ledgers, {}
-        for (data, number), stage in self._host.stages.items():
+        for (data, number), stage in stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
-            if stage.own == stage.devices:  # on a TPU slice, no host has all kv heads
-                known = next((ledger for ledger in before.values() if ledger.stage is stage), None)
-                self._ledgers[data, number] = known or StageLedger(stage, self._host.model.page_size)
-                self._ledgers[data, number].epoch = placement.epoch
-            ledger = self._ledgers.get((data, number))
+            ledger = self._kv.ledgers.get((data, number))
             roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, ledger)
             if onward != self._name:
                 onwards.add(onward)
         self.executor.install(roles)
-        for copier in (self._backup, self._save):
-            if copier is not None:
-                copier.install(self._ledgers.values())
         if self._memory is not None:
             self._memory.keep(self._host.held())
-        shown = ", ".join(f"{data}.{number}" for data, number in sorted(self._host.stages)) or "none"
-        log.info("epoch adopted", extra={"epoch": placement.epoch, "stages": shown, "keeper": self._keeper or "none"})
+        shown, keeper = ", ".join(f"{data}.{number}" for data, number in sorted(stages)) or "none", self._kv.keeper
+        log.info("epoch adopted", extra={"epoch": placement.epoch, "stages": shown, "keeper": keeper or "none"})
         self._links.onward = onwards
         for instance in sorted(onwards):  # last, because other replicas must run even if one of these is gone
             try:
                 await self._links.connect(instance)
             except ConnectionLost as problem:
                 raise PeerUnreachable(instance, problem) from problem
-
-    def _back_up_to(self, keeper: str, bandwidth: int) -> None:
-        """Has KV copied to that instance from now on; anew if it was another one before, or has been away.
-
-        Waits for nobody: streams stand still meanwhile, and whoever kept copies before may be out of reach.
-        """
-        if keeper == self._keeper and self._backup is not None and self._links.connected(keeper):
-            return
-        self._end_backup()
-        if keeper:
-            push = partial(self._links.push, keeper)
-            self._backup = Backup(self._host.kv, self._copies.store.service, push, bandwidth)
-            self._keeper = keeper
-
-    def _end_backup(self) -> None:
-        if self._backup is not None:
-            self._backup.stop()
-        self._backup, self._keeper = None, ""
 
 
 def attach(store: ParameterStore, name: str, devices: Devices) -> ShardStore:
