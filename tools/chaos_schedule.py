@@ -56,7 +56,9 @@ KINDS = {
     "controller frozen": Kind(0, shortest=2.5, longest=4.0, needs="controller"),  # stopped, longer than the lease
     "controller elsewhen": Kind(0, longest=1.0, needs="clocks"),  # started again with another monotonic time, and back
     "full disk": Kind(0, shortest=1.0, longest=3.0, needs="disk"),  # nothing can be recorded
+    "loss with a full disk": Kind(1, loses=1, shortest=1.0, longest=3.0, needs="disk"),  # of an instance, meanwhile
     "controller with a full disk": Kind(0, longest=1.0, needs="disk"),  # killed while it cannot
+    "controller to a full disk": Kind(0, shortest=1.0, longest=3.0, needs="disk"),  # killed and started meanwhile
 }
 JOIN = "join"
 """Brings some of those back that are gone."""

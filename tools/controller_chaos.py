@@ -14,10 +14,11 @@ import subprocess
 import time
 
 from spotjax.errors import SpotjaxError
-from spotjax.tools.chaos_schedule import Event
+from spotjax.tools.chaos_schedule import KINDS, Event
 from spotjax.tools.load import Load
 from spotjax.tools.local_fleet import LATE_SECONDS, LocalFleet
 from spotjax.tools.service import CHANGE_SECONDS, CHANGED, GRACE_SECONDS, POLL_SECONDS, NotInTime, ready
+from spotjax.tools.small_disk import SmallDisk
 
 BURST = 24
 """Requests that come in at once."""
@@ -91,15 +92,8 @@ async def strike(fleet: LocalFleet, load: Load, event: Event, draw: random.Rando
             await fleet.until("a mesh, or nobody", lambda status: status.ready or not ready(status))
             await asyncio.sleep(event.seconds)
             await _restart(fleet)
-        case "full disk" | "controller with a full disk" if fleet.disk is not None:
-            fleet.disk.fill()
-            await asyncio.sleep(event.seconds)
-            if event.kind == "full disk":
-                fleet.disk.free()
-            else:
-                await fleet.kill_server()
-                fleet.disk.free()
-                fleet.start_server()
+        case kind if KINDS[kind].needs == "disk" and fleet.disk is not None:
+            await _fill_disk(fleet, event, fleet.disk)
         case _:
             raise ValueError(f"no such event: {event}")
 
@@ -108,6 +102,21 @@ async def _restart(fleet: LocalFleet, after: float = 0.0, *prefix: str) -> None:
     await fleet.kill_server()
     await asyncio.sleep(after)
     fleet.start_server(*prefix)
+
+
+async def _fill_disk(fleet: LocalFleet, event: Event, disk: SmallDisk) -> None:
+    disk.fill()
+    match event.kind:
+        case "loss with a full disk":
+            await fleet.kill(event.targets)
+        case "controller to a full disk":
+            await _restart(fleet)
+    await asyncio.sleep(event.seconds)
+    if event.kind == "controller with a full disk":
+        await fleet.kill_server()
+    disk.free()
+    if fleet.server.exit_code is not None:  # also if it would not start without room
+        fleet.start_server()
 
 
 async def _die_in_a_change(fleet: LocalFleet, event: Event, step: str) -> None:
