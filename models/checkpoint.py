@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from spotjax.errors import CheckpointError
-from spotjax.meshes.slices import Index
+from spotjax.meshes.slices import ArraySlice, Index
 from spotjax.models.spec import ArraySpec, Axes, ModelSpec
 
 StorageAxes = tuple[tuple[int, ...], ...]
@@ -55,6 +55,37 @@ class Checkpoint(Protocol):
 
     def close(self) -> None:
         """Lets go of the files; nothing can be read afterwards."""
+
+
+class Readable(Protocol):
+    """What parameters are brought from: a checkpoint, or a part of one."""
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """See ``Checkpoint.read``."""
+
+
+@runtime_checkable
+class BulkReadable(Protocol):
+    """A checkpoint that reads many slices at once, without memory in between."""
+
+    def read_into(self, wanted: Iterable[tuple[ArraySlice, np.ndarray]]) -> None:
+        """See the function of that name."""
+
+
+def read_into(checkpoint: Readable, wanted: Iterable[tuple[ArraySlice, np.ndarray]]) -> None:
+    """Reads slices, each into an array of its shape, whatever its strides, converted to its dtype.
+
+    All at once where the checkpoint can, else one after another. After an error, any of the arrays may be written.
+
+    Raises:
+      CheckpointError: the model has no such array, or files are damaged or missing.
+      ValueError: a slice reaches outside its array.
+    """
+    if isinstance(checkpoint, BulkReadable):
+        checkpoint.read_into(wanted)
+        return
+    for (name, index), target in wanted:
+        target[...] = checkpoint.read(name, index)
 
 
 def stored_shape(array: ArraySpec) -> tuple[int, ...]:

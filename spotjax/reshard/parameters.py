@@ -2,15 +2,19 @@
 
 A shard that is already in place is the same buffer afterwards. A shard that another device of the process holds exactly
 goes over by ``jax.device_put``. Else its parts are put together in host memory, each copied once; ``device_put`` across
-changed boundaries would gather the whole array there.
+changed boundaries would gather the whole array there. Shards that take anything from the checkpoint are read many at
+once, so that the disk is never waited for with nothing else to do.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Protocol
 
 import jax
@@ -20,23 +24,52 @@ from spotjax.errors import SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.layout import shard_shape
 from spotjax.meshes.slices import ArraySlice, Index, intersect, relative
+from spotjax.models.checkpoint import Readable, read_into
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.holdings import Needs
 from spotjax.planner.migration import SliceMove
 from spotjax.reshard.peers import Peers, ProcessMemory, ShardMemory
-from spotjax.reshard.shards import Shard, ShardStore, delete_arrays, place_into
+from spotjax.reshard.shards import Shard, ShardStore, delete_arrays
 from spotjax.reshard.transfer import Traffic
 
 STREAMS = 4
-"""Shards brought at once where some come from peers, so that their round trips overlap."""
+"""Shards brought at once, so that round trips to peers overlap and memory is made ready while others read."""
+READ_BYTES = 16 << 20
+"""Of shards that are read from the checkpoint at once, about."""
 
 
-class Checkpoint(Protocol):
+class Checkpoint(Readable, Protocol):
     """Where parameters come from that no device has."""
 
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """The index ranges of one array, float32."""
-        ...
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A shard that a device is to have.
+
+    Attributes:
+      target: the device.
+      slice: what of which array.
+      shape: of the buffer.
+      moves: what of it is not there yet, with sources.
+    """
+
+    target: DeviceRef
+    slice: ArraySlice
+    shape: tuple[int, ...]
+    moves: Sequence[SliceMove]
+
+    def fits(self, shard: Shard) -> bool:
+        """Whether a shard is just that."""
+        return shard.index == self.slice.index and shard.buffer.shape == self.shape
+
+    def place(self, buffer: np.ndarray, index: Index) -> np.ndarray:
+        """The part ``index`` of the array in the shard's buffer."""
+        part: np.ndarray = buffer[relative(index, self.slice.index)]
+        return part
+
+    def loads(self, buffer: np.ndarray) -> Iterator[tuple[ArraySlice, np.ndarray]]:
+        """What comes from the checkpoint, and where in the shard's buffer it goes."""
+        return ((move.slice, self.place(buffer, move.slice.index)) for move in self.moves if move.source is None)
 
 
 class ParameterMover:
@@ -93,30 +126,22 @@ class ParameterMover:
         for move in moves:
             by_shard[move.target, move.slice.name].append(move)
         wanted = [
-            (target, ArraySlice(name, index))
+            _Wanted(
+                target,
+                ArraySlice(name, index),
+                shard_shape(self._arrays[name], self._spec, tensor),
+                by_shard[target, name],
+            )
             for target, arrays in needs.items()
             if self._device_of(target) is not None
             for name, index in arrays.items()
             if name in self._arrays
         ]
-
-        def bring(one: tuple[DeviceRef, ArraySlice]) -> Shard:
-            target, piece = one
-            brought = self._brought.get((target, piece.name))
-            if brought is not None and self._fits(brought, piece, tensor):
-                return brought
-            shard = self._bring(piece, target, tensor, by_shard[target, piece.name], store, traffic)
-            self._brought[target, piece.name] = shard
-            return shard
-
-        if self._peers is None:
-            shards = [bring(one) for one in wanted]
-        else:
-            with ThreadPoolExecutor(STREAMS, thread_name_prefix="bring") as streams:
-                shards = list(streams.map(bring, wanted))
         brought: dict[DeviceRef, dict[str, Shard]] = defaultdict(dict)
-        for (target, piece), shard in zip(wanted, shards, strict=True):
-            brought[target][piece.name] = shard
+        with ThreadPoolExecutor(STREAMS, thread_name_prefix="bring") as streams:
+            bring = partial(self._bring, store=store, traffic=traffic)
+            for one, shard in chain.from_iterable(streams.map(bring, _groups(wanted, self._dtype.itemsize))):
+                brought[one.target][one.slice.name] = shard
         return ShardStore(brought)
 
     def settle(self) -> None:
@@ -125,74 +150,92 @@ class ParameterMover:
 
     def lose(self, instance: str) -> None:
         """Frees what was brought to an instance that is gone."""
-        gone = [key for key in self._brought if key[0].instance == instance]
+        gone = [key for key in list(self._brought) if key[0].instance == instance]
         delete_arrays(self._brought.pop(key).buffer for key in gone)
 
-    def _fits(self, shard: Shard, wanted: ArraySlice, tensor: int) -> bool:
-        """Whether a shard is just what a device of a mesh with that tensor degree is to have."""
-        shape = shard_shape(self._arrays[wanted.name], self._spec, tensor)
-        return shard.index == wanted.index and shard.buffer.shape == shape
+    def _bring(self, group: Sequence[_Wanted], store: ShardStore, traffic: Traffic) -> list[tuple[_Wanted, Shard]]:
+        """Shards on their devices: kept, copied whole, or put together; what the checkpoint has of them all at once."""
+        shards, begun = list[tuple[_Wanted, Shard]](), list[tuple[_Wanted, np.ndarray]]()
+        for one in group:
+            shard = self._kept(one, store)
+            if shard is None:
+                self._count(one.moves, traffic)
+                shard = self._copied(one, store)
+            if shard is None:
+                begun.append((one, self._begin(one, store)))
+            else:
+                shards.append((one, shard))
+        read_into(self._checkpoint, [load for one, buffer in begun for load in one.loads(buffer)])
+        for one, buffer in begun:
+            self._memory.complete(one.target, one.slice)
+            shards.append((one, Shard(one.slice.index, jax.device_put(buffer, self._device_of(one.target)))))
+        self._brought.update({(one.target, one.slice.name): shard for one, shard in shards})
+        return shards
 
-    def _bring(
-        self,
-        wanted: ArraySlice,
-        target: DeviceRef,
-        tensor: int,
-        moves: Sequence[SliceMove],
-        store: ShardStore,
-        traffic: Traffic,
-    ) -> Shard:
-        """One shard on one device: kept, copied whole, or put together."""
-        shape = shard_shape(self._arrays[wanted.name], self._spec, tensor)
-        held = store.get(target, wanted.name)
-        if held is not None and self._fits(held, wanted, tensor):
-            return held
-        with self._counting:
-            self._count(moves, traffic)
-        device = self._device_of(target)
-        whole = None if self._memory.shared else self._whole(wanted, tensor, moves, store)
-        if whole is not None:
-            return Shard(wanted.index, jax.device_put(whole, device))
-        buffer = self._memory.allocate(target, wanted, shape, self._dtype)
-        common = intersect(held.index, wanted.index) if held is not None else None
-        kept = ArraySlice(wanted.name, common).size if common is not None else 0
-        if kept + sum(move.slice.size for move in moves) < wanted.size:
-            raise SliceUnavailable(f"device {target} does not hold what of {wanted.name} the plan leaves in place")
-        if held is not None and common is not None:
-            place_into(buffer, wanted.index, common, held.read(common))
-        for move in moves:
-            self._read(move, store, buffer, wanted.index)
-        self._memory.complete(target, wanted)
-        return Shard(wanted.index, jax.device_put(buffer, device))
+    def _kept(self, one: _Wanted, store: ShardStore) -> Shard | None:
+        """The shard, if an earlier plan brought it or the device had it before."""
+        for shard in (self._brought.get((one.target, one.slice.name)), store.get(one.target, one.slice.name)):
+            if shard is not None and one.fits(shard):
+                return shard
+        return None
 
-    def _whole(
-        self, wanted: ArraySlice, tensor: int, moves: Sequence[SliceMove], store: ShardStore
-    ) -> jax.Array | None:
-        """Another device's buffer that is exactly what is wanted, if the plan takes all from there."""
-        if len(moves) != 1 or moves[0].source is None or moves[0].slice != wanted:
+    def _copied(self, one: _Wanted, store: ShardStore) -> Shard | None:
+        """A copy of another device's buffer that is exactly what is wanted, if the plan takes all from there."""
+        if self._memory.shared or len(one.moves) != 1 or one.moves[0].source is None:
             return None
-        shard = store.get(moves[0].source, wanted.name)
-        return shard.buffer if shard is not None and self._fits(shard, wanted, tensor) else None
+        shard = store.get(one.moves[0].source, one.slice.name)
+        if shard is None or one.moves[0].slice != one.slice or not one.fits(shard):
+            return None
+        return Shard(one.slice.index, jax.device_put(shard.buffer, self._device_of(one.target)))
 
-    def _read(self, move: SliceMove, store: ShardStore, buffer: np.ndarray, index: Index) -> None:
-        """Reads one slice into its place in a buffer that holds ``index``."""
-        if move.source is None:
-            place_into(buffer, index, move.slice.index, self._checkpoint.read(*move.slice))
-        elif self._peers is None or self._device_of(move.source) is not None:
-            place_into(buffer, index, move.slice.index, store.read(move.source, move.slice))
+    def _begin(self, one: _Wanted, store: ShardStore) -> np.ndarray:
+        """The shard's buffer with all of it but what comes from the checkpoint."""
+        held = store.get(one.target, one.slice.name)
+        common = intersect(held.index, one.slice.index) if held is not None else None
+        kept = ArraySlice(one.slice.name, common).size if common is not None else 0
+        if kept + sum(move.slice.size for move in one.moves) < one.slice.size:
+            name = one.slice.name
+            raise SliceUnavailable(f"device {one.target} does not hold what of {name} the plan leaves in place")
+        buffer = self._memory.allocate(one.target, one.slice, one.shape, self._dtype)
+        if held is not None and common is not None:
+            one.place(buffer, common)[...] = held.read(common)
+        for source, piece in ((move.source, move.slice) for move in one.moves):
+            if source is not None:
+                self._read(source, piece, store, one.place(buffer, piece.index))
+        return buffer
+
+    def _read(self, source: DeviceRef, piece: ArraySlice, store: ShardStore, place: np.ndarray) -> None:
+        """Reads one slice from the device that has it."""
+        if self._peers is None or self._device_of(source) is not None:
+            place[...] = store.read(source, piece)
+        elif place.flags.c_contiguous:
+            self._peers.read_slice(source, piece, place)
         else:
-            place = buffer[relative(move.slice.index, index)]
-            if place.flags.c_contiguous:
-                self._peers.read_slice(move.source, move.slice, place)
-                return
             scratch = np.empty(place.shape, place.dtype)
-            self._peers.read_slice(move.source, move.slice, scratch)
+            self._peers.read_slice(source, piece, scratch)
             place[...] = scratch
 
     def _count(self, moves: Sequence[SliceMove], traffic: Traffic) -> None:
-        for move in moves:
-            size = move.slice.size * self._dtype.itemsize
-            if move.source is None:
-                traffic.loaded += size
-            else:
-                traffic.moved += size
+        with self._counting:
+            for move in moves:
+                size = move.slice.size * self._dtype.itemsize
+                if move.source is None:
+                    traffic.loaded += size
+                else:
+                    traffic.moved += size
+
+
+def _groups(wanted: Iterable[_Wanted], itemsize: int) -> Iterator[list[_Wanted]]:
+    """Shards to bring at once: those that take from the checkpoint up to ``READ_BYTES``, every other one alone."""
+    group, size = list[_Wanted](), 0
+    for one in wanted:
+        if not any(move.source is None for move in one.moves):
+            yield [one]
+            continue
+        group.append(one)
+        size += one.slice.size * itemsize
+        if size >= READ_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import SHARED_HEADS, RandomCheckpoint, shard
 
-from spotjax.errors import SliceUnavailable
+from spotjax.errors import CheckpointError, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, InstanceType
 from spotjax.meshes.layout import shard_index, slices_at, split_layers
 from spotjax.meshes.placement import Placement
@@ -22,6 +24,7 @@ from spotjax.planner.holdings import Holdings, StackedNeeds, needs_of
 from spotjax.planner.links import Links
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import MigrationPlan, Phase, plan_migration
+from spotjax.reshard import parameters
 from spotjax.reshard.parameters import ParameterMover
 from spotjax.reshard.shards import ShardStore, host_buffer
 from spotjax.reshard.transfer import Traffic
@@ -235,32 +238,86 @@ def test_shards_of_one_array_differ_between_positions(tensor: int) -> None:
 
 
 class Faltering:
-    """A checkpoint that breaks off once, after so many reads."""
+    """A checkpoint one array of which cannot be read, until it is mended."""
 
-    def __init__(self, reads: int) -> None:
-        self.left, self.read_since = reads, 0
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+        self.done: list[ArraySlice] = []
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        if self.left == 0:
-            self.left = -1
-            raise SliceUnavailable("broken off")
-        self.left -= 1
-        self.read_since += self.left < 0
+        if name == self.broken:
+            raise CheckpointError("broken off")
+        self.done.append(ArraySlice(name, index))
         return WEIGHTS.read(name, index)
 
 
-def test_what_a_plan_that_was_cut_short_brought_is_not_brought_again() -> None:
-    (placement,) = [Placement(1, MeshShape(1, 1, 2), split_layers(SHARED_HEADS.layers, 1),
-                              {Position(0, 0, m): DeviceRef("i0", m) for m in range(2)})]  # fmt: skip
+def test_what_a_plan_that_was_cut_short_brought_is_not_brought_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "READ_BYTES", 1)  # every shard by itself
+    placement = pair()
     needs, plan = plan_for(placement, None, fleet(1, 2))
-    devices, checkpoint, first = device_of(2), Faltering(7), Traffic()
+    devices, checkpoint = device_of(2), Faltering("norm.scale")
     bringing = ParameterMover(SPEC, np.dtype(np.float32), checkpoint, devices.__getitem__)
-    with pytest.raises(SliceUnavailable):
-        bringing.carry_out(plan.moves, needs, 2, ShardStore({}), first)
+    with pytest.raises(CheckpointError, match="broken off"):
+        bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    before, checkpoint.broken = list(checkpoint.done), ""
+    assert {piece.name for piece in before} >= {"embedding", "layers.0.mlp.up"}
     store = bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
     check_contents(store, placement, devices)
-    assert checkpoint.read_since == len(plan.moves) - 7, "the seven that were there are not read again"
+    wanted = Counter(move.slice for move in plan.moves)
+    assert Counter(checkpoint.done) == wanted, "what was there is not read again"
     bringing.settle()
-    checkpoint.read_since = 0
+    checkpoint.done.clear()
     bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
-    assert checkpoint.read_since == len(plan.moves), "after it was settled nothing is remembered"
+    assert Counter(checkpoint.done) == wanted, "after it was settled nothing is remembered"
+
+
+class Bulk:
+    """A checkpoint that reads many slices at once."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[np.ndarray]] = []
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        raise AssertionError("one slice was read by itself")
+
+    def read_into(self, wanted: Iterable[tuple[ArraySlice, np.ndarray]]) -> None:
+        reads = list(wanted)
+        for (name, index), target in reads:
+            target[...] = WEIGHTS.read(name, index)
+        self.calls.append([target for _, target in reads])
+
+
+@pytest.mark.parametrize("read_bytes", [1, 10_000, 1 << 30])
+def test_shards_are_read_many_at_once_into_the_memory_they_stay_in(
+    monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    monkeypatch.setattr(parameters, "READ_BYTES", read_bytes)
+    placement, checkpoint = pair(), Bulk()
+    needs, plan = plan_for(placement, None, fleet(1, 2))
+    bringing = ParameterMover(SPEC, np.dtype(np.float32), checkpoint, device_of(2).__getitem__)
+    store = bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    check_contents(store, placement, device_of(2))
+    read = {target.ctypes.data for call in checkpoint.calls for target in call}
+    assert read == set(pointers(store).values()), "something was copied"
+    sizes = [sum(target.nbytes for target in call) for call in checkpoint.calls]
+    largest = max(target.nbytes for call in checkpoint.calls for target in call)
+    assert max(sizes) < read_bytes + largest
+    assert len(sizes) <= 1 + sum(sizes) / read_bytes
+
+
+@pytest.mark.parametrize("checkpoint", [WEIGHTS, Bulk()])
+def test_parameters_are_of_the_type_that_was_asked_for(checkpoint: RandomCheckpoint | Bulk) -> None:
+    placement = pair()
+    needs, plan = plan_for(placement, None, fleet(1, 2))
+    bringing = ParameterMover(SPEC, np.dtype(jnp.bfloat16), checkpoint, device_of(2).__getitem__)
+    store = bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    held = store.at(DeviceRef("i0", 1))["layers.1.mlp.down"]
+    wanted = shard(WEIGHTS, ARRAYS["layers.1.mlp.down"], 2, 1).astype(jnp.bfloat16)
+    assert held.buffer.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(held.buffer), wanted)
+
+
+def pair() -> Placement:
+    """One stage of two devices."""
+    places = {Position(0, 0, m): DeviceRef("i0", m) for m in range(2)}
+    return Placement(1, MeshShape(1, 1, 2), split_layers(SHARED_HEADS.layers, 1), places)
