@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 
 from spotjax.checkpoint.saves import Save
-from spotjax.errors import CheckpointError, ConnectionLost, InstanceLost
+from spotjax.errors import ConnectionLost, InstanceLost
 from spotjax.fleet.keepers import choose_keepers
-from spotjax.fleet.recovery import common_remains
+from spotjax.fleet.remote_kv import RemoteKv
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.meshes.shape import MeshShape
-from spotjax.meshes.slices import Range
 from spotjax.planner.holdings import Needs, StackedNeeds
 from spotjax.protocol import control
 from spotjax.protocol.steps import ResultHeader, StepHeader
@@ -35,8 +33,6 @@ log = logging.getLogger(__name__)
 CONNECT_SECONDS = 2.0
 NOBODY_WAITS = -1
 """As the id of a command whose answer is not waited for."""
-FORGET_SECONDS = 0.5
-"""Sequences that end within this time are told to the workers together."""
 
 
 @dataclass(frozen=True)
@@ -81,65 +77,35 @@ class RemoteCluster:
         self.pipelines: tuple[RemotePipeline, ...] = ()
         self._sessions, self._endpoint, self._buckets = sessions, endpoint, buckets
         self._patience, self._fuse, self._backup, self._bandwidth = patience, fuse, backup, bandwidth
-        self._layers, self._save = layers, save
-        self._ended: list[int] = []
+        self._kv = RemoteKv(sessions, layers, save)
         self._compiled: dict[str, int] = {}
-        self._placement: Placement | None = None
-        self._serving: Mapping[str, WorkerSession] = {}
         self._prepared: _Change | None = None
         self._held: dict[DeviceRef, Needs] = {}
         self._connections: dict[str, Connection] = {}
-        self._reunited: set[WorkerSession] = set()
-        """Who has kept of its KV what is of use to this controller, and nothing else."""
+
+    async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
+        """See ``Cluster.survivors``."""
+        return await self._kv.survivors(hurt)
+
+    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
+        """See ``Cluster.reunite``."""
+        return await self._kv.reunite(sequences)
+
+    def forget(self, sequences: Sequence[int]) -> None:
+        """See ``Cluster.forget``."""
+        self._kv.forget(sequences)
+
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+        """See ``Cluster.save_kv``."""
+        await self._kv.save_kv(path, seconds, last=last)
+
+    async def save_parameters(self, path: str) -> int:
+        """See ``Cluster.save_parameters``."""
+        return await self._kv.save_parameters(path)
 
     def held(self) -> Mapping[DeviceRef, Needs]:
         """See ``Cluster.held``."""
         return self._held
-
-    async def survivors(self, hurt: Mapping[int, Mapping[int, int]]) -> Survivors:
-        """See ``Cluster.survivors``: asks every worker what it keeps of the layers that are gone."""
-        positions: dict[int, Mapping[int, int]] = {}
-        backups: dict[tuple[int, int], str] = {}
-        if self._placement is None:
-            return Survivors({replica: {} for replica in hurt})
-        for replica, computed in hurt.items():
-            left = dict(computed)
-            for number in range(self._placement.shape.stage):
-                serving = self._serving.get(self._placement.group(replica, number)[0].instance)
-                if serving is not None and not serving.over.done():
-                    continue
-                keeper, kept = await self._most_kept(self._placement.layers[number], tuple(computed))
-                if keeper:
-                    backups[replica, number] = keeper
-                left = {key: min(positions, kept.get(key, 0)) for key, positions in left.items()}
-            positions[replica] = left
-        return Survivors(positions, backups)
-
-    async def _most_kept(self, layers: Range, sequences: tuple[int, ...]) -> tuple[str, Mapping[int, int]]:
-        """The worker that keeps most of these sequences' KV over these layers, and how many positions of each."""
-        ready = [session for session in self._sessions.all() if session.offer is not None]
-        answers = await asyncio.gather(
-            *(session.ask(lambda number: control.Coverage(number, layers, sequences)) for session in ready),
-            return_exceptions=True,
-        )
-        best: tuple[str, Mapping[int, int]] = ("", {})
-        for session, answer in zip(ready, answers, strict=True):
-            if isinstance(answer, control.Done) and sum(answer.positions) > sum(best[1].values()):
-                best = session.instance, dict(zip(sequences, answer.positions, strict=True))
-        return best
-
-    def forget(self, sequences: Sequence[int]) -> None:
-        """See ``Cluster.forget``; workers are told soon, of many at once."""
-        if self._backup and sequences:
-            self._ended += sequences
-            if len(self._ended) == len(sequences):
-                asyncio.get_running_loop().call_later(FORGET_SECONDS, self._tell_ended)
-
-    def _tell_ended(self) -> None:
-        ended, self._ended = tuple(self._ended), []
-        for session in self._sessions.all():
-            if session.offer is not None:
-                session.tell(control.Forget(ended))
 
     def joinable(self, instance: str) -> bool:
         """See ``Cluster.joinable``."""
@@ -154,7 +120,7 @@ class RemoteCluster:
         session = self._sessions[instance]
         offer = session.offer
         assert offer is not None, "only who is ready joins"
-        if session not in self._reunited:
+        if session not in self._kv.reunited:
             session.tell(control.Clear(NOBODY_WAITS))
         for parts in offer.held:
             self._held[DeviceRef(instance, parts.device)] = parts.arrays
@@ -184,7 +150,8 @@ class RemoteCluster:
             await self._connect(placement.group(data, 0)[0].instance)
         carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
         pipelines = tuple(carried.get(data) or self._pipeline(placement, data) for data in range(placement.shape.data))
-        self.pipelines, self._placement, self._serving, self._prepared = pipelines, placement, members, None
+        self.pipelines, self._prepared = pipelines, None
+        self._kv.placement, self._kv.serving = placement, members
         self._held |= preparation.needs
         names = tuple(pipeline.name for pipeline in pipelines)
         keepers = self._keepers(placement)
@@ -192,52 +159,6 @@ class RemoteCluster:
         if compiled := sum(s.compiled - self._compiled[name] for name, s in members.items()):
             log.warning("%d functions were compiled while the mesh changed", compiled)
         return pipelines, traffic
-
-    async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
-        """See ``Cluster.reunite``; of several meshes that workers were part of the last one counts."""
-        ready = [session for session in self._sessions.all() if session.offer is not None]
-        offered = [s.offer.placement for s in ready if s.offer is not None and s.offer.placement is not None]
-        if not offered:
-            return Remains(self._saved_mesh(self._save), frozenset(), {}) if self._save is not None else None
-        placement = max(offered, key=lambda one: one.epoch).placement()
-        command = partial(_reunite_command, placement.epoch, tuple(sequences.items()))
-        answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
-        self._reunited = {s for s, answer in zip(ready, answers, strict=True) if isinstance(answer, control.Done)}
-        stages = {
-            (session, stage.replica, stage.stage): stage.sequences
-            for session, answer in zip(ready, answers, strict=True)
-            if isinstance(answer, control.Done) and not session.over.done()
-            for stage in answer.remains
-        }
-        self._placement = placement
-        self._serving = {session.instance: session for session, _, _ in stages}
-        by_place = {(replica, stage): kept for (_, replica, stage), kept in stages.items()}
-        return Remains(placement, frozenset(self._serving), common_remains(by_place))
-
-    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
-        """See ``Cluster.save_kv``."""
-        serving = [session for session in self._serving.values() if not session.over.done()]
-        command = partial(_save_command, path, seconds, last)
-        answers = await asyncio.gather(*(session.ask(command) for session in serving), return_exceptions=True)
-        for session, answer in zip(serving, answers, strict=True):
-            if isinstance(answer, BaseException):
-                log.warning("KV of instance %s is not saved: %s", session.instance, answer)
-
-    async def save_parameters(self, path: str) -> int:
-        """See ``Cluster.save_parameters``."""
-        serving = [session for session in self._serving.values() if not session.over.done()]
-        asked = [session.ask(lambda number: control.SaveParameters(number, path)) for session in serving]
-        try:
-            return sum(done.moved for done in await asyncio.gather(*asked))
-        except (InstanceLost, CommandFailed) as problem:
-            raise CheckpointError(f"parameters are not all saved: {problem}") from problem
-
-    def _saved_mesh(self, save: Save) -> Placement:
-        """A mesh of which nobody is left, one stage each replica, whose KV was saved."""
-        shape = MeshShape(save.replicas, 1, 1)
-        devices = {position: DeviceRef("(saved)", position.data) for position in shape.positions()}
-        self._placement, self._serving = Placement(save.epoch, shape, ((0, self._layers),), devices), {}
-        return self._placement
 
     def evict(self, instance: str, *, at_once: bool) -> None:
         """See ``Cluster.evict``."""
@@ -282,7 +203,8 @@ class RemoteCluster:
           InstanceLost: one of the new mesh is not alive.
         """
         new = {device.instance for device in preparation.placement.devices.values()}
-        old = {device.instance for device in self._placement.devices.values()} if self._placement else set()
+        before = self._kv.placement
+        old = {device.instance for device in before.devices.values()} if before else set()
         sources = {t.source.instance for t in preparation.plan.transfers if t.source is not None}
         sources |= set(preparation.survivors.backups.values())
         there = {s.instance for s in self._sessions.all() if s.offer is not None}
@@ -292,7 +214,7 @@ class RemoteCluster:
         self, preparation: Preparation, instance: str, addresses: Mapping[str, str], number: int
     ) -> control.Prepare:
         """What one worker has to do."""
-        current = self._placement
+        current = self._kv.placement
         return control.Prepare(
             number,
             control.PlacementMessage.of(preparation.placement),
@@ -389,14 +311,6 @@ class RemoteCluster:
             self._connections[instance].send(header, *payload)
         except (KeyError, ConnectionLost) as problem:
             asyncio.get_running_loop().call_soon(self._sessions.end, instance, f"steps cannot be sent to it: {problem}")
-
-
-def _reunite_command(epoch: int, sequences: tuple[tuple[int, int], ...], number: int) -> control.Reunite:
-    return control.Reunite(number, epoch, sequences)
-
-
-def _save_command(path: str, seconds: float, last: bool, number: int) -> control.SaveKv:
-    return control.SaveKv(number, path, seconds, last)
 
 
 def _sum(done: Iterable[control.Done]) -> Traffic:

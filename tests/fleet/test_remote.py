@@ -23,7 +23,7 @@ from remote_cases import (
 )
 
 from spotjax.errors import InstanceLost
-from spotjax.fleet import remote
+from spotjax.fleet import remote_kv
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.plan import MigrationPlan
 from spotjax.protocol import control
@@ -400,7 +400,7 @@ async def test_kv_is_kept_by_another_instance_and_if_possible_in_another_zone() 
 
 
 async def test_of_many_sequences_that_end_workers_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "FORGET_SECONDS", 0.0)
+    monkeypatch.setattr(remote_kv, "FORGET_SECONDS", 0.0)
     fleet = Fleet(["i0"], backup=True)
     fleet.cluster.forget([1, 2])
     fleet.cluster.forget([])
