@@ -23,7 +23,7 @@ from remote_cases import (
 )
 
 from spotjax.errors import InstanceLost
-from spotjax.fleet import remote_kv
+from spotjax.fleet import remote, remote_kv
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.plan import MigrationPlan
 from spotjax.protocol import control
