@@ -134,7 +134,8 @@ def _restored(request: RequestSummary, kept: Mapping[int, int]) -> RestoredReque
     for choice, tokens in enumerate(request.tokens if request.resumable else ()):
         if not request.ended[choice]:
             needed = request.prompt_tokens + tokens - 1  # that of the last token is computed to get the next
-            here = min(needed, kept.get(request.key + choice, 0))
+            here = kept.get(request.key + choice, 0)
+            here = here if here <= needed else 0  # the log has lost its end: that KV may be of other tokens
             kv, recomputed = kv + here, recomputed + needed - here
     return RestoredRequest(request.request_id, request.prompt_tokens, request.tokens, request.resumable, kv, recomputed)
 

@@ -82,7 +82,7 @@ def test_every_command_is_one_that_the_parser_takes(name: str) -> None:
 @pytest.mark.parametrize("name", ["docs/support.md", "CHANGELOG.md"])
 def test_every_command_is_named(name: str) -> None:
     assert {f"`{command}`" for command in subcommands()} <= set(
-        re.findall(r"`\w+`", TEXTS[name].replace("`spotjax ", "`"))
+        re.findall(r"`[\w-]+`", TEXTS[name].replace("`spotjax ", "`"))
     )
 
 
