@@ -239,7 +239,8 @@ async def follow(service: Service, unfinished: Sequence[RequestSummary], started
         for task in waiting:
             task.cancel()
     after = f", first token after {min(first_tokens):.1f} s" if first_tokens else ""
-    say(f"{so_far()}, {_kept(service)} with KV{after}")
+    kept = _kept(service)
+    say(f"{so_far()}, {kept} sequence{'s' * (kept != 1)} with KV{after}")
 
 
 def _kept(service: Service) -> int:

@@ -33,12 +33,10 @@ def _summary(found: Restoration) -> Iterator[str]:
     ends = f", {leaving} end, for their clients cannot come back" if leaving else ""
     yield f"{found.going_on} unfinished requests go on{ends}; {found.finished} finished ones can still be read"
     if found.going_on:
-        kept = (
-            f"{escape(found.save)} has at most {found.kv_positions} of {found.with_kv} requests"
-            if found.save
-            else "none"
-        )
-        yield f"positions with saved KV: {kept}; {found.recomputed_positions} positions are computed again"
+        kept = f"at most {found.kv_positions} positions, of {found.with_kv} requests" if found.save else "none"
+        yield f"saved KV: {kept}; {found.recomputed_positions} positions are computed again"
+        if found.save:
+            yield f"save: {escape(found.save)}"
 
 
 def _requests(found: Restoration) -> Iterator[RenderableType]:

@@ -63,7 +63,7 @@ def test_a_dry_run_shows_requests_kv_and_mesh_but_no_text(run: Run, log: Path, t
     code, out, _ = run("--commit-log", log, "--checkpoint", tmp_path / "checkpoint", "--workers", "3", "--dry-run")
     assert code == 0
     assert "2 unfinished requests go on; 1 finished ones can still be read" in out
-    assert "has at most 23 of 2 requests; 17 positions are computed again" in " ".join(out.split())
+    assert "saved KV: at most 23 positions, of 2 requests; 17 positions are computed again" in " ".join(out.split())
     assert "one-request" in out and "two-choices" in out and "over" not in out
     assert "mesh 1x2x2" in out and "instance-1" in out and "not needed: instance-2" in out
     assert "xxx" not in out  # their output
@@ -85,7 +85,7 @@ def test_the_same_as_json(run: Run, log: Path, tmp_path: Path) -> None:
 def test_an_embedded_server_reads_no_saved_kv(run: Run, log: Path, tmp_path: Path) -> None:
     leave_save(tmp_path / "checkpoint", inspect_log(log).identity, {0: 13})
     code, out, _ = run("--commit-log", log, "--checkpoint", tmp_path / "checkpoint", "--instances", "2", "--dry-run")
-    assert code == 0 and "positions with saved KV: none; 40 positions are computed again" in out
+    assert code == 0 and "saved KV: none; 40 positions are computed again" in out
 
 
 async def test_a_dry_run_works_while_a_server_uses_the_log(run: Run, tmp_path: Path) -> None:

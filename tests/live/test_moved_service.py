@@ -52,7 +52,9 @@ async def test_a_killed_service_goes_on_elsewhere_and_its_client_gets_exactly_th
     server = Process("moved", (*COLD_RESTART, "--log-format", "json", *where, *flags), new)
     try:
         await eventually("it goes on", lambda: "\nrestored:" in server.output() or server.exit_code is not None)
-        assert "restored: 1 of 1 requests go on, 0 with KV, first token after" in server.output(), server.tail()
+        assert "restored: 1 of 1 requests go on, 0 sequences with KV, first token after" in server.output(), (
+            server.tail()
+        )
         address = server.output().split(" on ", 1)[1].split()[0]
         async with AsyncSpotjaxClient(address) as client:
             rest = [token async for delta in client.resume("moves", [len(seen)]) for token in delta.tokens]

@@ -139,7 +139,7 @@ async def test_it_says_when_all_requests_have_another_token() -> None:
     steps.release()
     await following
     assert len(said) == 1
-    assert said[0].startswith("restored: 2 of 2 requests go on, 3 with KV, first token after ")
+    assert said[0].startswith("restored: 2 of 2 requests go on, 3 sequences with KV, first token after ")
     await service.stop()
 
 
@@ -170,7 +170,7 @@ async def test_a_request_that_ends_without_another_token_is_no_loss() -> None:
     ended = replace(scripted("a", 4, 4), recorded=True)
     service = ScriptedService(log=[ended])
     await follow(service, [left("a", 4)], 0.0, said.append)
-    assert said == ["restored: 0 of 1 requests go on, 1 ended, 0 with KV"]
+    assert said == ["restored: 0 of 1 requests go on, 1 ended, 0 sequences with KV"]
     await service.stop()
 
 
