@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+from spotjax.api.errors import Unavailable
 from spotjax.tools.chaos_schedule import FOLLOWS, JOIN, KINDS, NEWCOMER, Event
 from spotjax.tools.controller_chaos import clocks, strike
 from spotjax.tools.load import Load, longest
@@ -83,7 +84,11 @@ class Chaos:
         """
         for name in event.targets:
             await self._ended(name)
-        await self._wait_for_moment(event)
+        try:
+            await self._wait_for_moment(event)
+        except Unavailable:
+            if not self._service.deserted:
+                raise
         self._happened.append((event, time.monotonic()))
         self._service.note(f"{len(self._happened)}. {event}")
         await self._act(event)

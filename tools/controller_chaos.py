@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 
+from spotjax.api.errors import Unavailable
 from spotjax.errors import SpotjaxError
 from spotjax.tools.chaos_schedule import KINDS, Event
 from spotjax.tools.load import Load
@@ -89,7 +90,8 @@ async def strike(fleet: LocalFleet, load: Load, event: Event, draw: random.Rando
         case "controller elsewhen":
             jump = draw.choice((FORWARD_SECONDS, -0.9 * time.monotonic()))
             await _restart(fleet, 0.0, *another_time(jump))
-            await fleet.until("a mesh, or nobody", lambda status: status.ready or not ready(status))
+            with contextlib.suppress(Unavailable):  # nobody is left
+                await fleet.until("a mesh, or nobody", lambda status: status.ready or not ready(status))
             await asyncio.sleep(event.seconds)
             await _restart(fleet)
         case kind if KINDS[kind].needs == "disk" and fleet.disk is not None:
@@ -140,10 +142,11 @@ async def _die_in_a_drain(fleet: LocalFleet, event: Event) -> None:
     await _restart(fleet)
     await asyncio.gather(draining, return_exceptions=True)
     worker, deadline = fleet.workers[name], time.monotonic() + CHANGE_SECONDS
-    while worker.exit_code is None and name not in ready(await fleet.status()):
-        if time.monotonic() > deadline:
-            raise NotInTime(f"{name} neither left nor came back when the controller died while it was drained")
-        await asyncio.sleep(POLL_SECONDS)
+    with contextlib.suppress(Unavailable):  # it left, and was the last one
+        while worker.exit_code is None and name not in ready(await fleet.status()):
+            if time.monotonic() > deadline:
+                raise NotInTime(f"{name} neither left nor came back when the controller died while it was drained")
+            await asyncio.sleep(POLL_SECONDS)
     with contextlib.suppress(SpotjaxError):  # no mesh without it: it stays, and is killed
         await fleet.client.drain(name)
         await asyncio.to_thread(worker.wait, GRACE_SECONDS + LATE_SECONDS)

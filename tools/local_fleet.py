@@ -92,6 +92,11 @@ class LocalFleet(Service):
         await super().close()
         shutil.rmtree(self.store, ignore_errors=True)
 
+    @property
+    def deserted(self) -> bool:
+        """Whether no worker lives."""
+        return all(worker.exit_code is not None for worker in self.workers.values())
+
     async def kill(self, names: Sequence[str]) -> None:
         """Kills the processes of all these instances, then waits for the kernel."""
         for name in names:

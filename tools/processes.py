@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from typing import Any
 
 import msgspec
 import psutil
+
+PORTS = range(20_000, 32_000)
+"""Below those that connections are given by chance: a server that is started again finds its own still free."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,15 @@ class Process:
             text = f"{record.get('time', '')} {record.get('level', '')} {record.get('logger', '')} {record['message']}"
             shown.append(text.strip() + (f"\n{record['error']}" if "error" in record else ""))
         return "\n".join(shown)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on."""
+    while True:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port := random.choice(PORTS)))
+            return port
 
 
 def _descriptors(pid: int) -> Iterator[str]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from bisect import insort
@@ -26,7 +24,7 @@ from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.errors import FleetError, SpotjaxError
 from spotjax.fleet.status import FleetEvent, FleetStatus
 from spotjax.meshes.instance import InstanceState
-from spotjax.tools.processes import Process, Usage
+from spotjax.tools.processes import Process, Usage, free_port
 
 START_SECONDS = 240.0
 """A first start compiles."""
@@ -39,8 +37,6 @@ CHANGED = ("switch", "stop")
 """Events at the end of a change."""
 CONTROLLER = "controller"
 SERVE = (sys.executable, "-m", "spotjax.serve", "--log-format", "json")
-PORTS = range(20_000, 32_000)
-"""Below those that connections are given by chance: a server that is started again finds its own still free."""
 
 
 class NotInTime(Exception):
@@ -114,18 +110,23 @@ class Service:
         await self._poll("it serves", lambda: " is serving " in self.server.output(), START_SECONDS)
         self._following = asyncio.create_task(self._follow())
 
+    @property
+    def deserted(self) -> bool:
+        """Whether nobody is there to serve with: a server that is started then says nothing."""
+        return False
+
     async def status(self) -> FleetStatus:
         """What the service says of itself, once there is one to say so.
 
         Raises:
-          Unavailable: there is none, and that lasts longer than our patience.
+          Unavailable: there is none, and that lasts longer than our patience, or until somebody joins.
         """
         deadline = time.monotonic() + self.patience
         while True:
             try:
                 return await self.client.status()
             except Unavailable:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline or self.deserted:
                     raise
             await asyncio.sleep(POLL_SECONDS)
 
@@ -293,15 +294,6 @@ async def running(service: Kind) -> AsyncIterator[Kind]:
         yield service
     finally:
         await service.close()
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port := random.choice(PORTS)))
-            return port
 
 
 def ready(status: FleetStatus) -> set[str]:

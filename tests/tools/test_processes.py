@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from spotjax.tools.processes import Process
+from spotjax.tools.processes import PORTS, Process, free_port
 
 TREE = """
 import os, socket, subprocess, sys, tempfile
@@ -77,3 +78,10 @@ def test_its_log_is_read_and_its_environment_is_its_own(process: Process, tmp_pa
         {"message": "started", "time": 1.5},
         {"message": f"{tmp_path / 'temporary'} cpu"},
     ]
+
+
+def test_a_free_port_can_be_listened_on_and_is_not_given_to_connections() -> None:
+    port = free_port("127.0.0.1")
+    assert port in PORTS
+    with socket.create_server(("127.0.0.1", port)):
+        assert all(free_port("127.0.0.1") != port for _ in range(20))
