@@ -10,18 +10,22 @@ import xxhash
 
 from spotjax.meshes.slices import Index, whole
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.spec import ArraySpec
+from spotjax.models.spec import ArraySpec, ModelSpec
 
 
 @runtime_checkable
 class Sampled(Protocol):
-    """A checkpoint that has kept what its fingerprints are made of."""
+    """What has kept what the fingerprints of a model are made of."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shapes and names of the model's arrays."""
 
     def sample_digest(self, name: str, dtype: np.dtype) -> str:
         """``sample_digest`` of the array's sample."""
 
 
-def fingerprint(checkpoint: Checkpoint, dtype: np.dtype) -> str:
+def fingerprint(checkpoint: Checkpoint | Sampled, dtype: np.dtype) -> str:
     """A hash of the configuration, the dtype that it is served at, all vectors and the first row of every matrix.
 
     The samples count as they are served: weights that round to the same are the same.

@@ -21,19 +21,20 @@ from spotjax.api.calls import (
     CANCEL_TIMEOUT,
     DEFAULT_SERVER,
     OPTIONS,
+    SAVE_SECONDS,
     deadline_after,
     names_request,
     seconds_until,
     until_deadline,
 )
 from spotjax.api.errors import Unavailable, error_from
-from spotjax.api.fleet_messages import event_from, reconfiguration_from, status_from
+from spotjax.api.fleet_messages import event_from, reconfiguration_from, saved_from, status_from
 from spotjax.api.patience import DEFAULT_PATIENCE, Patience
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
 from spotjax.api.requests import Prompt, Sampling, built, generate_request
 from spotjax.api.resumption import Progress, Pursuit
 from spotjax.engine.generation import Delta
-from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, Saved
 
 
 class AsyncSpotjaxClient:
@@ -154,6 +155,13 @@ class AsyncSpotjaxClient:
     async def add(self, count: int = 1) -> Reconfiguration:
         """Lets instances join; returns when they serve."""
         return reconfiguration_from(await self._call(self._fleet.Add, built(fleet_pb2.AddRequest, count=count)))
+
+    async def save(
+        self, directory: str, *, parameters: bool = True, state: bool = False, seconds: float = SAVE_SECONDS
+    ) -> Saved:
+        """Has a checkpoint written; returns when it is there. See ``fleet.service.FleetService.save``."""
+        request = built(fleet_pb2.SaveRequest, directory=directory, parameters=parameters, state=state, seconds=seconds)
+        return saved_from(await self._call(self._fleet.Save, request))
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         try:

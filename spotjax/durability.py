@@ -24,3 +24,8 @@ def open_commit_log(config: ServeConfig, model: str) -> CommitLog:
         return MemoryCommitLog()
     directory = Path(config.commit_log).expanduser() if config.commit_log else default_directory(config.address)
     return DurableLog.open(directory, config.durability, model)
+
+
+def directory_of(log: CommitLog) -> Path | None:
+    """Where a log is; None if it is in memory."""
+    return log.directory if isinstance(log, DurableLog) else None

@@ -15,10 +15,12 @@ from functools import partial
 import numpy as np
 
 from spotjax.config import ServeConfig
-from spotjax.durability import open_commit_log
+from spotjax.durability import directory_of, open_commit_log
 from spotjax.errors import ConfigError, SpotjaxError
+from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.saving import Saves
 from spotjax.meshes.instance import Instance
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.fingerprint import fingerprint
@@ -101,7 +103,11 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     service = Controller(
         model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
-        limits, time.monotonic, time.time, leave=config.leave,
+        limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity, weights),
+        files=CheckpointFiles(
+            spec.config, dtype.name, await asyncio.to_thread(fingerprint, model.checkpoint, dtype), model.tokenizer,
+            directory_of(commits),
+        ),
     )  # fmt: skip
     started = time.monotonic()
     for tensor in foreseeable_degrees(planning, members.all()):

@@ -4,7 +4,7 @@ The tree:
 
     SpotjaxError
       ConfigError            a setting is unknown or out of range
-      CheckpointError        a checkpoint lacks a tensor, or has one of the wrong shape
+      CheckpointError        a checkpoint lacks a tensor or has one of the wrong shape; or cannot be written
       InvalidRequest         a request field is unsupported or out of range; names the field
         RequestExists        the id is that of an accepted request
       UnknownRequest         no request of that id is known (never was, or its retention ended)
@@ -41,7 +41,7 @@ class ConfigError(SpotjaxError):
 
 
 class CheckpointError(SpotjaxError):
-    """A checkpoint cannot be read as the model that its configuration describes."""
+    """A checkpoint cannot be read as the model that its configuration describes, or cannot be written."""
 
 
 class InvalidRequest(SpotjaxError):

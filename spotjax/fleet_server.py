@@ -15,17 +15,18 @@ from typing import Any
 import numpy as np
 
 from spotjax.api.server import ApiServer
-from spotjax.checkpoint.saves import newest
+from spotjax.checkpoint.saves import Save, newest
 from spotjax.config import ServeConfig, mode
-from spotjax.durability import open_commit_log
+from spotjax.durability import directory_of, open_commit_log
 from spotjax.engine.commit_log import CommitLog
 from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices, SpotjaxError
 from spotjax.fleet.admission import ServiceLimits
+from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.remote import RemoteCluster
-from spotjax.fleet.saving import Saves
+from spotjax.fleet.saving import Saves, still_certain
 from spotjax.fleet.sessions import Sessions, WorkerSession
 from spotjax.local_workers import LocalWorkers
 from spotjax.meshes.instance import Instance, InstanceType
@@ -59,10 +60,12 @@ class FleetServer:
       tokenizer, model_name, max_model_len: as clients need them.
     """
 
-    def __init__(self, config: ServeConfig, model: Model, log: CommitLog, saves: Saves, address: str) -> None:
+    def __init__(
+        self, config: ServeConfig, model: Model, log: CommitLog, saves: Saves, address: str, newest: Save | None = None
+    ) -> None:
         self.tokenizer: Tokenizer = model.tokenizer
         self.model_name = model.name
-        self._config, self._model, self._log, self._saves = config, model, log, saves
+        self._config, self._model, self._log, self._saves, self._newest = config, model, log, saves, newest
         self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
         tls = None
         if config.tls_certificate:
@@ -156,11 +159,9 @@ class FleetServer:
                     self._fail_to_start(problem)
                     return control.Refused(str(problem), retry=False)
         assert self._setup is not None, "it was just built"
-        save = self._saves.newest
         return control.Welcome(
-            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, self._starting,
-            save.path if save is not None else "", tuple(save.sequences.items()) if save is not None else (),
-        )  # fmt: skip
+            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, self._starting
+        )
 
     def registered(self, session: WorkerSession) -> None:
         """See ``Watcher.registered``."""
@@ -227,13 +228,16 @@ class FleetServer:
         cluster = RemoteCluster(
             self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse,
             backup=config.kv_backup, bandwidth=config.kv_backup_bandwidth, layers=spec.config.layers,
-            save=self._saves.newest,
+            save=self._newest,
         )  # fmt: skip
         self._limits, self._cluster = limits, cluster
         self._service = Controller(
             self._model.name, planning, Membership(()), cluster, self._log, self._model.tokenizer,
             self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
             config.leave, self._saves,
+            CheckpointFiles(
+                spec.config, dtype.name, print_of, self._model.tokenizer, directory_of(self._log)
+            ),
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
@@ -290,8 +294,10 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
-    saves = Saves(config.checkpoint, commits.identity, weights, before)
-    fleet = FleetServer(config, model, commits, saves, address)
+    saves = Saves(config.checkpoint, commits.identity, weights)
+    fleet = FleetServer(
+        config, model, commits, saves, address, still_certain(before, commits) if before is not None else None
+    )
     try:
         await fleet.open(server)
     except BaseException:

@@ -10,8 +10,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from spotjax.errors import NoFeasibleShape, NoSpareDevices, UnknownInstance
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
+from spotjax.errors import CheckpointError, NoFeasibleShape, NoSpareDevices, UnknownInstance
+from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus, Saved
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
@@ -71,6 +71,7 @@ class ScriptedService(ScriptedGeneration):
         self._events: list[FleetEvent] = []
         self._shape = shape or MeshShape(2, 2, 1)
         count = -(-self._shape.devices // DEVICES_PER_INSTANCE)
+        self._checkpoints: set[str] = set()
         self._states = {f"i-{number}": InstanceState.READY for number in range(count)}
         self._placement: Placement | None = self._place(1)
         self._note("ready", f"serving on {self._shape}")
@@ -138,6 +139,16 @@ class ScriptedService(ScriptedGeneration):
             self._states[f"i-{len(self._states)}"] = InstanceState.READY
         self._note("joined", f"{count} joined", count=count)
         return self._reconfigure()
+
+    async def save(self, directory: str, *, parameters: bool, state: bool, seconds: float) -> Saved:
+        """Remembers which directories have parameters, and writes nothing; the last instance has no time for its KV."""
+        if parameters and directory in self._checkpoints:
+            raise CheckpointError(f"{directory} is a complete checkpoint already")
+        self._checkpoints |= {directory} if parameters else set()
+        self._note("saved", f"saved to {directory}", path=directory)
+        running = self._unfinished()
+        kept = (len(self.requests), running, 10 * running, 1 << 20) if state else (0, 0, 0, 0)
+        return Saved(directory, (1 << 22) * parameters, *kept, tuple(self._alive()[-1:]) if state else (), 1.5)
 
     async def drain(self, seconds: float) -> bool:
         """Takes no new requests and waits for the accepted ones."""

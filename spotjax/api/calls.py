@@ -10,6 +10,8 @@ from spotjax.api.generation import REQUEST_ID_KEY
 from spotjax.api.validation import MAX_MESSAGE_BYTES
 
 DEFAULT_SERVER = "127.0.0.1:8470"
+SAVE_SECONDS = 60.0
+"""For KV in a save, unless told otherwise."""
 CANCEL_TIMEOUT = 1.0
 """Seconds that a client gives a courtesy: ending a request that it does not wait for any more."""
 

@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from spotjax.api.unknown_fields import refuse_unknown_fields
 from spotjax.errors import (
+    CheckpointError,
     Draining,
     InstanceLost,
     InvalidRequest,
@@ -58,6 +59,7 @@ STATUS: dict[type[SpotjaxError], grpc.StatusCode] = {
     UnknownInstance: grpc.StatusCode.NOT_FOUND,
     NoSpareDevices: grpc.StatusCode.FAILED_PRECONDITION,
     NoFeasibleShape: grpc.StatusCode.FAILED_PRECONDITION,
+    CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
     InstanceLost: grpc.StatusCode.UNAVAILABLE,
 }
 """Every other class is INTERNAL."""

@@ -6,13 +6,14 @@ from collections.abc import AsyncGenerator
 
 from spotjax.api.backend import Backend
 from spotjax.api.errors import Context, rpc
-from spotjax.api.fleet_messages import event_to, reconfiguration_to, status_to
+from spotjax.api.fleet_messages import event_to, reconfiguration_to, saved_to, status_to
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
 from spotjax.api.proto.spotjax.v1 import fleet_pb2_grpc as pb_grpc
 from spotjax.errors import InvalidRequest
 
 MAX_GRACE_SECONDS = 3600
 MAX_ADDED = 1024
+MAX_SAVE_SECONDS = 3600
 
 
 class FleetServicer(pb_grpc.FleetServicer):
@@ -66,6 +67,26 @@ class FleetServicer(pb_grpc.FleetServicer):
         if not 1 <= request.count <= MAX_ADDED:
             raise InvalidRequest("count", f"must be in [1, {MAX_ADDED}], got {request.count}")
         return reconfiguration_to(await service.add(request.count))
+
+    @rpc
+    async def Save(self, request: pb.SaveRequest, context: Context) -> pb.Saved:
+        """Writes a checkpoint."""
+        service, _ = self._backend.get()
+        require_save(request)
+        saved = await service.save(
+            request.directory, parameters=request.parameters, state=request.state, seconds=request.seconds
+        )
+        return saved_to(saved)
+
+
+def require_save(request: pb.SaveRequest) -> None:
+    """Refuses one that says neither where to, nor what, nor how long."""
+    if not (request.directory.startswith("/") or "://" in request.directory):
+        raise InvalidRequest("directory", f"must be a path from the root, or a URL, got {request.directory!r}")
+    if not (request.parameters or request.state):
+        raise InvalidRequest("parameters", "there is nothing to save: ask for parameters, state, or both")
+    if request.state and not 0 < request.seconds <= MAX_SAVE_SECONDS:
+        raise InvalidRequest("seconds", f"must be in (0, {MAX_SAVE_SECONDS}], got {request.seconds:g}")
 
 
 def require_instance(request: pb.PreemptRequest | pb.DrainRequest) -> None:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, PriceClass, Reconfiguration, ReplicaStatus
+from spotjax.fleet.status import (
+    FleetEvent,
+    FleetStatus,
+    InstanceStatus,
+    PriceClass,
+    Reconfiguration,
+    ReplicaStatus,
+    Saved,
+)
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
@@ -45,6 +53,7 @@ RECONFIGURATION_FIELDS = (
     "requests_kept",
     "requests_recomputed",
 )
+SAVED_FIELDS = ("directory", "parameter_bytes", "requests", "sequences", "positions", "kv_bytes", "seconds")
 
 
 def placement_to(placement: Placement | None) -> pb.Placement | None:
@@ -197,3 +206,13 @@ def reconfiguration_from(message: pb.Reconfiguration) -> Reconfiguration:
         before=placement_from(message.before) if message.HasField("before") else None,
         after=placement_from(message.after) if message.HasField("after") else None,
     )
+
+
+def saved_to(saved: Saved) -> pb.Saved:
+    """The message for what was saved."""
+    return pb.Saved(**{name: getattr(saved, name) for name in SAVED_FIELDS}, left_out=saved.left_out)
+
+
+def saved_from(message: pb.Saved) -> Saved:
+    """What was saved, as a message carries it."""
+    return Saved(**{name: getattr(message, name) for name in SAVED_FIELDS}, left_out=tuple(message.left_out))

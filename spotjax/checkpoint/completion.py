@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import msgspec
+import numpy as np
 import tensorstore as ts
 
 from spotjax.errors import CheckpointError
 from spotjax.models.config import LlamaConfig
+from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_manifest import (
     MANIFEST,
     PARAMETERS,
@@ -23,6 +25,7 @@ from spotjax.models.orbax_manifest import (
     encode,
     kvstore,
     parts_of,
+    place_of,
 )
 from spotjax.models.orbax_part import FAILURES, StoredPart, make_context
 from spotjax.models.spec import ModelSpec
@@ -66,7 +69,9 @@ def drop_record(location: str, part: str) -> None:
     ts.KvStore.open(kvstore(location)).result().write(_record_name(part), None).result()
 
 
-def complete(location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[str, bytes]) -> Manifest:
+def complete(
+    location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[str, bytes], expected: str = ""
+) -> Manifest:
     """Writes tokenizer and manifest: from then on the directory is a checkpoint.
 
     Args:
@@ -74,6 +79,7 @@ def complete(location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[
       config: of the model.
       dtype: that its parts are stored as.
       tokenizer: ``Tokenizer.files``.
+      expected: fingerprint of the weights at that dtype; empty if whoever wrote the parts answers for them.
 
     Raises:
       CheckpointError: parts are missing or not those of such a model, or the files cannot be written.
@@ -81,6 +87,8 @@ def complete(location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[
     names = list(parts_of(ModelSpec(config)))
     records = {name: record for name in names if (record := find_record(location, name)) is not None}
     check_parts(config, dtype, records, location)
+    if expected and fingerprint(_Recorded(records, ModelSpec(config)), np.dtype(dtype)) != expected:
+        raise CheckpointError(f"{location} has parts of another model, from a save that was given up; remove it")
     sums = {name: checksum(content) for name, content in tokenizer.items()}
     manifest = Manifest(config, dtype, records, sums)
     _write(location, {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()})
@@ -88,6 +96,24 @@ def complete(location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[
     for name in names:
         drop_record(location, name)
     return manifest
+
+
+class _Recorded:
+    """As much of a checkpoint, by the records of its parts, as a fingerprint needs."""
+
+    def __init__(self, records: Mapping[str, Part], spec: ModelSpec) -> None:
+        self._spec, self._records = spec, records
+        self._places = {array.name: place_of(array) for array in spec.parameters}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """See ``fingerprint.Sampled``."""
+        return self._spec
+
+    def sample_digest(self, name: str, dtype: np.dtype) -> str:
+        """See ``fingerprint.Sampled``."""
+        part, place = self._places[name]
+        return self._records[part].arrays[place].samples[dtype.name]
 
 
 def _record_name(part: str) -> str:

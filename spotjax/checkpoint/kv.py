@@ -43,6 +43,9 @@ class KvWriter:
 
     Raises:
       ConfigError: the name cannot be that of a directory, or this process is one of several of a TPU slice.
+
+    Attributes:
+      saved_bytes: of KV so far.
     """
 
     def __init__(self, directory: epath.PathLike, name: str, form: KvFormat, unit_bytes: int = UNIT_BYTES) -> None:
@@ -50,6 +53,7 @@ class KvWriter:
             raise ConfigError(f"{name!r} cannot be the name of a directory")
         self._directory = epath.Path(directory) / name
         self._form, self._rows = form, max(1, unit_bytes // form.row_bytes)
+        self.saved_bytes = 0
         self._saver = UnitSaver()
         self._open: UnitBuffer | None = None
         self._complete: deque[UnitBuffer] = deque()
@@ -107,18 +111,23 @@ class KvWriter:
         with self._changed:
             self._end_unit()
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._changed.wait_for(lambda: not self._complete or self._problem is not None, left)
+            self._changed.wait_for(lambda: not self._complete or self._closing or self._problem is not None, left)
             self._check()
             return not self._complete
 
-    def close(self) -> None:
-        """Gives up what was not flushed, and waits for the end of the unit that is being saved."""
+    def stop(self) -> None:
+        """Gives up what was not flushed, but for the unit that is being saved. Returns at once, and so do waiters."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+            for room in self._held_up:
+                room.cancel()
+            self._held_up.clear()
+
+    def close(self) -> None:
+        """The same, and waits for the end of that unit."""
+        self.stop()
         self._thread.join()
-        for room in self._held_up:
-            room.cancel()
         self._saver.close()
 
     def _check(self) -> None:
@@ -148,7 +157,7 @@ class KvWriter:
             try:
                 number = number or self._first_number()
                 self._saver.save(self._directory / f"{number:06d}", unit)
-                number += 1
+                number, self.saved_bytes = number + 1, self.saved_bytes + unit.count * self._form.row_bytes
             except Exception as error:  # whatever Orbax, tensorstore and the file system raise
                 log.error("KV could not be saved in %s: %s", self._directory, error)
                 problem = CheckpointError(f"KV could not be saved in {self._directory}: {error}")

@@ -39,7 +39,6 @@ _DAMAGE = (ValueError, KeyError, IndexError, OSError, RuntimeError, msgspec.Msgs
 """What reading something damaged can raise: tensorstore's errors, Orbax's, and ours."""
 
 
-
 class _Header(msgspec.Struct, frozen=True):
     """What all rows of a unit share.
 

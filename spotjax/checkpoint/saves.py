@@ -1,6 +1,7 @@
 """Saves of KV in a checkpoint: where they are and which of them counts. Imports no jax, so that a controller can.
 
-    <checkpoint>/saves/<service>/<number>/    what every worker has saved, and ``saved.json`` when all have
+    <checkpoint>/saves/<service>/<number>/             what every worker has saved, and ``saved.json`` when all have
+    <checkpoint>/saves/<service>/<number>.generation   the requests with their tokens, where they were asked for
 
 A save without ``saved.json`` was cut off and is not used: what is in it may be of tokens that were never told.
 """
@@ -8,17 +9,21 @@ A save without ``saved.json`` was cut off and is not used: what is in it may be 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 from etils import epath
 
 from spotjax.errors import CheckpointError
+from spotjax.models.orbax_manifest import is_url
 
 log = logging.getLogger(__name__)
 
 SAVES = "saves"
 SAVED = "saved.json"
+GENERATION = ".generation"
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -32,6 +37,7 @@ class Save(msgspec.Struct, frozen=True):
       replicas: of that mesh.
       sequences: key to the positions whose tokens were recorded when it was saved. What is there of later positions is
         not to be used; what is there of these may be less.
+      digests: key to a hash of these tokens: a log that has lost its end may have others there, or another request.
     """
 
     path: str
@@ -40,21 +46,34 @@ class Save(msgspec.Struct, frozen=True):
     epoch: int
     replicas: int
     sequences: dict[int, int]
+    digests: dict[int, str] = {}
 
 
 def next_path(checkpoint: str, service: str) -> str:
-    """Directory of another save, which does not exist yet."""
-    numbers = [int(path.name) for path in _numbered(checkpoint, service)]
-    return str(epath.Path(checkpoint) / SAVES / service / f"{max(numbers, default=0) + 1:06d}")
+    """Directory of another save, which does not exist yet.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read.
+    """
+    numbers = [int(name.partition(".")[0]) for name in _names(checkpoint, service)]
+    return str(_directory(checkpoint, service) / f"{max(numbers, default=0) + 1:06d}")
 
 
-def complete(path: str, service: str, model: str, epoch: int, replicas: int, sequences: Mapping[int, int]) -> Save:
+def complete(
+    path: str,
+    service: str,
+    model: str,
+    epoch: int,
+    replicas: int,
+    sequences: Mapping[int, int],
+    digests: Mapping[int, str] = MappingProxyType({}),
+) -> Save:
     """Makes what workers have put into a directory a save.
 
     Raises:
       CheckpointError: that cannot be written.
     """
-    save = Save(path, service, model, epoch, replicas, dict(sequences))
+    save = Save(path, service, model, epoch, replicas, dict(sequences), dict(digests))
     try:
         directory = epath.Path(path)
         directory.mkdir(parents=True, exist_ok=True)
@@ -66,19 +85,49 @@ def complete(path: str, service: str, model: str, epoch: int, replicas: int, seq
 
 
 def newest(checkpoint: str, service: str) -> Save | None:
-    """The last complete save of a service, None if there is none."""
-    for path in sorted(_numbered(checkpoint, service), key=lambda path: int(path.name), reverse=True):
-        try:
-            save = msgspec.json.decode((path / SAVED).read_bytes(), type=Save)
-        except FileNotFoundError:
-            log.warning("a save was cut off and is not used", extra={"path": str(path)})
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("a save cannot be read and is not used: %s", error, extra={"path": str(path)})
-        else:
-            return msgspec.structs.replace(save, path=str(path))  # it may have been moved
+    """The last complete save of a service, None if there is none.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read.
+    """
+    numbers = (name for name in _names(checkpoint, service) if name.isdigit())
+    for number in sorted(numbers, key=int, reverse=True):
+        if (save := open_save(str(_directory(checkpoint, service) / number))) is not None:
+            return save
     return None
 
 
-def _numbered(checkpoint: str, service: str) -> list[epath.Path]:
-    directory = epath.Path(checkpoint) / SAVES / service
-    return [path for path in directory.iterdir() if path.name.isdigit()] if directory.exists() else []
+def open_save(path: str) -> Save | None:
+    """The save in a directory, wherever it was when it was made; None if it was cut off or is damaged."""
+    try:
+        save = msgspec.json.decode((epath.Path(path) / SAVED).read_bytes(), type=Save)
+    except FileNotFoundError:
+        log.warning("a save was cut off and is not used", extra={"path": path})
+    except (OSError, msgspec.MsgspecError) as error:
+        log.warning("a save cannot be read and is not used: %s", error, extra={"path": path})
+    else:
+        return msgspec.structs.replace(save, path=path)
+    return None
+
+
+def discard(path: str) -> None:
+    """Removes what workers have put into a directory that will not be a save, as far as that is possible."""
+    try:
+        epath.Path(path).rmtree(missing_ok=True)
+    except OSError as error:
+        log.warning("what is left of a save that was given up cannot be removed: %s", error, extra={"path": path})
+
+
+def _directory(checkpoint: str, service: str) -> epath.Path:
+    root = checkpoint if is_url(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))  # others run elsewhere
+    return epath.Path(root) / SAVES / service
+
+
+def _names(checkpoint: str, service: str) -> list[str]:
+    """Of all that is there of a service's saves."""
+    directory = _directory(checkpoint, service)
+    try:
+        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
+    return [name for name in names if name.partition(".")[0].isdigit()]

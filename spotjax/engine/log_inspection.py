@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spotjax.engine.log_directory import DATABASE, WriterLock, sync_directory
-from spotjax.engine.log_reading import read
+from spotjax.engine.log_reading import Contents, read
 from spotjax.errors import CommitLogError
 
 
@@ -72,9 +72,7 @@ def inspect_log(directory: Path) -> LogSummary:
     Raises:
       CommitLogError: there is none, or nothing of it can be read.
     """
-    with _reading(directory) as connection:
-        connection.execute("BEGIN")  # all of one moment
-        contents = read(connection)
+    contents = read_log(directory)
     service = contents.service
     return LogSummary(
         service.identity if service else "",
@@ -94,6 +92,17 @@ def inspect_log(directory: Path) -> LogSummary:
         tuple(contents.damage),
         sum(file.stat().st_size for file in directory.glob(f"{DATABASE}*") if not file.name.endswith("-shm")),
     )
+
+
+def read_log(directory: Path) -> Contents:
+    """All that is in a log at one moment, damaged or not. Waits for the disk.
+
+    Raises:
+      CommitLogError: there is none, or nothing of it can be read.
+    """
+    with _reading(directory) as connection:
+        connection.execute("BEGIN")  # all of one moment
+        return read(connection)
 
 
 def copy_log(source: Path, target: Path) -> None:

@@ -6,12 +6,27 @@ Embedded mode has ``reshard.local.LocalCluster``, fleet mode ``fleet.remote.Remo
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from spotjax.checkpoint.saves import Save
 from spotjax.engine.batch import Pipeline
 from spotjax.meshes.instance import DeviceRef
 from spotjax.planner.holdings import Needs
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
+
+
+@dataclass(frozen=True)
+class SavedKv:
+    """What has come of saving KV.
+
+    Attributes:
+      bytes: that were saved.
+      left_out: instances that did not save all they had, and why.
+    """
+
+    bytes: int = 0
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 class Cluster(Protocol):
@@ -54,23 +69,30 @@ class Cluster(Protocol):
         """
         ...
 
-    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> SavedKv | None:
         """Has the KV of the current placement saved into a directory, while steps go on or after they have stopped.
 
-        Whoever cannot save leaves its KV out; it will be computed again.
+        Whoever cannot save leaves its KV out; it will be computed again. Who has begun to save into another directory
+        gives that up.
 
         Args:
           path: of the directory.
-          seconds: for all of it, when ``last``.
+          seconds: for all of it, when ``last``; 0 to give up what was begun.
           last: save what there is now and end. Else begin, and go on in the background.
+
+        Returns: what has come of it; None if nobody here keeps account of whose pages are whose.
         """
         ...
 
+    def use_save(self, save: Save) -> None:
+        """What was saved there is a copy of KV like any other from now on."""
+        ...
+
     async def save_parameters(self, path: str) -> int:
-        """Has the parameters of the current placement saved as parts of a checkpoint. Returns: bytes written.
+        """Has the parameters of the current placement saved as parts of a checkpoint. Returns: bytes of them.
 
         Raises:
-          CheckpointError: they cannot be written, or a part of them was lost meanwhile.
+          CheckpointError: they cannot be written, or an instance was lost or the mesh changed meanwhile.
         """
         ...
 

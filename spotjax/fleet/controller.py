@@ -18,11 +18,12 @@ from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Scheduler
 from spotjax.engine.text import Detokenizer
-from spotjax.errors import Draining
+from spotjax.errors import CheckpointError, Draining
 from spotjax.fleet.admission import Admission, ServiceLimits
 from spotjax.fleet.attendance import Attendance, Supply
 from spotjax.fleet.boundary import Leave
 from spotjax.fleet.change import Planning
+from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
@@ -30,8 +31,9 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
+from spotjax.fleet.save_request import SaveRequests
 from spotjax.fleet.saving import Saves, Saving
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus
+from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus, Saved
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
 
@@ -57,6 +59,7 @@ class Controller:
       supply: where more instances come from; see ``Attendance``.
       leave: when the mesh leaves an instance that has notice.
       saves: where KV is saved when the whole fleet is to be taken; None for nowhere.
+      files: writes the rest of what is saved on request; None where nothing can be.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Controller:
         supply: Supply | None = None,
         leave: Leave = "early",
         saves: Saves | None = None,
+        files: CheckpointFiles | None = None,
     ) -> None:
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._clock = log, detokenizer, clock
@@ -82,11 +86,14 @@ class Controller:
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
         self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
-        self._saving = Saving(cluster, self._events, saves or Saves(), self._requests.certain)
+        self._saving = Saving(cluster, self._events, saves or Saves(), self._requests.unfinished)
         self._reconfigurer = Reconfigurer(
             planning, members, cluster, self._dispatcher, self._events, log, self._saving, clock, self._commit_ended,
             leave,
         )  # fmt: skip
+        self._save_requests = (
+            SaveRequests(cluster, self._reconfigurer, self._saving, files, self._events, clock) if files else None
+        )
         self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
         self._admission = Admission(log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended)
         self._epochs_before = log.epoch
@@ -107,7 +114,10 @@ class Controller:
         """Stops at the next token boundary and frees everything; unfinished requests stay in the commit log."""
         if self._purging is not None:
             self._purging.cancel()
+        if self._save_requests is not None:
+            await self._save_requests.close()
         await self._attendance.close()
+        await self._saving.close()
         await self._dispatcher.stop()
         await self._log.close()
         self._events.close()
@@ -187,6 +197,12 @@ class Controller:
     async def add(self, count: int) -> Reconfiguration:
         """See ``FleetService.add``."""
         return await self._attendance.add(count)
+
+    async def save(self, directory: str, *, parameters: bool, state: bool, seconds: float) -> Saved:
+        """See ``FleetService.save``."""
+        if self._save_requests is None:
+            raise CheckpointError("this service was made without what it takes to save")
+        return await self._save_requests.save(directory, parameters=parameters, state=state, seconds=seconds)
 
     def registered(self, instance: Instance) -> None:
         """See ``Attendance.registered``."""

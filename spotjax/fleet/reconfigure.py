@@ -153,7 +153,7 @@ class Reconfigurer:
         except NoFeasibleShape as problem:
             if any(end > started for end in self._boundary.ends(self.placement).values()):
                 self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
-                await self._saving.begin(self.epoch)
+                self._saving.begin(self.epoch)
             reserve = RESERVE_SECONDS if self._saving.wanted else 0.0
             going_on = await self._boundary.serve_on(self.placement, reserve)
             return None if going_on else await self._suspend(str(problem))
@@ -249,6 +249,7 @@ class Reconfigurer:
         self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
         self._stopped_on = None
+        self._saving.give_up()
         pause = self._clock() - stopped
         self._tempo.switched(pause)
         kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())

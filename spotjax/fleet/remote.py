@@ -14,6 +14,7 @@ from functools import partial
 
 from spotjax.checkpoint.saves import Save
 from spotjax.errors import ConnectionLost, InstanceLost
+from spotjax.fleet.cluster import SavedKv
 from spotjax.fleet.keepers import choose_keepers
 from spotjax.fleet.remote_kv import RemoteKv
 from spotjax.fleet.remote_pipeline import RemotePipeline
@@ -95,9 +96,13 @@ class RemoteCluster:
         """See ``Cluster.forget``."""
         self._kv.forget(sequences)
 
-    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> SavedKv:
         """See ``Cluster.save_kv``."""
-        await self._kv.save_kv(path, seconds, last=last)
+        return await self._kv.save_kv(path, seconds, last=last)
+
+    def use_save(self, save: Save) -> None:
+        """See ``Cluster.use_save``."""
+        self._kv.use_save(save)
 
     async def save_parameters(self, path: str) -> int:
         """See ``Cluster.save_parameters``."""

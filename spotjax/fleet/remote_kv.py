@@ -9,6 +9,7 @@ from functools import partial
 
 from spotjax.checkpoint.saves import Save
 from spotjax.errors import CheckpointError, InstanceLost
+from spotjax.fleet.cluster import SavedKv
 from spotjax.fleet.recovery import common_remains
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
@@ -20,6 +21,8 @@ from spotjax.reshard.transfer import Remains, Survivors
 
 log = logging.getLogger(__name__)
 
+LATE_SECONDS = 0.1
+"""For the answer of who has saved until the last moment."""
 FORGET_SECONDS = 0.5
 """Sequences that end within this time are told to the workers together."""
 
@@ -67,10 +70,9 @@ class RemoteKv:
     async def _most_kept(self, layers: Range, sequences: tuple[int, ...]) -> tuple[str, Mapping[int, int]]:
         """The worker that keeps most of these sequences' KV over these layers, and how many positions of each."""
         ready = [session for session in self._sessions.all() if session.offer is not None]
-        answers = await asyncio.gather(
-            *(session.ask(lambda number: control.Coverage(number, layers, sequences)) for session in ready),
-            return_exceptions=True,
-        )
+        save = (self._save.path, tuple(self._save.sequences.items())) if self._save is not None else ("", ())
+        command = partial(_coverage_command, layers, sequences, *save)
+        answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
         best: tuple[str, Mapping[int, int]] = ("", {})
         for session, answer in zip(ready, answers, strict=True):
             if isinstance(answer, control.Done) and sum(answer.positions) > sum(best[1].values()):
@@ -111,23 +113,43 @@ class RemoteKv:
         by_place = {(replica, stage): kept for (_, replica, stage), kept in stages.items()}
         return Remains(placement, frozenset(self.serving), common_remains(by_place))
 
-    async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
-        """See ``Cluster.save_kv``."""
-        serving = [session for session in self.serving.values() if not session.over.done()]
-        command = partial(_save_command, path, seconds, last)
-        answers = await asyncio.gather(*(session.ask(command) for session in serving), return_exceptions=True)
-        for session, answer in zip(serving, answers, strict=True):
-            if isinstance(answer, BaseException):
-                log.warning("KV of instance %s is not saved: %s", session.instance, answer)
+    async def save_kv(self, path: str, seconds: float, *, last: bool) -> SavedKv:
+        """See ``Cluster.save_kv``. Who has not answered in time may go on; what is complete then counts."""
+        command, serving = partial(_save_command, path, seconds, last), self.serving.items()
+        asked = {name: asyncio.create_task(session.ask(command)) for name, session in serving}
+        try:
+            if asked:
+                await asyncio.wait(asked.values(), timeout=seconds + LATE_SECONDS if last else None)
+        finally:
+            for task in asked.values():
+                task.cancel()
+        saved, left_out = 0, dict[str, str]()
+        for name, answer in zip(asked, await asyncio.gather(*asked.values(), return_exceptions=True), strict=True):
+            if isinstance(answer, control.Done):
+                saved, why = saved + answer.moved, answer.left_out
+            else:
+                why = "no answer in time" if isinstance(answer, asyncio.CancelledError) else str(answer)
+            if why:
+                left_out[name] = why
+                log.warning("KV of instance %s is not all saved: %s", name, why)
+        return SavedKv(saved, left_out)
+
+    def use_save(self, save: Save) -> None:
+        """See ``Cluster.use_save``."""
+        self._save = save
 
     async def save_parameters(self, path: str) -> int:
         """See ``Cluster.save_parameters``."""
-        serving = [session for session in self.serving.values() if not session.over.done()]
-        asked = [session.ask(lambda number: control.SaveParameters(number, path)) for session in serving]
+        command, serving = partial(_save_parameters_command, path), self.serving.values()
+        asked = [asyncio.create_task(session.ask(command)) for session in serving]
         try:
             return sum(done.moved for done in await asyncio.gather(*asked))
         except (InstanceLost, CommandFailed) as problem:
-            raise CheckpointError(f"parameters are not all saved: {problem}") from problem
+            raise CheckpointError(f"parameters are not all saved, save them again: {problem}") from problem
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     def _saved_mesh(self, save: Save) -> Placement:
         """A mesh of which nobody is left, one stage each replica, whose KV was saved."""
@@ -139,6 +161,16 @@ class RemoteKv:
 
 def _reunite_command(epoch: int, sequences: tuple[tuple[int, int], ...], number: int) -> control.Reunite:
     return control.Reunite(number, epoch, sequences)
+
+
+def _coverage_command(
+    layers: Range, sequences: tuple[int, ...], save: str, saved: tuple[tuple[int, int], ...], number: int
+) -> control.Coverage:
+    return control.Coverage(number, layers, sequences, save, saved)
+
+
+def _save_parameters_command(path: str, number: int) -> control.SaveParameters:
+    return control.SaveParameters(number, path)
 
 
 def _save_command(path: str, seconds: float, last: bool, number: int) -> control.SaveKv:

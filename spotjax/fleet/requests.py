@@ -11,7 +11,6 @@ from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
-from spotjax.fleet.recovery import certain
 
 
 @dataclass(eq=False)
@@ -79,10 +78,10 @@ class RequestTable:
         """Key of the sequence that a state is of."""
         return self.get(state.request_id).sequences[state.choice].key
 
-    def certain(self) -> dict[int, int]:
-        """Key of every unfinished sequence to the positions that count if their KV is kept: those that are recorded."""
+    def unfinished(self) -> dict[int, RequestState]:
+        """Key of every sequence that has not ended to what of it is recorded."""
         return {
-            sequence.key: certain(told)
+            sequence.key: told
             for accepted in self._unfinished.values()
             for sequence, told in zip(accepted.sequences, accepted.told, strict=True)
             if told.finish is None

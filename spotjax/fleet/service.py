@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol
 
 from spotjax.engine.generation import Delta, GenerationRequest
-from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, Saved
 
 
 class GenerationService(Protocol):
@@ -86,6 +86,21 @@ class FleetService(Protocol):
 
         Raises:
           NoSpareDevices: fewer than ``count`` instances' worth of devices are left.
+        """
+        ...
+
+    async def save(self, directory: str, *, parameters: bool, state: bool, seconds: float) -> Saved:
+        """Writes a checkpoint while serving goes on, one at a time.
+
+        Args:
+          directory: path or URL that all instances write to.
+          parameters: save what the model consists of.
+          state: save the requests with their tokens, and the KV of those that are not finished.
+          seconds: KV for which there is no time is left out.
+
+        Raises:
+          CheckpointError: it cannot be written, or the mesh changed meanwhile; nothing of it counts, unless the message
+            says otherwise. Where a complete checkpoint is, its parameters are not written over.
         """
         ...
 

@@ -88,7 +88,7 @@ class FleetEvent:
 
     Attributes:
       time: Unix time in seconds.
-      kind: ``ready registered joined notice lost plan precopy arranged stop switch draining``.
+      kind: ``ready recovered registered joined notice lost plan precopy arranged saving saved stop switch draining``.
       epoch: epoch at the time.
       message: one line for people.
       fields: the same as data (instance, bytes, seconds ...).
@@ -127,3 +127,28 @@ class Reconfiguration:
     pause_seconds: float
     requests_kept: int
     requests_recomputed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a save on request has come to.
+
+    Attributes:
+      directory: the checkpoint.
+      parameter_bytes: of parameters; 0 if they were not asked for.
+      requests: whose tokens were saved, finished ones that are retained included.
+      sequences: unfinished ones whose KV was saved; 0 where the mesh keeps no account of KV.
+      positions: of these, what was recorded when their KV was saved; of KV there may be less.
+      kv_bytes: of KV, on disk.
+      left_out: instances that did not save all their KV.
+      seconds: that it took.
+    """
+
+    directory: str
+    parameter_bytes: int
+    requests: int
+    sequences: int
+    positions: int
+    kv_bytes: int
+    left_out: tuple[str, ...]
+    seconds: float

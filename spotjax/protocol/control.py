@@ -151,6 +151,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
       compiled: functions compiled so far while somebody could have waited.
       positions: what ``Coverage`` asked for, by sequence.
       remains: what ``Reunite`` asked for.
+      left_out: why ``SaveKv`` did not save all there was; empty if it did.
     """
 
     id: int
@@ -159,6 +160,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     compiled: int = 0
     positions: tuple[int, ...] = ()
     remains: tuple[StageRemains, ...] = ()
+    left_out: str = ""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -208,8 +210,6 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
       lease_seconds: how long the fleet waits for a sign of life.
       service: tells the requests of one commit log from those of another, whose sequences have the same keys.
       reunion: whether KV that is still there from that service's last controller may be of use; else it is given up.
-      save: directory of a save of KV that counts as a copy from now on; empty for none.
-      saved: (key of a sequence, positions of it that count) of what is in there.
     """
 
     setup: ModelSetup
@@ -217,8 +217,6 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     lease_seconds: float
     service: str
     reunion: bool
-    save: str = ""
-    saved: tuple[tuple[int, int], ...] = ()
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -339,11 +337,21 @@ class SaveParameters(msgspec.Struct, frozen=True, tag=True):
 
 
 class Coverage(msgspec.Struct, frozen=True, tag=True):
-    """How much KV of these sequences is backed up at the worker, over all these layers? Answered in ``Done``."""
+    """How much KV of these sequences are there copies of at the worker, over all these layers? Answered in ``Done``.
+
+    Attributes:
+      id: of the command.
+      layers: of the model.
+      sequences: keys.
+      save: directory of a save of KV that counts as a copy from now on; empty for none.
+      saved: (key of a sequence, positions of it that count) of what is in there.
+    """
 
     id: int
     layers: Range
     sequences: tuple[int, ...]
+    save: str = ""
+    saved: tuple[tuple[int, int], ...] = ()
 
 
 class Forget(msgspec.Struct, frozen=True, tag=True):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TypeVar
 
+from spotjax.checkpoint.saves import Save
 from spotjax.errors import CheckpointError, InstanceLost, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
@@ -61,6 +62,10 @@ class LocalCluster:
 
     async def save_kv(self, path: str, seconds: float, *, last: bool) -> None:
         """See ``Cluster.save_kv``: one process keeps no account of whose pages are whose, so none is saved."""
+        return None
+
+    def use_save(self, save: Save) -> None:
+        """See ``Cluster.use_save``: whoever read it would be this process."""
 
     async def save_parameters(self, path: str) -> int:
         """See ``Cluster.save_parameters``."""

@@ -71,16 +71,18 @@ class Backup:
         self.stop()
         self._thread.join()
 
-    def copy_now(self, enough: Callable[[], bool] = lambda: False) -> None:
+    def copy_now(self, enough: Callable[[], bool] = lambda: False) -> bool:
         """One round, until ``enough`` says so between two frames.
+
+        Returns: whether all that was due is copied; not if pages changed hands meanwhile.
 
         Raises:
           SpotjaxError: pages cannot be sent.
           RuntimeError: a stage's buffers are gone.
         """
         with self._round:
-            for stage in self._stages:
-                self._copy(stage, enough)
+            copied = [self._copy(stage, enough) for stage in self._stages]
+            return all(copied)
 
     def _run(self) -> None:
         while not self._stopping.wait(ROUND_SECONDS):
@@ -94,7 +96,7 @@ class Backup:
                     stage.restart()
                 self._stopping.wait(RETRY_SECONDS)
 
-    def _copy(self, copying: Copying, enough: Callable[[], bool]) -> None:
+    def _copy(self, copying: Copying, enough: Callable[[], bool]) -> bool:
         """One round for one stage: what is due now, in frames of a few pages and layers."""
         ledger = copying.ledger
         while not enough() and (due := copying.due(PAGES_PER_MOVE)):
@@ -107,7 +109,7 @@ class Backup:
                 for layer in range(*layers):
                     with ledger.lock:
                         if not ledger.still_owned(due):
-                            return  # the next round looks again
+                            return False  # the next round looks again
                         taken.append(self._kv.take(ledger.stage, layer, [page for _, _, page, _ in due]))
                 for content, view in zip(taken, views, strict=True):
                     self._kv.to_host(ledger.stage, content, len(due), view)
@@ -119,7 +121,8 @@ class Backup:
             copying.copied(due)
             self._pay(sent, started)
             if len(due) < PAGES_PER_MOVE:
-                return
+                return True
+        return not enough()
 
     def _pay(self, sent: int, started: float) -> None:
         """Waits until what was sent is within the budget."""

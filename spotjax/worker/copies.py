@@ -25,13 +25,21 @@ class Copies:
     def __init__(self, store: BackupStore) -> None:
         self.store = store
         self._saved: SavedKv | None = None
-        self._path, self._page_size = "", 1
+        self._told: tuple[str, KvFormat, Mapping[int, int]] | None = None
+        self._page_size = 1
 
     def use_save(self, path: str, form: KvFormat, sequences: Mapping[int, int]) -> None:
-        """Counts what was saved there from now on; nothing if the path is empty. Blocks."""
-        if path == self._path:
+        """Counts what was saved there from now on, and nothing else that was; nothing if the path is empty. Blocks.
+
+        Args:
+          path: of the save.
+          form: of what is wanted.
+          sequences: key to the positions that may be used.
+        """
+        told = path, form, sequences
+        if told == self._told:
             return
-        self._saved, self._path, self._page_size = None, path, form.page_size
+        self._saved, self._told, self._page_size = None, told, form.page_size
         if path:
             from spotjax.checkpoint.saved_kv import SavedKv  # Orbax, which most workers never need
 

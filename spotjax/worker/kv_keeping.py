@@ -47,17 +47,23 @@ class KvKeeping:
         self._name, self._kv, self._form, self._links = name, kv, form, links
         self._backup: Backup | None = None
         self._save: KvSave | None = None
+        self._wanted_save = ""
 
     @property
     def service(self) -> str:
         """Whose sequences these are; empty if nobody's yet."""
         return self.copies.store.service
 
-    def serve(self, service: str, save: str, saved: Mapping[int, int]) -> None:
-        """Serves that from now on, and counts what was saved of it as a copy. May read from disk."""
+    def serve(self, service: str) -> None:
+        """Serves that from now on."""
         self.copies.store.service = service
         self._form = msgspec.structs.replace(self._form, service=service)
-        self.copies.use_save(save, self._form, saved)
+        self.copies.use_save("", self._form, {})
+
+    def coverage(self, wanted: control.Coverage) -> tuple[int, ...]:
+        """What it asks for, by sequence. May read from disk."""
+        self.copies.use_save(wanted.save, self._form, dict(wanted.saved))
+        return self.copies.positions(wanted.layers, wanted.sequences)
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These have ended: their copies are of no use any more."""
@@ -95,21 +101,40 @@ class KvKeeping:
             if copier is not None:
                 copier.install(self.ledgers.values())
 
-    def save(self, path: str, seconds: float, *, last: bool) -> None:
-        """See ``control.SaveKv``. Blocks."""
+    def expect_save(self, path: str) -> None:
+        """That is where KV will be saved next: a save into another directory is given up."""
+        self._wanted_save = path
+        if self._save is not None and self._save.path != path:
+            self._save.hurry()
+
+    def save(self, command: control.SaveKv) -> tuple[int, str]:
+        """Carries it out. Blocks.
+
+        Returns: bytes that are saved, when it was the last of it; why not all is, empty if it is.
+
+        Raises:
+          ConfigError: no KV of this worker can be saved.
+        """
         from spotjax.worker.saving import KvSave  # Orbax, which most workers never need
 
-        if self._save is not None and self._save.path != path:
+        if self._save is not None and self._save.path != command.path:
             self._give_up_save()
+        if self._wanted_save != command.path:
+            return 0, "another save began"
         if self._save is None:
-            self._save = KvSave(self._kv, path, self._name, self._form)
+            self._save = KvSave(self._kv, command.path, self._name, self._form)
             self._save.install(self.ledgers.values())
-        if last:
-            saving, self._save = self._save, None
-            saving.finish(seconds)
+        if not command.last:
+            return 0, ""
+        saving = self._save
+        try:
+            left_out = saving.finish(command.seconds)
+            return saving.bytes, left_out
+        finally:
+            self._save = None
 
     def hurry(self) -> None:
-        """There is something better to do than to save."""
+        """There is something better to do than to wait for the end of a save."""
         if self._save is not None:
             self._save.hurry()
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import time
+import threading
 from collections.abc import Iterable
 
 from spotjax.checkpoint.kv import KvWriter
@@ -11,11 +10,6 @@ from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.reshard.kv import KvMover
 from spotjax.worker.backup import FAILURES, Backup
 from spotjax.worker.ledger import StageLedger
-
-log = logging.getLogger(__name__)
-
-LOOK_SECONDS = 0.2
-"""How often it is looked whether the save is still wanted."""
 
 
 class KvSave:
@@ -32,31 +26,45 @@ class KvSave:
         self.path = path
         self._writer = KvWriter(path, name, form)
         self._copier = Backup(kv, form.service, self._writer.put, bandwidth=0)
-        self._deadline = float("inf")
+        self._over = threading.Event()
+        self._finishing = False
+
+    @property
+    def bytes(self) -> int:
+        """Of KV, that are saved."""
+        return self._writer.saved_bytes
 
     def install(self, ledgers: Iterable[StageLedger]) -> None:
         """The KV of these stages is to be saved."""
         self._copier.install(ledgers)
 
-    def finish(self, seconds: float) -> bool:
+    def finish(self, seconds: float) -> str:
         """Saves what there is by now and ends; what does not fit into the time is left out. Blocks.
 
-        Returns: whether everything was saved.
+        Returns: why not everything is saved; empty if it is.
         """
-        self._deadline = min(self._deadline, time.monotonic() + seconds)
-        self._copier.close()
+        self._finishing = True
+        if seconds <= 0:
+            self._end()
+        timer = threading.Timer(max(0.0, seconds), self._end)
+        timer.start()
         try:
-            self._copier.copy_now(lambda: time.monotonic() > self._deadline)
-            while not (saved := self._writer.flush(min(self._deadline, time.monotonic() + LOOK_SECONDS))):
-                if time.monotonic() > self._deadline:
-                    break
+            self._copier.close()
+            while not self._copier.copy_now(self._over.is_set) and not self._over.is_set():
+                continue  # pages changed hands meanwhile; the next round looks again
+            self._writer.flush()
         except FAILURES as problem:
-            log.warning("KV is saved in part: %s", problem, extra={"path": self.path})
-            saved = False
+            return "there was no time for the rest" if self._over.is_set() else str(problem) or repr(problem)
         finally:
+            timer.cancel()
             self._writer.close()
-        return saved
+        return ""
 
     def hurry(self) -> None:
-        """There is something better to do: ends as soon as possible."""
-        self._deadline = 0.0
+        """There is something better to do than to wait for the end: it comes as soon as possible."""
+        if self._finishing:
+            self._end()
+
+    def _end(self) -> None:
+        self._over.set()
+        self._writer.stop()

@@ -56,6 +56,7 @@ class Session:
         self._worker: Worker | None = None
         self._writing = asyncio.Lock()
         self._carrying_out: asyncio.Task[None] | None = None
+        self._beside: set[asyncio.Task[None]] = set()
         self._unfit: asyncio.Future[End] = asyncio.get_running_loop().create_future()
 
     @property
@@ -129,10 +130,20 @@ class Session:
         await self.tell(self._worker.ready())
 
     def _begin(self, command: control.Command) -> None:
-        """Starts a command when the one before it is done, which a new preparation puts an end to."""
-        if self._worker is not None and isinstance(command, control.Prepare | control.Clear):
-            self._worker.supersede()
+        """Starts a command when the one before it is done, which a new preparation puts an end to.
+
+        Parameters do not change: they are saved beside all that is done.
+        """
         before, worker = self._carrying_out, self._worker
+        if isinstance(command, control.SaveParameters):
+            saving = asyncio.create_task(self._carry_out(None, worker, command))
+            self._beside.add(saving)
+            saving.add_done_callback(self._beside.discard)
+            return
+        if worker is not None and isinstance(command, control.Prepare | control.Clear):
+            worker.supersede()
+        if worker is not None and isinstance(command, control.SaveKv):
+            worker.expect_save(command.path)
         self._carrying_out = asyncio.create_task(self._carry_out(before, worker, command))
 
     async def _carry_out(

@@ -100,7 +100,7 @@ class LeadingWorker(SliceWorker):
 
         Raises: see ``Worker.carry_out``.
         """
-        if isinstance(command, control.Coverage):
+        if isinstance(command, control.Coverage | control.SaveKv | control.SaveParameters):  # the latter are refused
             return await super().carry_out(command)
         asked, gate = self.followers.order(command), self.turn(command)
         answers = await asyncio.gather(self.carry_out_at(gate, command), *asked, return_exceptions=True)

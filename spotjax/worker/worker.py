@@ -147,7 +147,8 @@ class Worker:
           SliceUnavailable: this worker does not have what the plan says.
         """
         traffic = Traffic()
-        self._peers.begin()
+        if not isinstance(command, control.SaveParameters):  # which goes on beside all others
+            self._peers.begin()
         match command:
             case control.Prepare():
                 traffic = await asyncio.to_thread(self._prepare, command)
@@ -165,11 +166,12 @@ class Worker:
                 remains = await asyncio.to_thread(self._reunite, command)
                 return control.Done(command.id, remains=remains, compiled=self._compiled)
             case control.SaveKv():
-                await asyncio.to_thread(self._kv.save, command.path, command.seconds, last=command.last)
+                saved, left_out = await asyncio.to_thread(self._kv.save, command)
+                return control.Done(command.id, saved, compiled=self._compiled, left_out=left_out)
             case control.SaveParameters():
                 traffic = Traffic(moved=await asyncio.to_thread(self._save_parameters, command.path))
             case control.Coverage():
-                positions = await asyncio.to_thread(self._kv.copies.positions, command.layers, command.sequences)
+                positions = await asyncio.to_thread(self._kv.coverage, command)
                 return control.Done(command.id, positions=positions, compiled=self._compiled)
         return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
 
@@ -196,9 +198,13 @@ class Worker:
         self._kv.forget(sequences)
 
     def supersede(self) -> None:
-        """Puts an early end to a command that reads from others, or saves."""
+        """Puts an early end to a command that reads from others, or saves KV."""
         self._peers.supersede()
         self._kv.hurry()
+
+    def expect_save(self, path: str) -> None:
+        """Puts an early end to a save into any other directory."""
+        self._kv.expect_save(path)
 
     def pause(self) -> None:
         """The controller is gone: keeps everything for the next one, and copies and reports nothing meanwhile."""
@@ -209,7 +215,7 @@ class Worker:
         """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
         if not welcome.reunion or welcome.service != self._kv.service:
             self.clear()
-        self._kv.serve(welcome.service, welcome.save, dict(welcome.saved))
+        self._kv.serve(welcome.service)
 
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""

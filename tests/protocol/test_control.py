@@ -67,15 +67,14 @@ from_worker = st.one_of(
         numbers,
         st.lists(numbers, max_size=3).map(tuple),
         st.lists(remains, max_size=3).map(tuple),
+        st.text(),
     ),
     st.builds(control.Failed, numbers, st.text(), st.text()),
     st.builds(control.Leaving, st.floats(0, 1e6)),
     st.builds(control.StepLost, st.text(), st.text()),
 )
 from_controller = st.one_of(
-    st.builds(
-        control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60), st.text(), st.booleans(), st.text(), pairs
-    ),
+    st.builds(control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60), st.text(), st.booleans()),
     st.builds(control.Refused, st.text(), st.booleans()),
     st.builds(
         control.Prepare,
@@ -97,7 +96,7 @@ from_controller = st.one_of(
     st.builds(control.Reunite, numbers, numbers, pairs),
     st.builds(control.SaveKv, numbers, st.text(), st.floats(0, 60), st.booleans()),
     st.builds(control.SaveParameters, numbers, st.text()),
-    st.builds(control.Coverage, numbers, ranges, st.lists(numbers, max_size=4).map(tuple)),
+    st.builds(control.Coverage, numbers, ranges, st.lists(numbers, max_size=4).map(tuple), st.text(), pairs),
     st.builds(control.Forget, st.lists(numbers, max_size=4).map(tuple)),
     st.builds(control.Release, st.booleans()),
 )

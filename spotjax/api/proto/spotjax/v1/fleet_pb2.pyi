@@ -61,6 +61,38 @@ class AddRequest(_message.Message):
     count: int
     def __init__(self, count: _Optional[int] = ...) -> None: ...
 
+class SaveRequest(_message.Message):
+    __slots__ = ("directory", "parameters", "state", "seconds")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    PARAMETERS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    parameters: bool
+    state: bool
+    seconds: float
+    def __init__(self, directory: _Optional[str] = ..., parameters: _Optional[bool] = ..., state: _Optional[bool] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Saved(_message.Message):
+    __slots__ = ("directory", "parameter_bytes", "requests", "sequences", "positions", "kv_bytes", "left_out", "seconds")
+    DIRECTORY_FIELD_NUMBER: _ClassVar[int]
+    PARAMETER_BYTES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    directory: str
+    parameter_bytes: int
+    requests: int
+    sequences: int
+    positions: int
+    kv_bytes: int
+    left_out: _containers.RepeatedScalarFieldContainer[str]
+    seconds: float
+    def __init__(self, directory: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., sequences: _Optional[int] = ..., positions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class FleetStatus(_message.Message):
     __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]

@@ -60,6 +60,11 @@ class FleetStub:
                 request_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.AddRequest.SerializeToString,
                 response_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
                 _registered_method=True)
+        self.Save = channel.unary_unary(
+                '/spotjax.v1.Fleet/Save',
+                request_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.SaveRequest.SerializeToString,
+                response_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Saved.FromString,
+                _registered_method=True)
 
 
 class FleetServicer:
@@ -108,6 +113,15 @@ class FleetServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Save(self, request, context):
+        """Writes a checkpoint while serving goes on. Answers when it is written. It goes on when its caller leaves.
+
+        FAILED_PRECONDITION: it could not be written, or not all of it; the message says why, and what is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FleetServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -135,6 +149,11 @@ def add_FleetServicer_to_server(servicer, server):
                     servicer.Add,
                     request_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.AddRequest.FromString,
                     response_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.SerializeToString,
+            ),
+            'Save': grpc.unary_unary_rpc_method_handler(
+                    servicer.Save,
+                    request_deserializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.SaveRequest.FromString,
+                    response_serializer=spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Saved.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -273,6 +292,33 @@ class Fleet:
             '/spotjax.v1.Fleet/Add',
             spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.AddRequest.SerializeToString,
             spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Reconfiguration.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Save(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/spotjax.v1.Fleet/Save',
+            spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.SaveRequest.SerializeToString,
+            spotjax_dot_api_dot_proto_dot_spotjax_dot_v1_dot_fleet__pb2.Saved.FromString,
             options,
             channel_credentials,
             insecure,
