@@ -17,7 +17,8 @@ import numpy as np
 from etils import epath
 
 from spotjax.checkpoint.kv_format import KvFormat
-from spotjax.checkpoint.kv_units import UnitBuffer, UnitSaver
+from spotjax.checkpoint.kv_units import UnitBuffer
+from spotjax.checkpoint.unit_saver import UnitSaver
 from spotjax.errors import CheckpointError, ConfigError
 from spotjax.protocol.backup import BackupHeader
 

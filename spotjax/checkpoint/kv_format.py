@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Registers bfloat16 with numpy, which has none of its own.
+import ml_dtypes  # noqa: F401
 import msgspec
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""One Orbax checkpoint of KV pages: a *unit*. What is in it, how it is saved, and how it is opened again.
+"""One Orbax checkpoint of KV pages: a *unit*. What is in it, and how it is opened again. ``unit_saver`` saves it.
 
 A unit is a table. A row is one page of one layer of one sequence; what mesh it was computed on is not in it, as KV
 depends on the tokens alone. As a pytree:
@@ -9,7 +9,7 @@ depends on the tokens alone. As a pytree:
 - ``checksums``: uint64[n + 1], xxh3 of each row's content, and one of all other leaves.
 
 A unit is there as a whole or not at all: Orbax gives it its name when it is complete. In a bucket, where nothing can be
-renamed, one that is not cannot be opened.
+renamed, one that is not cannot be opened. Opening needs tensorstore alone, which a worker loads much sooner than Orbax.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-import jax
 import msgspec
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath
 from xxhash import xxh3_64_intdigest
 
 from spotjax.checkpoint.kv_format import KvFormat
-from spotjax.errors import ConfigError
 from spotjax.protocol.backup import BackupHeader
 
 log = logging.getLogger(__name__)
@@ -83,25 +80,6 @@ class UnitBuffer:
         checksums = np.array([*_row_checksums(content), 0], np.uint64)
         checksums[-1] = _index_checksum(header, rows, checksums[:-1])
         return {"header": header, "rows": rows, "checksums": checksums, "content": content}
-
-
-class UnitSaver:
-    """Writes units; the same one for all of a writer's, as making one takes longer than using it."""
-
-    def __init__(self) -> None:
-        if jax.process_count() > 1:  # nor would Orbax write arrays of the host from another one than the first
-            raise ConfigError("of a TPU slice with several hosts no host has all kv heads: its KV is not saved")
-        self._checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False))
-
-    def save(self, path: epath.Path, unit: UnitBuffer) -> None:
-        """Saves a unit; returns once it is there. Raises whatever Orbax and the file system raise."""
-        tree = unit.tree()
-        chunks = {leaf: ocp.SaveArgs(shard_axes=(0,) if leaf == "content" else ()) for leaf in tree}
-        self._checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=chunks))
-
-    def close(self) -> None:
-        """Ends its threads."""
-        self._checkpointer.close()
 
 
 class Unit:

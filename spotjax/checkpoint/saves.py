@@ -55,8 +55,8 @@ def next_path(checkpoint: str, service: str) -> str:
     Raises:
       CheckpointError: the checkpoint cannot be read.
     """
-    numbers = [int(name.partition(".")[0]) for name in _names(checkpoint, service)]
-    return str(_directory(checkpoint, service) / f"{max(numbers, default=0) + 1:06d}")
+    number = max(list_saves(checkpoint, service), default=0) + 1
+    return str(_directory(checkpoint, service) / f"{number:06d}")
 
 
 def complete(
@@ -90,11 +90,29 @@ def newest(checkpoint: str, service: str) -> Save | None:
     Raises:
       CheckpointError: the checkpoint cannot be read.
     """
-    numbers = (name for name in _names(checkpoint, service) if name.isdigit())
-    for number in sorted(numbers, key=int, reverse=True):
-        if (save := open_save(str(_directory(checkpoint, service) / number))) is not None:
-            return save
+    for _, names in sorted(list_saves(checkpoint, service).items(), reverse=True):
+        for name in filter(str.isdigit, names):
+            if (save := open_save(str(_directory(checkpoint, service) / name))) is not None:
+                return save
     return None
+
+
+def list_saves(checkpoint: str, service: str) -> dict[int, set[str]]:
+    """Numbers of a service's saves, complete or not, to the names of what is there of each.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be read.
+    """
+    directory = _directory(checkpoint, service)
+    try:
+        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
+    found: dict[int, set[str]] = {}
+    for name in names:
+        if (number := name.partition(".")[0]).isdigit():
+            found.setdefault(int(number), set()).add(name)
+    return found
 
 
 def open_save(path: str) -> Save | None:
@@ -121,13 +139,3 @@ def discard(path: str) -> None:
 def _directory(checkpoint: str, service: str) -> epath.Path:
     root = checkpoint if is_url(checkpoint) else os.path.abspath(os.path.expanduser(checkpoint))  # others run elsewhere
     return epath.Path(root) / SAVES / service
-
-
-def _names(checkpoint: str, service: str) -> list[str]:
-    """Of all that is there of a service's saves."""
-    directory = _directory(checkpoint, service)
-    try:
-        names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    except OSError as error:
-        raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
-    return [name for name in names if name.partition(".")[0].isdigit()]

@@ -41,7 +41,7 @@ class Copies:
             return
         self._saved, self._told, self._page_size = None, told, form.page_size
         if path:
-            from spotjax.checkpoint.saved_kv import SavedKv  # Orbax, which most workers never need
+            from spotjax.checkpoint.saved_kv import SavedKv  # tensorstore, which most workers never need
 
             self._saved = SavedKv(path, form, sequences)
 

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from kv_cases import FORM, PAGE_SIZE, content, frame, pages_of, save
 
 from spotjax.checkpoint.kv import KvWriter
-from spotjax.checkpoint.kv_units import UnitBuffer, UnitSaver
+from spotjax.checkpoint.kv_units import UnitBuffer
 from spotjax.checkpoint.saved_kv import SavedKv
+from spotjax.checkpoint.unit_saver import UnitSaver
 from spotjax.errors import CheckpointError, ConfigError, SliceUnavailable
 from spotjax.protocol.backup import BackedUpPage
 from spotjax.worker.backup_store import BackupStore
