@@ -295,9 +295,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
     saves = Saves(config.checkpoint, commits.identity, weights)
-    fleet = FleetServer(
-        config, model, commits, saves, address, still_certain(before, commits) if before is not None else None
-    )
+    fleet = FleetServer(config, model, commits, saves, address, still_certain(before, commits) if before else None)
     try:
         await fleet.open(server)
     except BaseException:

@@ -192,10 +192,10 @@ class Saving:
             log.error("saving of KV failed", exc_info=problem)
 
 
-def still_certain(save: Save, commits: CommitLog) -> Save:
-    """A save as far as it is of tokens that the log has: one that has lost its end may have gone on with others.
+def still_certain(save: Save, commits: CommitLog) -> Save | None:
+    """A save as far as it is of tokens that the log has; None if it is of none that are of use.
 
-    Reads the log as it was when it was opened.
+    A log that has lost its end may have gone on with other tokens since. Reads it as it was when it was opened.
     """
     recorded = {
         recorded.key + choice: state
@@ -210,7 +210,7 @@ def still_certain(save: Save, commits: CommitLog) -> Save:
         and positions <= certain(recorded[key])
         and save.digests.get(key) == tokens_digest(recorded[key], positions)
     }
-    return msgspec.structs.replace(save, sequences=same)
+    return msgspec.structs.replace(save, sequences=same) if same else None
 
 
 def tokens_digest(state: RequestState, positions: int) -> str:

@@ -1,0 +1,90 @@
+"""All instances go at once, with notice or without, the controller too: every stream goes on, as if nothing had been."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from live_cases import CONTROLLER, DONE_SECONDS, NAMES, REQUESTS, load_on, more_tokens, said, worker_flags
+
+from spotjax.checkpoint.contents import contents_of
+from spotjax.engine.log_inspection import inspect_log
+from spotjax.tools.load import answers
+from spotjax.tools.local_fleet import LocalFleet
+from spotjax.tools.request_mix import Output
+from spotjax.tools.service import running
+
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
+GRACE = ("--grace-seconds", "4")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
+    """Two workers, and a controller that saves KV when they are to be taken."""
+    directory = tmp_path_factory.mktemp("everything")
+    flags = (*CONTROLLER, "--checkpoint", str(directory / "checkpoint"))
+    fleet = LocalFleet(directory, NAMES[:2], flags, (*worker_flags(programs), *GRACE), patience=DONE_SECONDS)
+    async with running(fleet):
+        yield fleet
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected(fleet: LocalFleet) -> Mapping[str, Output]:
+    """What the fleet says undisturbed."""
+    return await answers(fleet.client, REQUESTS)
+
+
+def sequences_begun(fleet: LocalFleet) -> int:
+    """How many have tokens and have not ended; others may have been accepted when there was no mesh any more."""
+    return sum(
+        count > 0 and not ended
+        for request in inspect_log(fleet.commit_log).requests
+        for count, ended in zip(request.tokens, request.ended, strict=True)
+    )
+
+
+async def test_with_notice_kv_is_saved_and_new_instances_go_on_with_all_of_it(
+    fleet: LocalFleet, expected: Mapping[str, Output]
+) -> None:
+    async with load_on(fleet, expected) as load:
+        since = len(fleet.events)
+        await asyncio.gather(*map(fleet.leave, fleet.names))
+        (saved,) = said(fleet, "saved", since)
+        assert saved.fields["sequences"] and saved.fields["bytes"] and not saved.fields["left_out"], saved
+        begun = sequences_begun(fleet)
+        await fleet.bring(fleet.names)
+        await more_tokens(load, 100)
+        (switch,) = said(fleet, "switch", since)
+        assert switch.fields["kept"] == begun and not switch.fields["recomputed"], fleet.story()
+
+
+async def test_with_notice_to_all_and_a_controller_that_dies_a_new_service_goes_on_with_the_saved_kv(
+    fleet: LocalFleet, expected: Mapping[str, Output]
+) -> None:
+    async with load_on(fleet, expected) as load:
+        since = len(fleet.events)
+        await asyncio.gather(*map(fleet.leave, fleet.names))
+        assert said(fleet, "saved", since)
+        await fleet.kill_server()
+        since, begun = len(fleet.events), sequences_begun(fleet)
+        fleet.start_server()
+        await fleet.bring(fleet.names)
+        await more_tokens(load, 100)
+        (switch,) = said(fleet, "switch", since)
+        assert switch.fields["kept"] == begun, fleet.story()
+    saves = contents_of(str(fleet.directory / "checkpoint")).saves
+    assert [(save.number, save.kv) for save in saves] == [(1, "complete"), (2, "complete")]
+
+
+async def test_without_notice_the_commit_log_alone_is_enough(fleet: LocalFleet, expected: Mapping[str, Output]) -> None:
+    async with load_on(fleet, expected) as load:
+        since = len(fleet.events)
+        await asyncio.gather(fleet.kill(fleet.names), fleet.kill_server())
+        fleet.start_server()
+        await fleet.bring(fleet.names)
+        await more_tokens(load, 100)
+        (recovered,) = said(fleet, "recovered", since)
+        assert recovered.fields["sequences"]
