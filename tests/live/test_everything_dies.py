@@ -1,4 +1,4 @@
-"""All instances go at once, with notice or without, the controller too: every stream goes on, as if nothing had been."""
+"""All instances go at once, with notice or without, the controller too: every stream goes on as if nothing had been."""
 
 from __future__ import annotations
 
