@@ -21,7 +21,7 @@ from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.copies import Copies
 
 PAGE_SIZE = 4
-FORM = KvFormat("service", "weights", layers=3, kv_heads=1, head_size=4, page_size=PAGE_SIZE, dtype="float32")
+FORM = KvFormat("service", "weights", layers=3, kv_heads=1, head_size=64, page_size=PAGE_SIZE, dtype="float32")
 LAYERS = (0, 3)
 
 
@@ -30,16 +30,17 @@ def pages_of(sequence: int, positions: int) -> list[BackedUpPage]:
     return [BackedUpPage(sequence, n, min(positions, (n + 1) * PAGE_SIZE)) for n in range(count)]
 
 
-def content(pages: list[BackedUpPage], mark: float) -> np.ndarray:
+def content(pages: list[BackedUpPage], mark: int) -> np.ndarray:
     """Bytes that tell layer, sequence, page and origin apart, as ``KvMover.host_pages`` lays them out."""
     cells = np.empty((3, 2, len(pages), FORM.elements), np.float32)
     for layer in range(3):
         for place, page in enumerate(pages):
-            cells[layer, :, place] = 1000 * mark + 100 * page.sequence + 10 * page.number + layer
+            generator = np.random.default_rng((mark, layer, page.sequence, page.number))
+            cells[layer, :, place] = generator.normal(size=(2, FORM.elements))
     return cells.reshape(-1).view(np.uint8)
 
 
-def frame(pages: list[BackedUpPage], mark: float) -> tuple[BackupHeader, np.ndarray]:
+def frame(pages: list[BackedUpPage], mark: int) -> tuple[BackupHeader, np.ndarray]:
     return BackupHeader(LAYERS, tuple(pages), f"source {mark}", 1, FORM.service), content(pages, mark)
 
 
@@ -118,8 +119,8 @@ def test_damage_on_disk_is_found_before_anything_is_promised(tmp_path: Path) -> 
 def test_kv_of_another_service_or_of_other_weights_is_none(tmp_path: Path) -> None:
     make_copies(tmp_path, {}, {1: 9})
     for form in (
-        KvFormat("another", "weights", 3, 1, 4, PAGE_SIZE, "float32"),
-        KvFormat("service", "others", 3, 1, 4, PAGE_SIZE, "float32"),
+        KvFormat("another", "weights", 3, 1, 64, PAGE_SIZE, "float32"),
+        KvFormat("service", "others", 3, 1, 64, PAGE_SIZE, "float32"),
     ):
         copies = Copies(BackupStore())
         copies.use_save(str(tmp_path), form, {1: 9})
