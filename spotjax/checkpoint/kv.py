@@ -129,7 +129,6 @@ class KvWriter:
         """The same, and waits for the end of that unit."""
         self.stop()
         self._thread.join()
-        self._saver.close()
 
     def _check(self) -> None:
         if self._closing:
@@ -167,6 +166,7 @@ class KvWriter:
                 self._complete.popleft()
                 self._let_go()
                 self._changed.notify_all()
+        self._saver.close()
 
     def _next(self) -> UnitBuffer | None:
         """The next unit to save, None at the end."""

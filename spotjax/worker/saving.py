@@ -57,7 +57,7 @@ class KvSave:
             return "there was no time for the rest" if self._over.is_set() else str(problem) or repr(problem)
         finally:
             timer.cancel()
-            self._writer.close()
+            self._writer.stop()  # what is being written may be complete later, or its disk hangs
         return ""
 
     def hurry(self) -> None:

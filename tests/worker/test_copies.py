@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spotjax.checkpoint.kv import KvWriter
@@ -66,6 +66,7 @@ def owners_of(positions: Mapping[int, int]) -> list[tuple[int, int]]:
     return [(page.sequence, page.number) for key, count in positions.items() for page in pages_of(key, count)]
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     memory=st.dictionaries(st.integers(0, 4), st.integers(1, 11), max_size=4),
     disk=st.dictionaries(st.integers(0, 4), st.integers(1, 11), max_size=4),
