@@ -14,6 +14,7 @@ from spotjax.api.server import ApiServer
 from spotjax.engine.generation import Delta
 from spotjax.engine.request import FinishReason
 from spotjax.errors import (
+    CheckpointError,
     Draining,
     InvalidRequest,
     NoFeasibleShape,
@@ -175,6 +176,17 @@ async def test_the_fleet_is_seen_as_the_service_sees_it(running: Running, client
     with pytest.raises(NoFeasibleShape):
         await client.drain("i-0")
     assert [model.name for model in await client.models()] == ["scripted"]
+
+
+async def test_a_checkpoint_is_saved_with_the_parameters_unless_told_otherwise(running: Running, client: Any) -> None:
+    saved = await client.save("/here")
+    assert (saved.parameter_bytes, saved.kv_bytes) == (1 << 22, 0)
+    saved = await client.save("/here", parameters=False, state=True)
+    assert (saved.parameter_bytes, saved.kv_bytes, saved.left_out) == (0, 1 << 20, ("i-1",))
+    with pytest.raises(CheckpointError, match="complete checkpoint"):
+        await client.save("/here")
+    with pytest.raises(InvalidRequest, match="directory"):
+        await client.save("")
 
 
 async def test_watch_gives_recent_events_and_ends_with_the_server(running: Running, client: Any) -> None:

@@ -45,6 +45,17 @@ async def test_add_answers_when_the_instances_serve(running: Running) -> None:
     assert report.after.shape.data == 3
 
 
+async def test_save_answers_with_what_was_saved(running: Running) -> None:
+    saved = await running.fleet.Save(pb.SaveRequest(directory="/here", parameters=True))
+    assert (saved.directory, saved.parameter_bytes, saved.requests, list(saved.left_out)) == ("/here", 1 << 22, 0, [])
+    saved = await running.fleet.Save(pb.SaveRequest(directory="s3://bucket/here", state=True, seconds=3600))
+    assert (saved.parameter_bytes, saved.kv_bytes, list(saved.left_out)) == (0, 1 << 20, ["i-1"])
+    with pytest.raises(grpc.aio.AioRpcError) as failure:
+        await running.fleet.Save(pb.SaveRequest(directory="/here", parameters=True))
+    assert failure.value.code() is Code.FAILED_PRECONDITION
+    assert dict(failure.value.trailing_metadata())["spotjax-error"] == "CheckpointError"
+
+
 @pytest.mark.parametrize(
     ("method", "request_", "code", "field"),
     [
@@ -63,6 +74,12 @@ async def test_add_answers_when_the_instances_serve(running: Running) -> None:
         ("Add", pb.AddRequest(), Code.INVALID_ARGUMENT, "count"),
         ("Add", pb.AddRequest(count=1025), Code.INVALID_ARGUMENT, "count"),
         ("Add", pb.AddRequest(count=2), Code.FAILED_PRECONDITION, None),
+        ("Save", pb.SaveRequest(parameters=True), Code.INVALID_ARGUMENT, "directory"),
+        ("Save", pb.SaveRequest(directory="here", parameters=True), Code.INVALID_ARGUMENT, "directory"),
+        ("Save", pb.SaveRequest(directory="/here"), Code.INVALID_ARGUMENT, "parameters"),
+        ("Save", pb.SaveRequest(directory="/here", state=True), Code.INVALID_ARGUMENT, "seconds"),
+        ("Save", pb.SaveRequest(directory="/here", state=True, seconds=3601), Code.INVALID_ARGUMENT, "seconds"),
+        ("Save", pb.SaveRequest(directory="/here", state=True, seconds=float("nan")), Code.INVALID_ARGUMENT, "seconds"),
     ],
 )
 async def test_what_cannot_be_done_is_refused(

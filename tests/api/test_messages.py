@@ -11,6 +11,8 @@ from spotjax.api.fleet_messages import (
     event_to,
     reconfiguration_from,
     reconfiguration_to,
+    saved_from,
+    saved_to,
     status_from,
     status_to,
 )
@@ -19,7 +21,15 @@ from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.engine.generation import Delta, Usage
 from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import PlanError, SpotjaxError
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, PriceClass, Reconfiguration, ReplicaStatus
+from spotjax.fleet.status import (
+    FleetEvent,
+    FleetStatus,
+    InstanceStatus,
+    PriceClass,
+    Reconfiguration,
+    ReplicaStatus,
+    Saved,
+)
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
@@ -106,6 +116,11 @@ def test_an_event_crosses_the_wire_unchanged(event: FleetEvent) -> None:
 def test_a_reconfiguration_report_crosses_the_wire_unchanged(report: Reconfiguration) -> None:
     message = fleet_pb2.Reconfiguration.FromString(reconfiguration_to(report).SerializeToString())
     assert reconfiguration_from(message) == report
+
+
+@given(st.builds(Saved, names, count, count, count, count, count, st.lists(names, max_size=3).map(tuple), number))
+def test_what_was_saved_crosses_the_wire_unchanged(saved: Saved) -> None:
+    assert saved_from(fleet_pb2.Saved.FromString(saved_to(saved).SerializeToString())) == saved
 
 
 def test_the_checked_in_stubs_are_current() -> None:

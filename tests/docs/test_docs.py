@@ -35,7 +35,10 @@ def subcommands() -> dict[str, argparse.ArgumentParser]:
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {flag for action in parser._actions for flag in action.option_strings}
+    """Those of a command, and of the commands below it."""
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return flags.union(*(flags_of(command) for action in below for command in action.choices.values()))
 
 
 ALL_FLAGS = set.union(flags_of(cli.parser()), *map(flags_of, subcommands().values()))
