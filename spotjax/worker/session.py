@@ -79,6 +79,9 @@ class Session:
             following.cancel()
             await asyncio.gather(following, return_exceptions=True)
             self._stream.cancel()
+            for saving in self._beside:
+                saving.cancel()
+            await asyncio.gather(*self._beside, return_exceptions=True)
             if self._worker is not None:
                 self._worker.supersede()
             if self._carrying_out is not None:
