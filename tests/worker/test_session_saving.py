@@ -72,9 +72,9 @@ class Case:
 async def test_saving_parameters_holds_nothing_up_and_is_held_up_by_nothing() -> None:
     case = Case()
     await case.tell(control.Switch(1, ()), control.SaveParameters(2, "/here"), control.Switch(3, ()))
-    assert case.worker.begun == [2, 1]
+    assert case.worker.begun == [1, 2]
     await case.let(1)
-    assert case.worker.begun == [2, 1, 3] and case.answered == [1]
+    assert case.worker.begun == [1, 2, 3] and case.answered == [1]
     await case.tell(control.Clear(4))
     await case.let(3)
     await case.let(2)
