@@ -308,6 +308,11 @@ def refuse_contradictions(config: ServeConfig) -> None:
     if any(getattr(config, name) for name in TLS) and (missing := [n for n in TLS if not getattr(config, n)]):
         there = [name for name in TLS if name not in missing]
         raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs all of {', '.join(TLS)}")
+    if config.listen.endswith(":0") and config.durability != "none" and not config.commit_log:
+        raise ConfigError(
+            f"listen ({config.listen}) is another port at every start, so a commit log cannot be named after it: give "
+            "commit_log a directory, or durability none"
+        )
     if config.commit_log and config.durability == "none":
         raise ConfigError(f"commit_log ({config.commit_log}) has no meaning with durability none, which keeps no log")
     if config.slice_host >= config.slice_hosts:

@@ -23,6 +23,7 @@ from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices, SpotjaxE
 from spotjax.fleet.admission import ServiceLimits
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
+from spotjax.fleet.door import Door
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.remote import RemoteCluster
@@ -44,9 +45,9 @@ from spotjax.transport.security import Tls
 
 log = logging.getLogger(__name__)
 
-RETURN_SECONDS = 3.0
-"""After the start, for workers that kept KV of unfinished requests: they look for a controller every 2 s."""
-REUNION_SECONDS = 5.0
+RETURN_SECONDS = 2.5
+"""After the start, for workers that kept KV of unfinished requests: they look for a controller every second."""
+REUNION_SECONDS = 3.0
 """For the other workers of a mesh, when one is back that has a part of it."""
 FORESEEN = 4
 """Workers that a controller which starts none itself gets ready for; more may come."""
@@ -105,7 +106,7 @@ class FleetServer:
         """Fails with the error that the controller cannot go on from, if there ever is one."""
         return self.service.failure
 
-    async def open(self, server: ApiServer) -> None:
+    async def open(self, door: Door) -> None:
         """Takes workers in, starts those of its own, and forms the first mesh.
 
         Raises:
@@ -115,7 +116,7 @@ class FleetServer:
             self._data_port = await self._endpoint.listen(self._config.data_listen)
         except OSError as problem:
             raise ConfigError(f"cannot listen on {self._config.data_listen}: {problem}") from problem
-        server.add_handlers([self._sessions.handler()])
+        door.join = self._sessions.join
         self._watching = asyncio.create_task(self._sessions.watch(self._config.lease_seconds))
         self._watching.add_done_callback(self._watching_ended)
         if self._workers is not None:
@@ -160,8 +161,9 @@ class FleetServer:
                     return control.Refused(str(problem), retry=False)
         assert self._setup is not None, "it was just built"
         return control.Welcome(
-            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, self._starting
-        )
+            self._setup, self._data_port, self._config.lease_seconds, self._log.identity, self.service.epoch,
+            self._starting,
+        )  # fmt: skip
 
     def registered(self, session: WorkerSession) -> None:
         """See ``Watcher.registered``."""
@@ -290,6 +292,8 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
       CommitLogError: the commit log cannot be used.
     """
     assert mode(config) == "controller", "not the settings of a controller"
+    door = Door()
+    server.add_handlers([door.handler()])
     model = await asyncio.to_thread(open_model, config.model)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     commits = await asyncio.to_thread(open_commit_log, config, weights)
@@ -297,7 +301,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     saves = Saves(config.checkpoint, commits.identity, weights)
     fleet = FleetServer(config, model, commits, saves, address, still_certain(before, commits) if before else None)
     try:
-        await fleet.open(server)
+        await fleet.open(door)
     except BaseException:
         await fleet.close()
         raise

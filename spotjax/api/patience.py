@@ -17,7 +17,7 @@ DEFAULT_PATIENCE = 120.0
 """Seconds: a controller that starts anew has read its log and loaded its model by then."""
 
 FIRST_WAIT = 0.1
-LONGEST_WAIT = 5.0
+LONGEST_WAIT = 2.0
 
 
 def backoff(failures: int) -> float:

@@ -178,6 +178,11 @@ class Controller:
             uptime_seconds=self._clock() - since if since is not None else 0.0,
         )
 
+    @property
+    def epoch(self) -> int:
+        """Of the last mesh, that of an earlier controller if there was none yet."""
+        return self._reconfigurer.epoch
+
     def recent(self) -> Sequence[FleetEvent]:
         """See ``FleetService.recent``."""
         return self._events.recent()

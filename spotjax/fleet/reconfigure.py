@@ -159,6 +159,7 @@ class Reconfigurer:
             return None if going_on else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return reports.unchanged(self.epoch, preparation, self._running())
+        self._log.begin_epoch(preparation.placement.epoch)  # early: it is to be on disk before anybody has that mesh
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
         self._tempo.prepared(prepared - started)
@@ -232,7 +233,6 @@ class Reconfigurer:
         """Stops what changes, moves the rest of the KV, starts on the new mesh."""
         before, carried = self.placement, preparation.carried
         stopped = self._clock()
-        self._log.begin_epoch(preparation.placement.epoch)
         await self._dispatcher.stop(carried)
         self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)

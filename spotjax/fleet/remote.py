@@ -125,8 +125,9 @@ class RemoteCluster:
         session = self._sessions[instance]
         offer = session.offer
         assert offer is not None, "only who is ready joins"
-        if session not in self._kv.reunited:
+        if session not in self._kv.trusted:
             session.tell(control.Clear(NOBODY_WAITS))
+            self._kv.trusted.add(session)
         for parts in offer.held:
             self._held[DeviceRef(instance, parts.device)] = parts.arrays
 

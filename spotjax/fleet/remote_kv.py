@@ -38,13 +38,13 @@ class RemoteKv:
     Attributes:
       placement: the mesh whose stages have it; None before the first.
       serving: who was part of that mesh.
-      reunited: who has kept of its KV what is of use to this controller, and nothing else.
+      trusted: whose KV and copies this controller knows of: who was asked in a reunion, or joined with nothing.
     """
 
     def __init__(self, sessions: Sessions, layers: int, save: Save | None) -> None:
         self.placement: Placement | None = None
         self.serving: Mapping[str, WorkerSession] = {}
-        self.reunited: set[WorkerSession] = set()
+        self.trusted: set[WorkerSession] = set()
         self._sessions, self._layers, self._save = sessions, layers, save
         self._ended: list[int] = []
 
@@ -69,7 +69,7 @@ class RemoteKv:
 
     async def _most_kept(self, layers: Range, sequences: tuple[int, ...]) -> tuple[str, Mapping[int, int]]:
         """The worker that keeps most of these sequences' KV over these layers, and how many positions of each."""
-        ready = [session for session in self._sessions.all() if session.offer is not None]
+        ready = [session for session in self._sessions.all() if session in self.trusted]
         save = (self._save.path, tuple(self._save.sequences.items())) if self._save is not None else ("", ())
         command = partial(_coverage_command, layers, sequences, *save)
         answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
@@ -95,13 +95,17 @@ class RemoteKv:
     async def reunite(self, sequences: Mapping[int, int]) -> Remains | None:
         """See ``Cluster.reunite``; of several meshes that workers were part of the last one counts."""
         ready = [session for session in self._sessions.all() if session.offer is not None]
-        offered = [s.offer.placement for s in ready if s.offer is not None and s.offer.placement is not None]
-        if not offered:
-            return Remains(self._saved_mesh(self._save), frozenset(), {}) if self._save is not None else None
-        placement = max(offered, key=lambda one: one.epoch).placement()
+        offers = [session.offer for session in ready if session.offer is not None]
+        meshes = [offer.placement for offer in offers if offer.placement is not None]
+        if meshes:
+            placement = max(meshes, key=lambda mesh: mesh.epoch).placement()
+        elif self._save is not None or any(offer.copies for offer in offers):
+            placement = self._vanished()
+        else:
+            return None
         command = partial(_reunite_command, placement.epoch, tuple(sequences.items()))
         answers = await asyncio.gather(*(session.ask(command) for session in ready), return_exceptions=True)
-        self.reunited = {s for s, answer in zip(ready, answers, strict=True) if isinstance(answer, control.Done)}
+        self.trusted = {s for s, answer in zip(ready, answers, strict=True) if isinstance(answer, control.Done)}
         stages = {
             (session, stage.replica, stage.stage): stage.sequences
             for session, answer in zip(ready, answers, strict=True)
@@ -151,12 +155,11 @@ class RemoteKv:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
 
-    def _saved_mesh(self, save: Save) -> Placement:
-        """A mesh of which nobody is left, one stage each replica, whose KV was saved."""
-        shape = MeshShape(save.replicas, 1, 1)
-        devices = {position: DeviceRef("(saved)", position.data) for position in shape.positions()}
-        self.placement, self.serving = Placement(save.epoch, shape, ((0, self._layers),), devices), {}
-        return self.placement
+    def _vanished(self) -> Placement:
+        """A mesh of which nobody is left, one stage each replica: there may be copies of its KV."""
+        shape = MeshShape(self._save.replicas if self._save is not None else 1, 1, 1)
+        devices = {position: DeviceRef("(vanished)", position.data) for position in shape.positions()}
+        return Placement(self._save.epoch if self._save is not None else 0, shape, ((0, self._layers),), devices)
 
 
 def _reunite_command(epoch: int, sequences: tuple[tuple[int, int], ...], number: int) -> control.Reunite:

@@ -176,14 +176,6 @@ class Sessions:
         """Every session."""
         return tuple(self._current.values())
 
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Takes the workers' calls."""
-        service, _, method = control.METHOD.strip("/").partition("/")
-        join = grpc.stream_stream_rpc_method_handler(
-            self._join, request_deserializer=control.decode_from_worker, response_serializer=control.encode
-        )
-        return grpc.method_handlers_generic_handler(service, {method: join})
-
     def beat(self, beat: Beat) -> None:
         """A sign of life."""
         self._leases.beat(beat.instance, beat.incarnation, self._clock())
@@ -216,7 +208,7 @@ class Sessions:
             for instance in self._leases.expired(self._clock()):
                 self.give_up(instance, f"silent for {lease_seconds:g} s")
 
-    async def _join(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+    async def join(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         """One stream, from the first to the last message."""
         try:
             registration = await context.read()

@@ -135,11 +135,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
       held: parameters still in memory, or attached to.
       compiled: functions compiled so far while somebody could have waited.
       placement: the mesh of which it still has stages with their KV, from the time of an earlier controller.
+      copies: whether it still has copies of others' KV from that time.
     """
 
     held: tuple[Parts, ...]
     compiled: int
     placement: PlacementMessage | None = None
+    copies: bool = False
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -209,6 +211,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
       data_port: of the controller's data endpoint, on the host that the worker joined at.
       lease_seconds: how long the fleet waits for a sign of life.
       service: tells the requests of one commit log from those of another, whose sequences have the same keys.
+      epoch: of the last mesh; copies of KV that are sent under it, or one before, come too late.
       reunion: whether KV that is still there from that service's last controller may be of use; else it is given up.
     """
 
@@ -216,6 +219,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     data_port: int
     lease_seconds: float
     service: str
+    epoch: int
     reunion: bool
 
 

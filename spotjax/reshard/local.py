@@ -8,9 +8,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from spotjax.checkpoint.saves import Save
 from spotjax.errors import CheckpointError, InstanceLost, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
@@ -23,6 +22,9 @@ from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.pipeline import LocalPipeline
 from spotjax.runtime.warmup import Progress, Step
+
+if TYPE_CHECKING:
+    from spotjax.checkpoint.saves import Save
 
 R = TypeVar("R")
 

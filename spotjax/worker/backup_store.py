@@ -40,6 +40,7 @@ class BackupStore:
         self.service = ""
         """Whose sequences are kept; frames of others come late and are dropped."""
         self._sequences: dict[int, dict[int, _Layer]] = {}
+        self._ignored = -1
         self._lock = threading.Lock()
 
     def put(self, header: BackupHeader, content: np.ndarray) -> None:
@@ -58,7 +59,7 @@ class BackupStore:
         start, stop = header.layers
         pages = content.reshape(stop - start, 2, len(header.pages), -1)
         with self._lock:
-            if header.service != self.service:
+            if header.service != self.service or header.epoch <= self._ignored:
                 return
             for place, page in enumerate(header.pages):
                 layers = self._sequences.setdefault(page.sequence, {})
@@ -75,9 +76,15 @@ class BackupStore:
             for sequence in sequences:
                 self._sequences.pop(sequence, None)
 
-    def keep(self, certain: Mapping[int, int]) -> None:
-        """Drops all sequences but these, and all but so many positions of each."""
+    def ignore(self, epoch: int) -> None:
+        """What is sent under that epoch, or one before, comes too late from now on."""
         with self._lock:
+            self._ignored = epoch
+
+    def keep(self, certain: Mapping[int, int], epoch: int) -> None:
+        """Drops all sequences but these, and all but so many positions of each. See ``ignore``."""
+        with self._lock:
+            self._ignored = max(self._ignored, epoch)
             self._sequences = {key: layers for key, layers in self._sequences.items() if key in certain}
             for key, layers in self._sequences.items():
                 for layer in layers.values():

@@ -54,9 +54,10 @@ class KvKeeping:
         """Whose sequences these are; empty if nobody's yet."""
         return self.copies.store.service
 
-    def serve(self, service: str) -> None:
-        """Serves that from now on."""
+    def serve(self, service: str, epoch: int) -> None:
+        """Serves that from now on, in meshes after that epoch."""
         self.copies.store.service = service
+        self.copies.store.ignore(epoch)
         self._form = msgspec.structs.replace(self._form, service=service)
         self.copies.use_save("", self._form, {})
 
@@ -71,9 +72,9 @@ class KvKeeping:
         for ledger in self.ledgers.values():
             ledger.forget(sequences)
 
-    def keep(self, certain: Mapping[int, int]) -> None:
-        """Only these sequences count from now on, each with no more than so many positions."""
-        self.copies.store.keep(certain)
+    def keep(self, certain: Mapping[int, int], epoch: int) -> None:
+        """Only these sequences count from now on, each with no more than so many positions, up to that epoch."""
+        self.copies.store.keep(certain, epoch)
         for ledger in self.ledgers.values():
             ledger.keep(certain)
 

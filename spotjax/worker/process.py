@@ -52,7 +52,7 @@ READ_SECONDS = 5.0
 """Without progress, after which a peer counts as unreachable."""
 CANCEL_SECONDS = 1.0
 """For work to end that was cancelled."""
-RETRY_SECONDS = (0.1, 2.0)
+RETRY_SECONDS = (0.1, 1.0)
 """Between attempts to join, doubling from the first to the second."""
 
 

@@ -137,7 +137,7 @@ class Worker:
         )
         placement = self._host.placement
         kept = control.PlacementMessage.of(placement) if placement is not None and self._kv.ledgers else None
-        return control.Ready(held, self._compiled, kept)
+        return control.Ready(held, self._compiled, kept, self._kv.copies.store.nbytes > 0)
 
     async def carry_out(self, command: control.Command) -> control.Done:
         """One command.
@@ -215,7 +215,7 @@ class Worker:
         """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
         if not welcome.reunion or welcome.service != self._kv.service:
             self.clear()
-        self._kv.serve(welcome.service)
+        self._kv.serve(welcome.service, welcome.epoch)
 
     def clear(self) -> None:
         """Gives up all stages, and what others backed up here; parameters stay."""
@@ -231,7 +231,7 @@ class Worker:
         if placement is None or placement.epoch != command.epoch:
             self._kv.ledgers = {}
             self._host.clear()
-        self._kv.keep(dict(command.sequences))
+        self._kv.keep(dict(command.sequences), command.epoch)
         return self._kv.remains()
 
     def close(self, *, for_good: bool) -> None:

@@ -163,10 +163,10 @@ def test_any_environment_loads_or_is_refused_by_name(variables: dict[str, str]) 
     [
         ([], "embedded"),
         (["--instances", "2"], "embedded"),
-        (["--listen", "127.0.0.1:0", "--instances", "2"], "embedded"),
-        (["--listen", "127.0.0.1:0"], "controller"),
+        (["--listen", "127.0.0.1:8471", "--instances", "2"], "embedded"),
+        (["--listen", "127.0.0.1:8471"], "controller"),
         (["--workers", "4"], "controller"),
-        (["--workers", "4", "--listen", "127.0.0.1:0", "--devices-per-instance", "1"], "controller"),
+        (["--workers", "4", "--listen", "127.0.0.1:8471", "--devices-per-instance", "1"], "controller"),
         (["--join", "127.0.0.1:1"], "worker"),
         (["--join", "127.0.0.1:1", "--data-listen", "0.0.0.0:0", "--advertise", "10.0.0.1"], "worker"),
     ],
@@ -214,3 +214,10 @@ def test_settings_that_contradict_each_other_are_refused_naming_both(flags: list
 def test_a_setting_at_its_default_contradicts_nothing() -> None:
     environment = {"SPOTJAX_JOIN": "", "SPOTJAX_WORKERS": "0", "SPOTJAX_INSTANCES": "0", "SPOTJAX_LISTEN": ""}
     assert load(environment=environment) == ServeConfig()
+
+
+def test_a_log_is_not_named_after_a_port_that_changes() -> None:
+    with pytest.raises(ConfigError, match="another port at every start"):
+        load(["--listen", "127.0.0.1:0"])
+    assert load(["--listen", "127.0.0.1:0", "--durability", "none"]).durability == "none"
+    assert load(["--listen", "127.0.0.1:0", "--commit-log", "log"]).commit_log == "log"

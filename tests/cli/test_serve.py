@@ -58,9 +58,12 @@ sys.exit(main())
 """
 
 
+HERE = ("--listen", "127.0.0.1:0", "--durability", "none")
+
+
 @contextlib.asynccontextmanager
 async def server(
-    *flags: str, before: str = "pass", where: tuple[str, ...] = ("--listen", "127.0.0.1:0", "--instances", "2")
+    *flags: str, before: str = "pass", where: tuple[str, ...] = (*HERE, "--instances", "2")
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """The server process, with the scripted service in place of a model."""
     process = await asyncio.create_subprocess_exec(
@@ -110,7 +113,7 @@ async def test_it_says_where_it_serves_and_drains_on_a_signal(number: signal.Sig
         assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("where", [("--listen", "127.0.0.1:0"), ("--workers", "2", "--listen", "127.0.0.1:0")])
+@pytest.mark.parametrize("where", [HERE, ("--workers", "2", *HERE)])
 async def test_a_controller_serves_and_drains_like_an_embedded_server(where: tuple[str, ...]) -> None:
     async with server(where=where) as process:
         await line_with(process.stdout, "^a controller$")
@@ -192,7 +195,7 @@ async def test_wrong_settings_exit_with_2() -> None:
 
 
 async def test_an_address_beyond_this_machine_is_warned_about() -> None:
-    async with server("--log-format", "json", where=("--listen", "0.0.0.0:0", "--instances", "2")) as process:
+    async with server("--log-format", "json", where=("--listen", "0.0.0.0:0", "--durability", "none", "--instances", "2")) as process:
         found = await line_with(process.stderr, r"anybody who can reach")
         assert '"level":"warning"' in found.string
 

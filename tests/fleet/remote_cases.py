@@ -114,13 +114,14 @@ class Fleet:
         held: tuple[control.Parts, ...] = (),
         zone: str = "",
         placement: Placement | None = None,
+        copies: bool = False,
     ) -> Worker:
         """A worker that is ready; with a placement, it has stages of it from the time of an earlier controller."""
         session = WorkerSession(
             control.Register(control.VERSION, name, incarnation, kind(), "cpu", False, zone, f"{name}:1")
         )
         kept = control.PlacementMessage.of(placement) if placement is not None else None
-        session.offer = control.Ready(held, 0, kept)
+        session.offer = control.Ready(held, 0, kept, copies)
         self.sessions._current[name] = session
         worker = self.workers[name] = Worker(session)
         self._running.append(asyncio.create_task(self._work(name, worker)))

@@ -376,6 +376,8 @@ async def test_what_is_left_of_a_lost_stage_is_what_the_best_keeper_has(back: bo
     fleet = Fleet([f"i{number}" for number in range(4)], backup=True)
     preparation = first_plan()
     await fleet.form(preparation)
+    for name in fleet.workers:
+        fleet.cluster.join(name)
     lost, keeper = (preparation.placement.group(data, 1)[0].instance for data in range(2))
     fleet.workers[keeper].script = keeping(backups={1: 8, 2: 4})
     fleet.workers[preparation.placement.group(1, 0)[0].instance].script = keeping(backups={1: 5})

@@ -180,3 +180,26 @@ async def test_whoever_obeys_without_anything_left_holds_nothing() -> None:
     remains = await fleet.cluster.reunite({})
     assert remains == Remains(placement, frozenset(), {})
     await fleet.close()
+
+
+async def test_copies_count_though_nobody_is_left_who_had_a_stage() -> None:
+    fleet = Fleet([])
+    spare, other = fleet.add("spare", copies=True), fleet.add("other")
+    spare.script = keeping(backups={1: 6, 2: 4})
+    remains = await fleet.cluster.reunite(SEQUENCES)
+    assert remains is not None and not remains.holders and remains.sequences == {}
+    assert [worker.commands() for worker in (spare, other)] == [["Reunite"], ["Reunite"]], "what is not certain goes"
+    left = await fleet.cluster.survivors({0: SEQUENCES})
+    assert left.positions == {0: {1: 6, 2: 4}} and left.backups == {(0, 0): "spare"}
+    await fleet.close()
+
+
+async def test_who_comes_between_is_not_asked_for_copies_before_it_has_joined() -> None:
+    fleet, placement = Fleet([]), earlier()
+    rejoin(fleet, placement, but=home(placement, 0, 1))
+    assert await fleet.cluster.reunite(SEQUENCES) is not None
+    late = fleet.add("late", copies=True)
+    late.script = keeping(backups={1: 99})
+    left = await fleet.cluster.survivors({0: SEQUENCES})
+    assert left.positions == {0: {1: 0, 2: 0}} and late.commands() == []
+    await fleet.close()

@@ -12,6 +12,7 @@ import pytest
 
 from spotjax.errors import InstanceLost
 from spotjax.fleet import sessions as module
+from spotjax.fleet.door import Door
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.sessions import FIRST_BEAT_SECONDS, LOOKS_PER_LEASE, CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import InstanceType
@@ -43,7 +44,7 @@ class Recorder:
         self.more = asyncio.Event()
         self.open = asyncio.Event()
         self.open.set()
-        self.answer: control.Welcome | control.Refused = control.Welcome(SETUP, 1, LEASE, "service", reunion=False)
+        self.answer: control.Welcome | control.Refused = control.Welcome(SETUP, 1, LEASE, "service", 0, reunion=False)
         self.arriving = 0
         self.raises: Exception | None = None
 
@@ -117,7 +118,9 @@ class Fleet:
         self.leases = Leases(LEASE)
         self.sessions = Sessions(self.leases, self.clock, self.watcher)
         self.server = grpc.aio.server()
-        self.server.add_generic_rpc_handlers((self.sessions.handler(),))
+        door = Door()
+        door.join = self.sessions.join
+        self.server.add_generic_rpc_handlers((door.handler(),))
         self.port = self.server.add_insecure_port("127.0.0.1:0")
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}")
 
@@ -430,3 +433,17 @@ async def test_ending_whoever_is_not_there_is_nothing(fleet: Fleet) -> None:
     fleet.sessions.give_up("nobody", "why not")
     fleet.sessions.beat(Beat("nobody", "1"))
     assert not fleet.watcher.told
+
+
+async def test_who_knocks_while_the_controller_starts_is_asked_to_come_again() -> None:
+    server, door = grpc.aio.server(), Door()
+    server.add_generic_rpc_handlers((door.handler(),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        worker = Worker(channel)
+        await worker.say(registration())
+        answer = await worker.hear()
+        assert isinstance(answer, control.Refused) and answer.retry
+        assert await worker.end() == (grpc.StatusCode.OK, "")
+    await server.stop(None)

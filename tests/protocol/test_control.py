@@ -74,7 +74,7 @@ from_worker = st.one_of(
     st.builds(control.StepLost, st.text(), st.text()),
 )
 from_controller = st.one_of(
-    st.builds(control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60), st.text(), st.booleans()),
+    st.builds(control.Welcome, setups, st.integers(0, 65535), st.floats(0, 60), st.text(), numbers, st.booleans()),
     st.builds(control.Refused, st.text(), st.booleans()),
     st.builds(
         control.Prepare,

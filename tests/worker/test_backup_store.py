@@ -143,7 +143,7 @@ def test_frames_of_another_controller_are_dropped() -> None:
 def test_only_what_is_certain_is_kept() -> None:
     store = BackupStore()
     put(store, (0, 2), [*pages_of(1, 10), *pages_of(2, 4), *pages_of(3, 3)])
-    store.keep({1: 6, 3: 9, 7: 2})
+    store.keep({1: 6, 3: 9, 7: 2}, 0)
     assert store.positions((0, 2), (1, 2, 3, 7)) == (6, 0, 3, 0)
     with pytest.raises(SliceUnavailable):
         store.read((0, 2), [(2, 0)])
@@ -164,7 +164,21 @@ def test_keeping_never_leaves_more_than_there_was_or_is_certain(
     for sequence, positions, layer, source in frames:
         put(store, (layer, layer + 1), pages_of(sequence, positions), source=f"{source}", epoch=source)
     before = [store.positions((layer, layer + 1), keys) for layer in range(3)]
-    store.keep(certain)
+    store.keep(certain, 0)
     for layer in range(3):
         expected = tuple(min(n, certain.get(key, 0)) for key, n in zip(keys, before[layer], strict=True))
         assert store.positions((layer, layer + 1), keys) == expected
+
+
+def test_what_is_sent_under_an_epoch_of_before_comes_too_late() -> None:
+    store, layers = BackupStore(), (0, 2)
+    put(store, layers, pages_of(1, 10), epoch=3)
+    store.keep({1: 6}, 4)
+    put(store, layers, pages_of(1, 10), epoch=3)  # it was on its way when the controller died
+    put(store, layers, pages_of(2, 4), epoch=4, source="b")
+    assert store.positions(layers, [1, 2]) == (6, 0)
+    put(store, layers, pages_of(1, 8), epoch=5, source="b")
+    assert store.positions(layers, [1]) == (8,)
+    store.ignore(0)  # another service counts from the beginning
+    put(store, layers, pages_of(2, 4), epoch=1)
+    assert store.positions(layers, [2]) == (4,)

@@ -19,7 +19,7 @@ REGISTRATION = control.Register(
     control.VERSION, "a", "1", InstanceType("box", 2, 2**30, 1e9, 1e9, 1e9, 1e9), "cpu", False, "", "127.0.0.1:1"
 )
 SETUP = control.ModelSetup("tiny", "print", "float32", 33, 8, 64, 4, 16, (1,))
-WELCOME = control.Welcome(SETUP, 1, 2.0, "service", reunion=True)
+WELCOME = control.Welcome(SETUP, 1, 2.0, "service", 0, reunion=True)
 READY = control.Ready((), 3)
 SWITCH = control.Switch(1, ())
 

@@ -21,7 +21,7 @@ LAYERS = (0, 1)
 
 
 def welcome(service: str = "ours", *, reunion: bool = True) -> control.Welcome:
-    return control.Welcome(SETUP, 1, 2.0, service, reunion)
+    return control.Welcome(SETUP, 1, 2.0, service, 0, reunion)
 
 
 def ledger(case: Case, pipeline: str, stage: int) -> StageLedger:
