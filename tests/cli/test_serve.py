@@ -58,6 +58,7 @@ sys.exit(main())
 """
 
 
+EVERYWHERE = ("--listen", "0.0.0.0:0", "--durability", "none", "--instances", "2")
 HERE = ("--listen", "127.0.0.1:0", "--durability", "none")
 
 
@@ -195,7 +196,7 @@ async def test_wrong_settings_exit_with_2() -> None:
 
 
 async def test_an_address_beyond_this_machine_is_warned_about() -> None:
-    async with server("--log-format", "json", where=("--listen", "0.0.0.0:0", "--durability", "none", "--instances", "2")) as process:
+    async with server("--log-format", "json", where=EVERYWHERE) as process:
         found = await line_with(process.stderr, r"anybody who can reach")
         assert '"level":"warning"' in found.string
 
