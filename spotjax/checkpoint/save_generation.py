@@ -30,6 +30,7 @@ class Done(msgspec.Struct, frozen=True):
 def main(argv: Sequence[str]) -> int:
     """Runs it; returns the exit code: 0, or 1 with one line on standard error."""
     log, checkpoint = argv
+    os.umask(0o077)  # what was asked for is private, here as in the log
     os.environ["JAX_PLATFORMS"] = "cpu"  # Orbax starts jax, which would take hold of accelerators
     from spotjax.checkpoint.generation import save_generation
 

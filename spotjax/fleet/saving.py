@@ -104,6 +104,8 @@ class Saving:
 
     async def end(self, placement: Placement, seconds: float) -> None:
         """Decoding has stopped: saves what there is, as far as the time allows. Nothing if it has not begun."""
+        if not self._recorded():
+            self.give_up()
         begun, self._path = self._path, None
         if begun is None:
             return
@@ -119,7 +121,7 @@ class Saving:
                 self._cluster.use_save(save)
 
     def give_up(self) -> None:
-        """There is a mesh again: the save that has begun, if one has, is not wanted any more."""
+        """There is a mesh again, or nothing to save: the save that has begun, if one has, is not wanted any more."""
         begun, self._path = self._path, None
         if begun is not None:
             self._do(self._give_up(begun))

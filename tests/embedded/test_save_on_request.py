@@ -76,7 +76,9 @@ async def test_what_is_saved_while_requests_run_can_be_served_and_says_the_same(
     same_weights(tmp_path / "saved")
     (found,) = contents_of(str(tmp_path / "saved")).saves
     assert (found.service, found.kv, found.generation) == (service, "none", True)
-    state = load_generation(tmp_path / "saved" / "saves" / service / "000001.generation")
+    place = tmp_path / "saved" / "saves" / service / "000001.generation"
+    assert all(path.stat().st_mode & 0o077 == 0 for path in (place, *place.rglob("*"))), "prompts are private"
+    state = load_generation(place)
     assert state.identity == service and len(state.requests) == 2
     for recorded in state.requests:
         name, (sequence,) = recorded.request.request_id, recorded.states

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from recording_log import RecordingLog
-from saving_cases import SavingFleet, bring_back, busy, in_virtual_time
+from saving_cases import SavingFleet, bring_back, busy, in_virtual_time, make_saving_fleet
 from timed_cases import now
 
 from spotjax.checkpoint.saves import Save
@@ -81,6 +81,15 @@ async def test_with_nowhere_to_save_nothing_is_saved_and_nobody_waits() -> None:
     assert fleet.service.controller.status().placement is not None
     await asyncio.sleep(2)
     assert not fleet.cluster.told and "saving" not in fleet.kinds()
+    await bring_back(fleet)
+
+
+@in_virtual_time
+async def test_a_fleet_that_has_nothing_to_do_leaves_no_save_behind() -> None:
+    fleet = await make_saving_fleet()
+    await take_all(fleet, 10)
+    assert fleet.told() == [("/checkpoint/1", False), ("/checkpoint/1", True)] and not fleet.saves.made
+    assert fleet.saves.given_up == ["/checkpoint/1"]
     await bring_back(fleet)
 
 

@@ -6,12 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from live_cases import CONTROLLER, DONE_SECONDS, NAMES, REQUESTS, load_on, more_tokens, said, worker_flags
 
 from spotjax.checkpoint.contents import contents_of
 from spotjax.engine.log_inspection import inspect_log
+from spotjax.models.catalog import open_model
+from spotjax.models.fingerprint import fingerprint
+from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.request_mix import Output
@@ -44,6 +48,20 @@ def sequences_begun(fleet: LocalFleet) -> int:
         for request in inspect_log(fleet.commit_log).requests
         for count, ended in zip(request.tokens, request.ended, strict=True)
     )
+
+
+async def test_on_request_everything_is_saved_while_requests_run(
+    fleet: LocalFleet, expected: Mapping[str, Output]
+) -> None:
+    place = fleet.directory / "asked for"
+    async with load_on(fleet, expected) as load:
+        saved = await fleet.client.save(str(place), state=True)
+        await more_tokens(load, 50)
+    assert saved.parameter_bytes and saved.sequences and saved.kv_bytes and not saved.left_out, saved
+    float32 = np.dtype(np.float32)
+    assert fingerprint(OrbaxCheckpoint(place), float32) == fingerprint(open_model("tiny").checkpoint, float32)
+    (save,) = contents_of(str(place)).saves
+    assert (save.kv, save.sequences, save.generation) == ("complete", saved.sequences, True)
 
 
 async def test_with_notice_kv_is_saved_and_new_instances_go_on_with_all_of_it(
