@@ -29,6 +29,7 @@ class RecordingLog:
         self.identity, self.epoch, self.full = "service", 0, False
         self.recorded: dict[str, RecordedRequest] = {}
         self.told: dict[tuple[str, int], tuple[int, ...]] = {}
+        self.on_change: Callable[[], None] = lambda: None
         self._delay = delay
         self._opened: tuple[RecordedRequest, ...] = ()
         self._queue: deque[tuple[Callable[[], None], Callable[[], None]]] = deque()

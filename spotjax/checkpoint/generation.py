@@ -1,7 +1,6 @@
 """Unfinished requests as one Orbax checkpoint: what was asked for and every token so far.
 
-The commit log is the truth; this is for who moves a service without it, and says up to where KV that was saved at the
-same time belongs to the tokens of a log that has gone on since (``common_positions``). As a pytree:
+The commit log is the truth; this is for who takes a service's requests elsewhere without it. As a pytree:
 
 - ``records``: uint8[...], everything but what follows, as JSON: names, texts, sampling, lengths;
 - ``tokens``: int32[...], of each request its prompt, then the output of each of its sequences;
@@ -177,21 +176,6 @@ def generation_of(tree: Mapping[str, np.ndarray]) -> SavedGeneration:
         )
         requests.append(RecordedRequest(request, states, accepted.key))
     return SavedGeneration(records.identity, records.epoch, tuple(requests))
-
-
-def common_positions(saved: Iterable[RecordedRequest], recorded: Iterable[RecordedRequest]) -> dict[int, int]:
-    """Positions, from the first on, that have the same tokens in both, by key of the sequence.
-
-    KV is a function of the tokens. What was saved with ``saved`` belongs to the sequences of ``recorded`` so far and
-    no farther: a controller that lost its last tokens may have chosen others since.
-    """
-    before = {key: state for request in saved for key, state in _sequences(request)}
-    return {
-        key: _common((*before[key].prompt, *before[key].tokens), (*state.prompt, *state.tokens))
-        for request in recorded
-        for key, state in _sequences(request)
-        if key in before
-    }
 
 
 def _sequences(recorded: RecordedRequest) -> Iterator[tuple[int, RequestState]]:

@@ -32,7 +32,13 @@ class RecordedRequest:
 
 
 class CommitLog(Protocol):
-    """Keeps the generation state of every accepted request. For the event loop's thread."""
+    """Keeps the generation state of every accepted request. For the event loop's thread.
+
+    Attributes:
+      on_change: called when ``problem`` changes.
+    """
+
+    on_change: Callable[[], None]
 
     @property
     def identity(self) -> str:
@@ -98,6 +104,7 @@ class MemoryCommitLog:
     def __init__(self) -> None:
         self.identity = uuid.uuid4().hex
         self.epoch = 0
+        self.on_change: Callable[[], None] = lambda: None
 
     def accept(self, request: GenerationRequest, states: Sequence[RequestState], key: int) -> Awaitable[None]:
         """See ``CommitLog.accept``."""

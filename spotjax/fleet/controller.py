@@ -97,6 +97,7 @@ class Controller:
         self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
         self._admission = Admission(log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended)
         self._epochs_before = log.epoch
+        log.on_change = self._log_changed
         self._draining = False
         self._ready_since: float | None = None
         self._purging: asyncio.Task[None] | None = None
@@ -251,6 +252,11 @@ class Controller:
         """Commits sequences that ended outside a step."""
         if states:
             self._log.append(states, partial(self._deliver, states))
+
+    def _log_changed(self) -> None:
+        problem = self._log.problem
+        message = f"nothing is accepted, streams wait: {problem}" if problem else "the commit log is written again"
+        self._events.record("log", self._reconfigurer.epoch, message)
 
     def _failed(self, problem: BaseException) -> None:
         log.critical("the service cannot go on", exc_info=problem)

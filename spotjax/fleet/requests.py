@@ -24,6 +24,7 @@ class AcceptedRequest:
       changed: set and replaced whenever something was committed.
       finished_at: monotonic seconds when the last choice ended, None while one runs.
       readers: streams that follow it; it is retained until they have read it all.
+      recalled: it is from before this process, and the log may have lost tokens that clients have seen.
     """
 
     request: GenerationRequest
@@ -32,6 +33,7 @@ class AcceptedRequest:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     finished_at: float | None = None
     readers: int = 0
+    recalled: bool = False
 
     def __post_init__(self) -> None:
         self.told = [sequence.state for sequence in self.sequences]
@@ -100,6 +102,7 @@ class RequestTable:
 
     def recall(self, accepted: AcceptedRequest, now: float) -> None:
         """Takes up a request that the log has from before."""
+        accepted.recalled = True
         self.add(accepted)
         if all(told.finish for told in accepted.told):
             accepted.finished_at = now
@@ -146,8 +149,10 @@ class RequestTable:
             raise InvalidRequest("offsets", f"one for each of the {len(states)} choices, got {len(offsets)}")
         seen = list(offsets) or [0] * len(states)
         for offset, state in zip(seen, states, strict=True):
-            if not 0 <= offset <= len(state.tokens):
-                raise InvalidRequest("offsets", f"must be in [0, {len(state.tokens)}] for this choice, got {offset}")
+            waits = accepted.recalled and state.finish is None  # for tokens that were lost, and are computed again
+            most = state.sampling.max_tokens if waits else len(state.tokens)
+            if not 0 <= offset <= most:
+                raise InvalidRequest("offsets", f"must be in [0, {most}] for this choice, got {offset}")
         return self._follow(accepted, seen)
 
     async def _follow(self, accepted: AcceptedRequest, seen: list[int]) -> AsyncIterator[Delta]:
@@ -159,6 +164,8 @@ class RequestTable:
                 changed = accepted.changed
                 for choice in sorted(open_choices):
                     state = accepted.told[choice]
+                    if state.finish is not None and len(state.tokens) < seen[choice]:
+                        raise InvalidRequest("offsets", f"the choice ended after {len(state.tokens)} tokens this time")
                     if len(state.tokens) > seen[choice] or state.finish is not None:
                         yield _delta(state, seen[choice])
                         seen[choice] = len(state.tokens)

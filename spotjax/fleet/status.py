@@ -88,7 +88,8 @@ class FleetEvent:
 
     Attributes:
       time: Unix time in seconds.
-      kind: ``ready recovered registered joined notice lost plan precopy arranged saving saved stop switch draining``.
+      kind: ``ready recovered registered joined notice lost plan precopy arranged saving saved stop switch draining
+        log``.
       epoch: epoch at the time.
       message: one line for people.
       fields: the same as data (instance, bytes, seconds ...).

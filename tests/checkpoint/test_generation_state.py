@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from spotjax.checkpoint.generation import (
     SavedGeneration,
-    common_positions,
     generation_of,
     generation_tree,
     load_generation,
@@ -105,14 +103,3 @@ def some_request(output: tuple[int, ...] = (7, 8, 9), key: int = 5) -> RecordedR
     request = GenerationRequest("r", (1, 2), SamplingParams(), n=2)
     states = tuple(RequestState("r", choice, request.prompt, request.sampling, tokens=output) for choice in range(2))
     return RecordedRequest(request, states, key)
-
-
-def test_kv_is_trusted_as_far_as_the_tokens_are_the_same() -> None:
-    saved = [some_request((7, 8, 9)), some_request((7,), key=20)]
-    assert common_positions(saved, [some_request((7, 8, 9, 10))]) == {5: 5, 6: 5}
-    assert common_positions(saved, [some_request((7, 1, 9, 10))]) == {5: 3, 6: 3}, "it was continued otherwise"
-    assert common_positions(saved, [some_request((7, 8))]) == {5: 4, 6: 4}, "the log lost a token"
-    other = some_request(key=20)
-    other = replace(other, states=tuple(replace(state, prompt=(3, 2)) for state in other.states))
-    assert common_positions(saved, [other]) == {20: 0, 21: 0}
-    assert common_positions(saved, [some_request(key=40)]) == {}

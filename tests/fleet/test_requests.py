@@ -179,3 +179,18 @@ async def test_a_reader_that_leaves_does_not_keep_a_request() -> None:
     table.step("r", 0)
     table.purge(1000.0)
     assert "r" not in table
+
+
+async def test_a_stream_waits_for_tokens_that_its_client_has_seen_and_the_log_lost() -> None:
+    table = Table()
+    request = GenerationRequest("r", (1, 2), SamplingParams(max_tokens=4, ignore_eos=True))
+    state = RequestState("r", 0, request.prompt, request.sampling)
+    table.recall(AcceptedRequest(request, (ScheduledSequence(0, state),)), 0.0)
+    with pytest.raises(InvalidRequest, match=r"\[0, 4\]"):
+        table.stream("r", [5])
+    reading = asyncio.create_task(everything(table, "r", [2]))
+    for _ in range(4):
+        await turns(3)
+        state = advance(state, next_token((*state.prompt, *state.tokens), state), BYTES)
+        table.committed([state], 0.0)
+    assert [(delta.offset, delta.tokens) for delta in await reading] == [(2, state.tokens[2:3]), (3, state.tokens[3:])]
