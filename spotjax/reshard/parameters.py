@@ -96,9 +96,12 @@ class ParameterMover:
         self._spec, self._dtype, self._checkpoint, self._device_of = spec, dtype, checkpoint, device_of
         self._peers, self._memory = peers, memory or ProcessMemory()
         self._arrays = {array.name: array for array in spec.parameters}
-        self._counting = threading.Lock()
+        self._lock = threading.Lock()
+        """Guards counts and what follows."""
         self._brought: dict[tuple[DeviceRef, str], Shard] = {}
         """What was brought since ``settle``: a plan that was cut short was not in vain, the next finds it here."""
+        self._lost: set[str] = set()
+        """Instances lost since the last plan began: what is brought to them comes too late."""
 
     def carry_out(
         self,
@@ -122,6 +125,8 @@ class ParameterMover:
           SliceUnavailable: a source, or a target that was to keep what it has, does not have it (any more).
           PeerUnreachable: an instance of another process cannot be read from.
         """
+        with self._lock:
+            self._lost.clear()
         by_shard: dict[tuple[DeviceRef, str], list[SliceMove]] = defaultdict(list)
         for move in moves:
             by_shard[move.target, move.slice.name].append(move)
@@ -150,27 +155,38 @@ class ParameterMover:
 
     def lose(self, instance: str) -> None:
         """Frees what was brought to an instance that is gone."""
-        gone = [key for key in list(self._brought) if key[0].instance == instance]
-        delete_arrays(self._brought.pop(key).buffer for key in gone)
+        with self._lock:
+            self._lost.add(instance)
+            gone = [key for key in self._brought if key[0].instance == instance]
+            delete_arrays(self._brought.pop(key).buffer for key in gone)
 
     def _bring(self, group: Sequence[_Wanted], store: ShardStore, traffic: Traffic) -> list[tuple[_Wanted, Shard]]:
         """Shards on their devices: kept, copied whole, or put together; what the checkpoint has of them all at once."""
-        shards, begun = list[tuple[_Wanted, Shard]](), list[tuple[_Wanted, np.ndarray]]()
+        kept, brought, begun = [], list[tuple[_Wanted, Shard]](), list[tuple[_Wanted, np.ndarray]]()
         for one in group:
-            shard = self._kept(one, store)
-            if shard is None:
-                self._count(one.moves, traffic)
-                shard = self._copied(one, store)
-            if shard is None:
-                begun.append((one, self._begin(one, store)))
+            if (shard := self._kept(one, store)) is not None:
+                kept.append((one, shard))
+                continue
+            self._count(one.moves, traffic)
+            if (shard := self._copied(one, store)) is not None:
+                brought.append((one, shard))
             else:
-                shards.append((one, shard))
+                begun.append((one, self._begin(one, store)))
         read_into(self._checkpoint, [load for one, buffer in begun for load in one.loads(buffer)])
         for one, buffer in begun:
             self._memory.complete(one.target, one.slice)
-            shards.append((one, Shard(one.slice.index, jax.device_put(buffer, self._device_of(one.target)))))
-        self._brought.update({(one.target, one.slice.name): shard for one, shard in shards})
-        return shards
+            brought.append((one, Shard(one.slice.index, jax.device_put(buffer, self._device_of(one.target)))))
+        self._remember(brought)
+        return kept + brought
+
+    def _remember(self, brought: Iterable[tuple[_Wanted, Shard]]) -> None:
+        """Keeps what was brought for the next plan, unless its instance was lost meanwhile: that has nothing left."""
+        with self._lock:
+            for one, shard in brought:
+                if one.target.instance in self._lost:
+                    delete_arrays([shard.buffer])
+                else:
+                    self._brought[one.target, one.slice.name] = shard
 
     def _kept(self, one: _Wanted, store: ShardStore) -> Shard | None:
         """The shard, if an earlier plan brought it or the device had it before."""
@@ -216,7 +232,7 @@ class ParameterMover:
             place[...] = scratch
 
     def _count(self, moves: Sequence[SliceMove], traffic: Traffic) -> None:
-        with self._counting:
+        with self._lock:
             for move in moves:
                 size = move.slice.size * self._dtype.itemsize
                 if move.source is None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -269,6 +270,48 @@ def test_what_a_plan_that_was_cut_short_brought_is_not_brought_again(monkeypatch
     checkpoint.done.clear()
     bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
     assert Counter(checkpoint.done) == wanted, "after it was settled nothing is remembered"
+
+
+class Unlucky:
+    """A checkpoint during whose first reading something happens."""
+
+    def __init__(self, happen: Callable[[], None]) -> None:
+        self._happen: Callable[[], None] | None = happen
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        if self._happen is not None:
+            self._happen, happen = None, self._happen
+            happen()
+        return WEIGHTS.read(name, index)
+
+
+@pytest.mark.parametrize("read_bytes", [1, 1 << 30])
+def test_nothing_of_an_instance_that_is_lost_meanwhile_is_taken_up_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, read_bytes: int
+) -> None:
+    monkeypatch.setattr(parameters, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(parameters, "STREAMS", 1)
+    first, second = (next(assignments(MeshShape.parse(shape), fleet(2, 2))) for shape in ("1x1x2", "1x2x2"))
+    needs, plan = plan_for(first, None, fleet(2, 2))
+    devices, before = device_of(2), jax.live_arrays()
+    store = mover(2).carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    (there,) = first.instances(0)
+
+    def lose() -> None:
+        for instance in ("i0", "i1"):
+            store.without(instance)
+            bringing.lose(instance)
+
+    bringing = ParameterMover(SPEC, np.dtype(np.float32), Unlucky(lose), devices.__getitem__)
+    needs, plan = plan_for(second, None, fleet(2, 2))
+    with contextlib.suppress(RuntimeError):  # who reads what was deleted fails; who only keeps it does not
+        bringing.carry_out(plan.moves, needs, 2, store, Traffic())
+    del lose
+    left = [array for array in jax.live_arrays() if not any(array is other for other in before)]
+    assert not left, "something is left of instances that were lost"
+    brought = bringing.carry_out(plan.moves, needs, 2, ShardStore({}), Traffic())
+    check_contents(brought, second, devices)
+    assert there in {device.instance for device in brought.devices()}
 
 
 class Bulk:
