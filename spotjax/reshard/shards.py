@@ -92,8 +92,3 @@ def host_buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     raw = np.zeros(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def place_into(target: np.ndarray, target_index: Index, index: Index, content: np.ndarray) -> None:
-    """Writes the part ``index`` of an array into ``target``, which holds ``target_index`` of it (padding aside)."""
-    target[relative(index, target_index)] = content

@@ -47,9 +47,13 @@ class Backup:
       service: whose sequences they are.
       push: where they go.
       bandwidth: bytes per second at most; 0 for no limit.
+
+    Attributes:
+      full: only pages that are full are copied.
     """
 
-    def __init__(self, kv: KvMover, service: str, push: Push, bandwidth: int) -> None:
+    def __init__(self, kv: KvMover, service: str, push: Push, bandwidth: int, *, full: bool = False) -> None:
+        self.full = full
         self._kv, self._service, self._push, self._bandwidth = kv, service, push, bandwidth
         self._stages: tuple[Copying, ...] = ()
         self._stopping = threading.Event()
@@ -99,7 +103,7 @@ class Backup:
     def _copy(self, copying: Copying, enough: Callable[[], bool]) -> bool:
         """One round for one stage: what is due now, in frames of a few pages and layers."""
         ledger = copying.ledger
-        while not enough() and (due := copying.due(PAGES_PER_MOVE)):
+        while not enough() and (due := copying.due(PAGES_PER_MOVE, full=self.full)):
             started, sent = time.monotonic(), 0
             start, stop = ledger.stage.layers
             for first in range(start, stop, LAYERS_PER_FRAME):

@@ -42,26 +42,31 @@ class Copying:
         self.source = uuid.uuid4().hex
         self._copied: dict[int, tuple[Resident, int]] = {}
 
-    def due(self, limit: int) -> list[DuePage]:
+    def due(self, limit: int, *, full: bool = False) -> list[DuePage]:
         """What is to be copied next.
 
         Whole sequences as far as the limit goes, those with most to copy last, so that all stay close behind.
+
+        Args:
+          limit: pages at most.
+          full: only pages that are full; others would have to be copied again.
         """
         size = self.ledger.page_size
         with self.ledger.lock:
             residents = self.ledger.residents()
             self._copied = {key: one for key, one in self._copied.items() if residents.get(key) is one[0]}
             behind = [
-                (one.written - copied, key, one, copied)
+                (written - copied, key, one, copied, written)
                 for key, one in residents.items()
-                if one.written > (copied := self._copied[key][1] if key in self._copied else 0)
+                if (written := one.written // size * size if full else one.written)
+                > (copied := self._copied[key][1] if key in self._copied else 0)
             ]
             found: list[DuePage] = []
-            for _, key, one, copied in sorted(behind, key=lambda entry: entry[:2]):
-                for number in range(copied // size, -(-one.written // size)):
+            for _, key, one, copied, written in sorted(behind, key=lambda entry: entry[:2]):
+                for number in range(copied // size, -(-written // size)):
                     if len(found) == limit:
                         return found
-                    found.append(DuePage(key, number, one.pages[number], min(one.written, (number + 1) * size)))
+                    found.append(DuePage(key, number, one.pages[number], min(written, (number + 1) * size)))
             return found
 
     def copied(self, due: Sequence[DuePage]) -> None:

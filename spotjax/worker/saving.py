@@ -25,7 +25,7 @@ class KvSave:
     def __init__(self, kv: KvMover, path: str, name: str, form: KvFormat) -> None:
         self.path = path
         self._writer = KvWriter(path, name, form)
-        self._copier = Backup(kv, form.service, self._writer.put, bandwidth=0)
+        self._copier = Backup(kv, form.service, self._writer.put, bandwidth=0, full=True)
         self._over = threading.Event()
         self._finishing = False
 
@@ -50,6 +50,7 @@ class KvSave:
         timer.start()
         try:
             self._copier.close()
+            self._copier.full = False  # what is not full by now is copied once
             while not self._copier.copy_now(self._over.is_set) and not self._over.is_set():
                 continue  # pages changed hands meanwhile; the next round looks again
             self._writer.flush()

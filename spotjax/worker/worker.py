@@ -213,7 +213,8 @@ class Worker:
 
     def serve(self, welcome: control.Welcome) -> None:
         """Works for a service from now on; KV stays if it was that service's before and may be of use to it."""
-        if not welcome.reunion or welcome.service != self._kv.service:
+        before = self._kv.service
+        if before and not (welcome.reunion and welcome.service == before):
             self.clear()
         self._kv.serve(welcome.service, welcome.epoch)
 

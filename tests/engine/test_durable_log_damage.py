@@ -167,7 +167,7 @@ async def test_a_garbled_database_is_noticed_unless_nothing_is_lost(tmp_path: Pa
             noticed += 1
             assert DATABASE in str(error)
             assert "salvage" in str(error)
-    assert noticed > 60
+    assert noticed > 30
 
 
 async def test_a_truncated_database_is_noticed(tmp_path: Path) -> None:

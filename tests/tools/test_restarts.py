@@ -62,16 +62,16 @@ async def test_a_log_that_says_what_clients_saw_is_right(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("load", "problem"),
+    ("tokens", "problem"),
     [
-        (seen(ours_1=4, ours_2=1), "the log has (3,) tokens of ours_1, clients saw (4,)"),
-        (seen(ours_1=3), "the log has ours_2, which did not end for its client"),
-        (seen(ours_1=3, ours_2=1, ours_3=1), "the log has nothing of ours_3"),
+        ({"ours_1": 4, "ours_2": 1}, "the log has (3,) tokens of ours_1, clients saw (4,)"),
+        ({"ours_1": 3}, "the log has ours_2, which did not end for its client"),
+        ({"ours_1": 3, "ours_2": 1, "ours_3": 1}, "the log has nothing of ours_3"),
     ],
 )
-async def test_a_log_that_says_something_else_is_noticed(tmp_path: Path, load: Load, problem: str) -> None:
+async def test_a_log_that_says_something_else_is_noticed(tmp_path: Path, tokens: dict[str, int], problem: str) -> None:
     service = await recorded(tmp_path, ("ours_1", 3, True), ("ours_2", 1, True))
-    assert disagreements(service, load) == [problem]
+    assert disagreements(service, seen(**tokens)) == [problem]
 
 
 async def test_what_is_unfinished_in_the_end_is_noticed(tmp_path: Path) -> None:

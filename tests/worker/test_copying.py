@@ -166,3 +166,14 @@ def test_what_was_copied_last_is_what_the_stage_has(seed: int, limit: int) -> No
         if done[key] == written:  # else it is what it has lost and nobody has taken
             copied = [mark for n in range(len(owned)) for mark in copies.get((key, n), ())][:written]
             assert copied == [content[key][n] for n in range(written)]
+
+
+def test_pages_that_are_not_full_yet_are_left_for_later() -> None:
+    ledger = make_ledger()
+    copying = Copying(ledger)
+    step(ledger, [(1, 0, 10, [5, 3, 8]), (2, 0, 3, [6])])
+    due = copying.due(10, full=True)
+    assert due == [(1, 0, 5, 4), (1, 1, 3, 8)]
+    copying.copied(due)
+    assert copying.due(10, full=True) == []
+    assert copying.due(10) == [(1, 2, 8, 10), (2, 0, 6, 3)]
