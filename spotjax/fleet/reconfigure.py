@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from spotjax.engine.commit_log import CommitLog
+from spotjax.engine.replica import Replica
 from spotjax.engine.request import RequestState
 from spotjax.errors import InstanceLost, NoFeasibleShape
 from spotjax.fleet import reports
@@ -240,7 +241,7 @@ class Reconfigurer:
         kv = self._plan_kv(preparation, too_late)
         data = preparation.placement.shape.data
         handover = self._dispatcher.hand_over(data, kv.cohorts, preparation.heirs, carried, precopy.copied)
-        going_on = sum(len(self._dispatcher.replicas[old].scheduler.running) for old in carried)
+        going_on = sum(_with_kv(self._dispatcher.replicas[old]) for old in carried)
         try:
             pipelines, moved = await self._cluster.switch(handover.transfers)
         except InstanceLost:
@@ -316,4 +317,9 @@ class Reconfigurer:
         return Reconfiguration(self.epoch, before, None, 0, 0, 0, 0.0, 0.0, 0, running)
 
     def _running(self) -> int:
-        return sum(len(replica.scheduler.running) for replica in self._dispatcher.replicas)
+        return sum(map(_with_kv, self._dispatcher.replicas))
+
+
+def _with_kv(replica: Replica) -> int:
+    """Sequences that have begun: one that was just let in has nothing to keep or to compute again."""
+    return sum(sequence.computed > 0 for sequence in replica.scheduler.running.values())

@@ -79,9 +79,10 @@ async def test_a_stream_survives_preemptions_and_the_server_drains(programs: Pat
         drills: list[asyncio.Task[str]] = []
         async for delta in client.generate("ROMEO:\n", max_tokens=120, temperature=0.8, seed=3):
             disturbed.append(delta)
-            if len(disturbed) == 20:
+            seen = delta.offset + len(delta.tokens)  # a delta may have several
+            if seen >= 20 and not drills:
                 drills.append(asyncio.create_task(server.command("preempt", "instance-1", "--grace", "5", "--json")))
-            if len(disturbed) == 70:
+            if seen >= 70 and len(drills) == 1:
                 drills.append(asyncio.create_task(server.command("preempt", "instance-2", "--grace", "0", "--json")))
         assert _tokens(disturbed) == _tokens(calm)
         assert "".join(d.text for d in disturbed) == "".join(d.text for d in calm)
