@@ -32,7 +32,7 @@ EXCHANGES_TRIED = 4096
 """Exchanges of groups between instances that are tried at most, the most promising first."""
 
 Place = tuple[int, tuple[int, ...]]
-"""A host and M of its devices, by number."""
+"""A host and M of its devices, by number; all of them where it has only one such place."""
 
 
 def match(
@@ -154,7 +154,12 @@ def _exchange(on: list[list[int]], capacity: Sequence[int], reuse: Reuse) -> Non
 
 
 def _places(devices: Sequence[DeviceRef], tensor: int, holdings: Holdings) -> list[tuple[int, ...]]:
-    """Devices of one instance cut into as many runs of M as they make, devices that hold the same layers together."""
+    """Devices of one instance cut into as many runs of M as they make, devices that hold the same layers together.
+
+    Where they make only one, all devices are in it: the best M of them count.
+    """
+    if len(devices) // tensor == 1:
+        return [tuple(range(len(devices)))]
     families: dict[frozenset[tuple[str, tuple[Range, ...]]], list[int]] = defaultdict(list)
     for number, device in enumerate(devices):
         held = holdings.at(device).items()

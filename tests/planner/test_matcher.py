@@ -68,6 +68,17 @@ def test_the_most_bytes_stay_in_place_on_instances_with_several_places(change: C
     assert bytes_in_place(change, needs, matching) == most_bytes(change, needs)
 
 
+def test_an_instance_with_a_device_more_than_a_group_takes_gets_the_group_that_keeps_most_there() -> None:
+    spec, instances, shape = llama(layers=2, vocab=2), fleet(3, 2), MeshShape(1, 2, 2)
+    before = placed(spec, MeshShape(1, 1, 1), instances)
+    holder = next(iter(before.devices.values()))
+    needs = needs_of(spec, shape, split_layers(2, 2), ())
+    holdings = Holdings.of(spec, before, (), instances)
+    kept = {position: holdings.reusable_bytes(holder, needs[position]) for position in shape.positions()}
+    matching = match(shape, needs, instances, holdings)
+    assert sum(kept[position] for position, device in matching.items() if device == holder) == max(kept.values())
+
+
 def test_nothing_held_keeps_the_order_of_positions_and_devices() -> None:
     devices = placed(llama(layers=4), MeshShape(2, 2, 2), fleet(4, 1, 2, 3, 4)).devices
     expected = ["i0/0", "i0/1", "i0/2", "i0/3", "i2/0", "i2/1", "i3/0", "i3/1"]
