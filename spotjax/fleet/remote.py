@@ -127,7 +127,7 @@ class RemoteCluster:
         assert offer is not None, "only who is ready joins"
         if session not in self._kv.trusted:
             session.tell(control.Clear(NOBODY_WAITS))
-            self._kv.trusted.add(session)
+            self._kv.trusted = {other for other in self._kv.trusted if not other.over.done()} | {session}
         for parts in offer.held:
             self._held[DeviceRef(instance, parts.device)] = parts.arrays
 
