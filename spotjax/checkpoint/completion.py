@@ -6,6 +6,7 @@ Whoever has written a part leaves a record of it beside it; once all are there, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 import numpy as np
@@ -47,7 +48,7 @@ def leave_record(location: str, part: str, record: Part) -> None:
     Raises:
       CheckpointError: that cannot be written.
     """
-    _write(location, {_record_name(part): msgspec.json.encode(record)})
+    write_files(location, {_record_name(part): msgspec.json.encode(record)})
 
 
 def find_record(location: str, part: str) -> Part | None:
@@ -91,10 +92,11 @@ def complete(
         raise CheckpointError(f"{location} has parts of another model, from a save that was given up; remove it")
     sums = {name: checksum(content) for name, content in tokenizer.items()}
     manifest = Manifest(config, dtype, records, sums)
-    _write(location, {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()})
-    _write(location, {MANIFEST: encode(manifest)})
-    for name in names:
-        drop_record(location, name)
+    write_files(location, {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()})
+    write_files(location, {MANIFEST: encode(manifest)})
+    with suppress(*FAILURES):  # they do no harm where they are
+        for name in names:
+            drop_record(location, name)
     return manifest
 
 
@@ -120,7 +122,7 @@ def _record_name(part: str) -> str:
     return f"{PARAMETERS}/{part}.json"
 
 
-def _write(location: str, files: Mapping[str, bytes]) -> None:
+def write_files(location: str, files: Mapping[str, bytes]) -> None:
     """Writes files; each is there as a whole, synced, or not at all."""
     try:
         root = ts.KvStore.open(kvstore(location)).result()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from spotjax.checkpoint.saves import GENERATION, SAVES, list_saves, open_save
+from spotjax.checkpoint.saves import FAILURES, GENERATION, SAVES, list_saves, open_save
 from spotjax.errors import CheckpointError
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.models.orbax_manifest import MANIFEST, PARAMETERS
@@ -85,7 +85,7 @@ def contents_of(directory: str) -> Contents:
         services = [path.name for path in (root / SAVES).iterdir()] if (root / SAVES).exists() else []
         saves = tuple(one for service in sorted(services) for one in _saves_of(directory, service))
         return Contents(directory, _parameters_of(root), saves)
-    except OSError as error:
+    except FAILURES as error:
         raise CheckpointError(f"{directory} cannot be read: {error}") from error
 
 

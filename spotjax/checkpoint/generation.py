@@ -11,7 +11,7 @@ The commit log is the truth; this is for who takes a service's requests elsewher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
@@ -24,7 +24,7 @@ from xxhash import xxh3_64
 
 from spotjax.engine.commit_log import RecordedRequest
 from spotjax.engine.log_records import AcceptedRecord, state_of
-from spotjax.engine.request import Logprobs, RequestState
+from spotjax.engine.request import Logprobs
 from spotjax.errors import CheckpointError
 
 T = TypeVar("T")
@@ -176,16 +176,6 @@ def generation_of(tree: Mapping[str, np.ndarray]) -> SavedGeneration:
         )
         requests.append(RecordedRequest(request, states, accepted.key))
     return SavedGeneration(records.identity, records.epoch, tuple(requests))
-
-
-def _sequences(recorded: RecordedRequest) -> Iterator[tuple[int, RequestState]]:
-    return enumerate(recorded.states, recorded.key)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _without_arrays(accepted: AcceptedRecord) -> AcceptedRecord:

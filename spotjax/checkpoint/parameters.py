@@ -94,10 +94,7 @@ class ParameterWriter:
         Raises:
           CheckpointError: it cannot be written.
         """
-        leaves = {}
-        for name, array in self.parts[part].items():
-            chunk = chunk_shape(array, self._spec, itemsize(self._dtype))
-            leaves[name] = _Leaf(array, chunk, self._dtype, sources[array.name], progress)
+        leaves = self._leaves(part, sources, progress)
         try:
             drop_record(self._location, part)
             self._checkpointer.save(self._path(part), args=ocp.args.PyTreeSave(leaves), force=True)
@@ -109,20 +106,27 @@ class ParameterWriter:
         return record
 
     def written(self, part: str, sources: Mapping[str, Source]) -> Part | None:
-        """The record of a part that an earlier writer completed from the same sources, as far as samples tell."""
+        """The record of a part that an earlier writer completed from the same sources, all of which are read for it."""
         record = find_record(self._location, part)
         if record is None or record.dtype != self._dtype or record.arrays.keys() != self.parts[part].keys():
             return None
-        same = all(
-            record.arrays[name].shape == array.shape
-            and record.arrays[name].samples == _samples(array, sources[array.name], self._dtype)
-            for name, array in self.parts[part].items()
-        )
-        return record if same else None
+        for name, leaf in self._leaves(part, sources).items():
+            for run in chunk_runs(leaf.shape, leaf.chunk, leaf.dtype.itemsize):
+                add_chunks(leaf.digest, leaf.read(run), leaf.chunk)
+            if leaf.stored() != record.arrays[name]:
+                return None
+        return record
 
     def close(self) -> None:
         """Ends the writer's threads."""
         self._checkpointer.close()
+
+    def _leaves(self, part: str, sources: Mapping[str, Source], progress: Progress | None = None) -> dict[str, _Leaf]:
+        leaves = {}
+        for name, array in self.parts[part].items():
+            chunk = chunk_shape(array, self._spec, itemsize(self._dtype))
+            leaves[name] = _Leaf(array, chunk, self._dtype, sources[array.name], progress)
+        return leaves
 
     def _path(self, part: str) -> str:
         base = kvstore(self._location, PARAMETERS, part)

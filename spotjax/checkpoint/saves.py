@@ -16,6 +16,7 @@ from types import MappingProxyType
 import msgspec
 from etils import epath
 
+from spotjax.checkpoint.completion import write_files
 from spotjax.errors import CheckpointError
 from spotjax.models.orbax_manifest import is_url
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 SAVES = "saves"
 SAVED = "saved.json"
+FAILURES = (OSError, ImportError)
+"""Of etils: there may be no library for a bucket."""
 GENERATION = ".generation"
 
 
@@ -49,14 +52,29 @@ class Save(msgspec.Struct, frozen=True):
     digests: dict[int, str] = {}
 
 
-def next_path(checkpoint: str, service: str) -> str:
+def next_path(checkpoint: str, service: str, given: int = 0) -> str:
     """Directory of another save, which does not exist yet.
+
+    Args:
+      checkpoint: where saves are.
+      service: whose it will be.
+      given: last number that was given; a save begins to exist with its first unit.
 
     Raises:
       CheckpointError: the checkpoint cannot be read.
     """
-    number = max(list_saves(checkpoint, service), default=0) + 1
+    number = max([given, *list_saves(checkpoint, service)]) + 1
     return str(_directory(checkpoint, service) / f"{number:06d}")
+
+
+def number_of(path: str) -> int:
+    """Number of a save, by its directory."""
+    return int(path.rpartition("/")[2])
+
+
+def with_number(path: str, number: int) -> str:
+    """The directory beside it that has another number."""
+    return f"{path.rpartition('/')[0]}/{number:06d}"
 
 
 def complete(
@@ -74,13 +92,7 @@ def complete(
       CheckpointError: that cannot be written.
     """
     save = Save(path, service, model, epoch, replicas, dict(sequences), dict(digests))
-    try:
-        directory = epath.Path(path)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f".{SAVED}").write_bytes(msgspec.json.encode(save))
-        (directory / f".{SAVED}").rename(directory / SAVED)
-    except OSError as error:
-        raise CheckpointError(f"the save {path} cannot be completed: {error}") from error
+    write_files(path, {SAVED: msgspec.json.encode(save)})
     return save
 
 
@@ -106,7 +118,7 @@ def list_saves(checkpoint: str, service: str) -> dict[int, set[str]]:
     directory = _directory(checkpoint, service)
     try:
         names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    except OSError as error:
+    except FAILURES as error:
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
     found: dict[int, set[str]] = {}
     for name in names:
@@ -121,7 +133,7 @@ def open_save(path: str) -> Save | None:
         save = msgspec.json.decode((epath.Path(path) / SAVED).read_bytes(), type=Save)
     except FileNotFoundError:
         log.warning("a save was cut off and is not used", extra={"path": path})
-    except (OSError, msgspec.MsgspecError) as error:
+    except (*FAILURES, msgspec.MsgspecError) as error:
         log.warning("a save cannot be read and is not used: %s", error, extra={"path": path})
     else:
         return msgspec.structs.replace(save, path=path)
@@ -132,7 +144,7 @@ def discard(path: str) -> None:
     """Removes what workers have put into a directory that will not be a save, as far as that is possible."""
     try:
         epath.Path(path).rmtree(missing_ok=True)
-    except OSError as error:
+    except FAILURES as error:
         log.warning("what is left of a save that was given up cannot be removed: %s", error, extra={"path": path})
 
 

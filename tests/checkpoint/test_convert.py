@@ -15,7 +15,7 @@ from checkpoint_cases import MANY_CHUNKS, random_model, rounded
 from spotjax import cli
 from spotjax.checkpoint.convert import Conversion, convert, stored_bytes
 from spotjax.errors import CheckpointError
-from spotjax.meshes.slices import whole
+from spotjax.meshes.slices import Index, whole
 from spotjax.models.catalog import Model, cached_path, open_model
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
@@ -139,6 +139,27 @@ def test_parts_of_another_model_or_type_are_not_kept(tmp_path: Path) -> None:
     again = tmp_path / "again"
     interrupted(again, "layers.1")
     assert convert(random_model(MANY_CHUNKS), str(again), "bfloat16").kept == 0
+
+
+def test_a_part_that_differs_where_no_sample_is_taken_is_not_kept(tmp_path: Path) -> None:
+    interrupted(tmp_path, "layers.1")
+    source = random_model(MANY_CHUNKS)
+    read = source.checkpoint.read
+
+    class Tuned(type(source.checkpoint)):  # type: ignore[misc]
+        """The same but for the last row of every matrix."""
+
+        def read(self, name: str, index: Index) -> np.ndarray:
+            content = read(name, index)
+            (spec,) = [array for array in source.checkpoint.spec.parameters if array.name == name]
+            if len(index) > 1 and index[0][1] == spec.shape[0] > index[0][0]:
+                content = content.copy()
+                content[-1] += 1
+            return content
+
+    tuned = Model("tuned", Tuned(MANY_CHUNKS), source.tokenizer)
+    assert convert(tuned, str(tmp_path)).kept == 0
+    assert_same_weights(open_model(str(tmp_path)), tuned)
 
 
 def test_a_kept_part_that_was_damaged_meanwhile_is_noticed(tmp_path: Path) -> None:
