@@ -261,14 +261,17 @@ class Host:
                     inherited = prepared.preparation.heirs.get(transfer.old) == place[0]
                     layers = [n for n in range(*stage.layers) if not (inherited and (place, n) in kept)]
                     jobs += self._copies(transfer, stage, layers)
-        with ThreadPoolExecutor(STREAMS, thread_name_prefix="pages") as streams:
-            counted = [Traffic() for _ in jobs]  # one each, because they run at once
-            for copied in [streams.submit(job, count) for job, count in zip(jobs, counted, strict=True)]:
-                copied.result()
+        counted = [Traffic() for _ in jobs]  # one each, because they run at once
+        try:
+            with ThreadPoolExecutor(STREAMS, thread_name_prefix="pages") as streams:
+                for copied in [streams.submit(job, count) for job, count in zip(jobs, counted, strict=True)]:
+                    copied.result()
+        finally:
+            if final:
+                for (place, layer), source in kept.items():
+                    # writing donated the old ones; a switch can be repeated, and one that failed be followed by another
+                    source.pages[layer] = prepared.stages[place].pages[layer]
         if final:
-            for (place, layer), source in kept.items():
-                # writing donated the old ones, and a switch can be repeated
-                source.pages[layer] = prepared.stages[place].pages[layer]
             stopped = [s for (data, _), s in prepared.stages.items() if data in prepared.preparation.changed]
             jax.block_until_ready([list(stage.arrays()) for stage in stopped])
         return Traffic(moved=sum(count.moved for count in counted))

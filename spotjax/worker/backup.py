@@ -47,13 +47,11 @@ class Backup:
       service: whose sequences they are.
       push: where they go.
       bandwidth: bytes per second at most; 0 for no limit.
-
-    Attributes:
-      full: only pages that are full are copied.
+      full: only pages that are full are copied, until ``freeze``.
     """
 
     def __init__(self, kv: KvMover, service: str, push: Push, bandwidth: int, *, full: bool = False) -> None:
-        self.full = full
+        self._full, self._frozen = full, False
         self._kv, self._service, self._push, self._bandwidth = kv, service, push, bandwidth
         self._stages: tuple[Copying, ...] = ()
         self._stopping = threading.Event()
@@ -65,6 +63,14 @@ class Backup:
         """Copies of these stages from now on; of those that it has copied before it goes on where it was."""
         before = {id(copying.ledger): copying for copying in self._stages}
         self._stages = tuple(before.get(id(ledger)) or Copying(ledger) for ledger in stages)
+        if self._frozen:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """What is there by now is copied, also of pages that are not full, and nothing that is written later."""
+        self._full, self._frozen = False, True
+        for copying in self._stages:
+            copying.freeze()
 
     def stop(self) -> None:
         """Copies nothing more; returns at once, though a frame may still be on its way."""
@@ -92,7 +98,7 @@ class Backup:
         while not self._stopping.wait(ROUND_SECONDS):
             stages = self._stages
             try:
-                self.copy_now()
+                self.copy_now(self._stopping.is_set)
             except FAILURES as problem:
                 # whoever kept the copies is gone, or the stage is: the next placement begins anew
                 log.debug("backup interrupted: %s", problem)
@@ -103,7 +109,7 @@ class Backup:
     def _copy(self, copying: Copying, enough: Callable[[], bool]) -> bool:
         """One round for one stage: what is due now, in frames of a few pages and layers."""
         ledger = copying.ledger
-        while not enough() and (due := copying.due(PAGES_PER_MOVE, full=self.full)):
+        while not enough() and (due := copying.due(PAGES_PER_MOVE, full=self._full)):
             started, sent = time.monotonic(), 0
             start, stop = ledger.stage.layers
             for first in range(start, stop, LAYERS_PER_FRAME):

@@ -120,6 +120,11 @@ class BackupStore:
         return np.stack([np.stack(pages, axis=1) for pages in kept]).reshape(-1)
 
     @property
+    def empty(self) -> bool:
+        """Whether nothing is kept."""
+        return not self._sequences
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
         with self._lock:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from spotjax.checkpoint.kv_format import KvFormat
+from spotjax.checkpoint.saved_kv import SavedKv
 from spotjax.meshes.slices import Range
 from spotjax.worker.backup_store import BackupStore
-
-if TYPE_CHECKING:
-    from spotjax.checkpoint.kv_format import KvFormat
-    from spotjax.checkpoint.saved_kv import SavedKv
 
 
 class Copies:
@@ -39,21 +36,18 @@ class Copies:
         told = path, form, sequences
         if told == self._told:
             return
-        self._saved, self._told, self._page_size = None, told, form.page_size
-        if path:
-            from spotjax.checkpoint.saved_kv import SavedKv  # tensorstore, which most workers never need
-
-            self._saved = SavedKv(path, form, sequences)
+        self._saved, self._told = None, None  # so that what cannot be opened now is tried again
+        self._saved = SavedKv(path, form, sequences) if path else None
+        self._told, self._page_size = told, form.page_size
 
     def positions(self, layers: Range, sequences: Sequence[int]) -> tuple[int, ...]:
         """The watermark of each sequence over all these layers. May read from disk what it promises."""
-        kept = self.store.positions(layers, sequences)
-        if self._saved is None:
+        kept, save = self.store.positions(layers, sequences), self._saved
+        if save is None:
             return kept
-        saved = self._saved.positions(layers, sequences)
-        wanted = [key for key, here, there in zip(sequences, kept, saved, strict=True) if there > here]
-        self._saved.check(layers, wanted)
-        return tuple(map(max, kept, self._saved.positions(layers, sequences)))
+        saved = save.positions(layers, sequences)
+        save.check(layers, [key for key, here, there in zip(sequences, kept, saved, strict=True) if there > here])
+        return tuple(map(max, kept, save.positions(layers, sequences)))
 
     def read(self, layers: Range, owners: Sequence[tuple[int, int]]) -> np.ndarray:
         """Pages as ``KvMover.host_pages`` lays them out.
@@ -65,15 +59,15 @@ class Copies:
         Raises:
           SliceUnavailable: one of them is not here.
         """
-        if self._saved is None:
+        if (save := self._saved) is None:
             return self.store.read(layers, owners)
         keys = sorted({key for key, _ in owners})
-        kept, saved = self.store.positions(layers, keys), self._saved.positions(layers, keys)
+        kept, saved = self.store.positions(layers, keys), save.positions(layers, keys)
         on_disk = {key for key, here, there in zip(keys, kept, saved, strict=True) if there > here}
         places: dict[bool, list[int]] = {False: [], True: []}
         for place, (key, _) in enumerate(owners):
             places[key in on_disk].append(place)
-        reads = {False: self.store.read, True: self._saved.read}
+        reads = {False: self.store.read, True: save.read}
         found = {which: reads[which](layers, [owners[n] for n in some]) for which, some in places.items() if some}
         if len(found) == 1:
             return next(iter(found.values()))

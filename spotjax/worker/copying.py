@@ -35,12 +35,19 @@ class Copying:
 
     def __init__(self, ledger: StageLedger) -> None:
         self.ledger = ledger
+        self._most: dict[int, int] | None = None
         self.restart()
 
     def restart(self) -> None:
         """Nothing is copied yet: whoever had it has lost it."""
         self.source = uuid.uuid4().hex
         self._copied: dict[int, tuple[Resident, int]] = {}
+
+    def freeze(self) -> None:
+        """What is written from now on is not to be copied: so there is an end to it though steps go on."""
+        with self.ledger.lock:
+            if self._most is None:
+                self._most = {key: one.written for key, one in self.ledger.residents().items()}
 
     def due(self, limit: int, *, full: bool = False) -> list[DuePage]:
         """What is to be copied next.
@@ -58,7 +65,7 @@ class Copying:
             behind = [
                 (written - copied, key, one, copied, written)
                 for key, one in residents.items()
-                if (written := one.written // size * size if full else one.written)
+                if (written := self._wanted(key, one, size if full else 1))
                 > (copied := self._copied[key][1] if key in self._copied else 0)
             ]
             found: list[DuePage] = []
@@ -68,6 +75,11 @@ class Copying:
                         return found
                     found.append(DuePage(key, number, one.pages[number], min(written, (number + 1) * size)))
             return found
+
+    def _wanted(self, key: int, one: Resident, unit: int) -> int:
+        """Positions of a sequence that are to be copied, a multiple of a unit."""
+        written = one.written if self._most is None else min(one.written, self._most.get(key, 0))
+        return written // unit * unit
 
     def copied(self, due: Sequence[DuePage]) -> None:
         """These are where they should be, as far as they are still what they were."""

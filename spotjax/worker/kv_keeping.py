@@ -105,8 +105,8 @@ class KvKeeping:
     def expect_save(self, path: str) -> None:
         """That is where KV will be saved next: a save into another directory is given up."""
         self._wanted_save = path
-        if self._save is not None and self._save.path != path:
-            self._save.hurry()
+        if (saving := self._save) is not None and saving.path != path:
+            saving.hurry()
 
     def save(self, command: control.SaveKv) -> tuple[int, str]:
         """Carries it out. Blocks.
@@ -121,7 +121,7 @@ class KvKeeping:
         if self._save is not None and self._save.path != command.path:
             self._give_up_save()
         if self._wanted_save != command.path:
-            return 0, "another save began"
+            return 0, "something else was more urgent"
         if self._save is None:
             self._save = KvSave(self._kv, command.path, self._name, self._form)
             self._save.install(self.ledgers.values())
@@ -129,15 +129,17 @@ class KvKeeping:
             return 0, ""
         saving = self._save
         try:
-            left_out = saving.finish(command.seconds)
+            left_out = saving.finish(command.seconds if self._wanted_save == command.path else 0)
             return saving.bytes, left_out
         finally:
-            self._save = None
+            if self._save is saving:
+                self._save = None
 
     def hurry(self) -> None:
-        """There is something better to do than to wait for the end of a save."""
-        if self._save is not None:
-            self._save.hurry()
+        """There is something better to do than to wait for the end of a save, also of one that is yet to begin."""
+        self._wanted_save = ""
+        if (saving := self._save) is not None:
+            saving.hurry()
 
     def rest(self) -> None:
         """Gives nobody copies any more. Blocks."""

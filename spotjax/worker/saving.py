@@ -50,7 +50,7 @@ class KvSave:
         timer.start()
         try:
             self._copier.close()
-            self._copier.full = False  # what is not full by now is copied once
+            self._copier.freeze()
             while not self._copier.copy_now(self._over.is_set) and not self._over.is_set():
                 continue  # pages changed hands meanwhile; the next round looks again
             self._writer.flush()

@@ -137,7 +137,7 @@ class Worker:
         )
         placement = self._host.placement
         kept = control.PlacementMessage.of(placement) if placement is not None and self._kv.ledgers else None
-        return control.Ready(held, self._compiled, kept, self._kv.copies.store.nbytes > 0)
+        return control.Ready(held, self._compiled, kept, not self._kv.copies.store.empty)
 
     async def carry_out(self, command: control.Command) -> control.Done:
         """One command.
@@ -238,6 +238,7 @@ class Worker:
     def close(self, *, for_good: bool) -> None:
         """Frees everything; the store stays for a later process unless this end is ``for_good``."""
         self.clear()
+        self._kv.copies.store.service = ""  # whoever comes next has no KV to give up
         self._host.close()
         if self._memory is not None:
             self._memory.close()

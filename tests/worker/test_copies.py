@@ -137,3 +137,14 @@ def test_a_save_that_is_not_there_is_none(tmp_path: Path) -> None:
 def test_reading_saved_kv_needs_no_orbax() -> None:
     program = "import sys, spotjax.worker.copies, spotjax.checkpoint.saved_kv; sys.exit('orbax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_save_that_could_not_be_opened_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copies = make_copies(tmp_path, {}, {1: 6})
+    copies.use_save("", FORM, {})
+    with monkeypatch.context() as broken:
+        broken.setattr("spotjax.worker.copies.SavedKv", lambda *_: (_ for _ in ()).throw(OSError("no disk")))
+        with pytest.raises(OSError, match="no disk"):
+            copies.use_save(str(tmp_path), FORM, {1: 6})
+    copies.use_save(str(tmp_path), FORM, {1: 6})
+    assert copies.positions(LAYERS, [1]) == (6,)

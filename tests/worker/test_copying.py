@@ -177,3 +177,20 @@ def test_pages_that_are_not_full_yet_are_left_for_later() -> None:
     copying.copied(due)
     assert copying.due(10, full=True) == []
     assert copying.due(10) == [(1, 2, 8, 10), (2, 0, 6, 3)]
+
+
+def test_there_is_an_end_to_copying_though_steps_go_on() -> None:
+    """Forty sequences decode, one position each for every sixteen pages that are copied."""
+    ledger = make_ledger()
+    copying, sequences = Copying(ledger), range(40)
+    pages = {key: list(range(30 * key + 1, 30 * key + 31)) for key in sequences}
+    step(ledger, [(key, 0, 10, pages[key]) for key in sequences])
+    copying.freeze()
+    copied, position = set[int](), 10
+    while due := copying.due(16):
+        copied |= {page.sequence for page in due}
+        copying.copied(due)
+        step(ledger, [(key, position, 1, pages[key]) for key in sequences])
+        position += 1
+        assert position < 100, "copying never ends"
+    assert copied == set(sequences)

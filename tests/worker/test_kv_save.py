@@ -225,7 +225,7 @@ def test_a_save_into_another_directory_puts_an_end_to_the_one_before(kv: Kv, tmp
     keeping.expect_save(str(tmp_path / "2"))
     first.join(SOON)
     assert said == [(0, "there was no time for the rest")]
-    assert keeping.save(control.SaveKv(2, str(tmp_path / "1"), LONG, True)) == (0, "another save began")
+    assert keeping.save(control.SaveKv(2, str(tmp_path / "1"), LONG, True)) == (0, "something else was more urgent")
     disk.released.set()
     assert tell(keeping, tmp_path / "2", last=True)[1] == ""
     kv.check(tmp_path / "2")
