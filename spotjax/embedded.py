@@ -16,7 +16,7 @@ import numpy as np
 
 from spotjax.config import ServeConfig
 from spotjax.durability import directory_of, open_commit_log
-from spotjax.errors import ConfigError, SpotjaxError
+from spotjax.errors import ConfigError
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
@@ -100,24 +100,22 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs)
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
+    served = await asyncio.to_thread(fingerprint, model.checkpoint, dtype)
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     service = Controller(
         model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
         limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity, weights),
-        files=CheckpointFiles(
-            spec.config, dtype.name, await asyncio.to_thread(fingerprint, model.checkpoint, dtype), model.tokenizer,
-            directory_of(commits),
-        ),
+        files=CheckpointFiles(spec.config, dtype.name, served, model.tokenizer, directory_of(commits)),
     )  # fmt: skip
     started = time.monotonic()
-    for tensor in foreseeable_degrees(planning, members.all()):
-        await asyncio.to_thread(cluster.compile_for, tensor, partial(_log_progress, tensor))
-    log.info("compiled in %.1f s", time.monotonic() - started)
-    report = await service.start()
     try:
+        for tensor in foreseeable_degrees(planning, members.all()):
+            await asyncio.to_thread(cluster.compile_for, tensor, partial(_log_progress, tensor))
+        log.info("compiled in %.1f s", time.monotonic() - started)
+        report = await service.start()
         check_first_mesh(planning, members, report.after)
-    except SpotjaxError:
-        await service.close()
+    except BaseException:
+        await service.close()  # and with it the log, whose lock would outlive it
         raise
     return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.max_positions)
 

@@ -199,17 +199,23 @@ class FleetServer:
 
     def _look_whether_enough(self) -> None:
         """The first mesh is formed of all who are expected, or of those who are there when others stay away."""
+        if self._enough.is_set():
+            return
         if len(self._readied) < max(1, self._config.workers):
             return
         if self._awaited:  # some are back, and have told who else was there
             there, end = self._awaited <= self._readied, self._reunion_began + REUNION_SECONDS
         else:
-            unfinished = any(state.finish is None for recorded in self._log.replay() for state in recorded.states)
+            unfinished = any(
+                recorded.request.resumable and state.finish is None
+                for recorded in self._log.replay()
+                for state in recorded.states
+            )
             there, end = bool(self._config.workers) or not unfinished, self._opened + RETURN_SECONDS
         left = end - time.monotonic()
         if there or left <= 0:
             self._enough.set()
-        elif not self._enough.is_set():
+        else:
             log.info("waiting for workers of before", extra={"seconds": round(left, 1)})
             asyncio.get_running_loop().call_later(left, self._look_whether_enough)
 
@@ -297,9 +303,14 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     model = await asyncio.to_thread(open_model, config.model)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     commits = await asyncio.to_thread(open_commit_log, config, weights)
-    before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
-    saves = Saves(config.checkpoint, commits.identity, weights)
-    fleet = FleetServer(config, model, commits, saves, address, still_certain(before, commits) if before else None)
+    try:
+        before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
+        save = await asyncio.to_thread(still_certain, before, commits) if before else None
+        saves = Saves(config.checkpoint, commits.identity, weights)
+        fleet = FleetServer(config, model, commits, saves, address, save)
+    except BaseException:
+        await commits.close()  # or its lock would outlive it
+        raise
     try:
         await fleet.open(door)
     except BaseException:

@@ -72,6 +72,8 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
             return 0
         started = loading.result()
         watching = asyncio.create_task(beside(started.service)) if beside is not None else None
+        if watching is not None:
+            watching.add_done_callback(_say_why)
         try:
             asked = asyncio.create_task(signals.first.wait())
             await asyncio.wait({asked, started.failure}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,6 +95,12 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
             await started.close()
     finally:
         await server.stop()
+
+
+def _say_why(beside: asyncio.Task[None]) -> None:
+    """What runs beside the server has ended; it goes on without."""
+    if not beside.cancelled() and (problem := beside.exception()) is not None:
+        log.error("nothing more is shown: %s", problem, exc_info=problem)
 
 
 async def start(config: ServeConfig, server: ApiServer, address: str) -> Any:

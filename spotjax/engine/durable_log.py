@@ -95,7 +95,11 @@ class DurableLog:
                     "back, or remove the directory to begin anew"
                 )
             database = _of_service(directory, connection, contents, durability, model)
-            lock.mark(database.service.identity)
+            try:
+                lock.mark(database.service.identity)
+            except OSError as error:
+                database.close()
+                raise CommitLogError(f"the commit log {directory} cannot be marked as in use: {error}") from error
         except BaseException:
             lock.release()
             raise

@@ -95,10 +95,10 @@ class LogWriter(threading.Thread):
     def _patience(self) -> float | None:
         """Seconds until there is something to do though nothing is asked for."""
         now = time.monotonic()
+        if self._problem:  # a sync that is due waits, too
+            return max(0.0, self._retry_at - now)
         waits = []
-        if self._problem:
-            waits.append(self._retry_at - now)
-        elif self._untidy:
+        if self._untidy:
             waits.append(IDLE_SECONDS)
         if self._sync_at is not None:
             waits.append(self._sync_at - now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from spotjax.engine.commit_log import CommitLog
@@ -12,7 +12,7 @@ from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
-from spotjax.errors import InvalidRequest, LogUnavailable, Overloaded, RequestExists
+from spotjax.errors import CommitLogError, InvalidRequest, LogUnavailable, Overloaded, RequestExists
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.requests import AcceptedRequest, RequestTable
 
@@ -100,6 +100,9 @@ class Admission:
         """Takes in what the log has from before. Unfinished sequences wait; those without a client to come back end.
 
         Returns: those that wait, by key.
+
+        Raises:
+          CommitLogError: one can never end within the limits that there are now.
         """
         waiting: dict[int, ScheduledSequence] = {}
         for recorded in self._log.replay():
@@ -110,10 +113,23 @@ class Admission:
             unfinished = {sequence.key: sequence for sequence in sequences if sequence.state.finish is None}
             self._dispatcher.parked += unfinished.values()
             if recorded.request.resumable:
+                self._require_room(recorded.request, unfinished)
                 waiting |= unfinished
             else:
                 self.cancel(accepted, FinishReason.CANCELLED)
         return waiting
+
+    @property
+    def _longest(self) -> int:
+        """Positions that a sequence can have."""
+        return min(self._limits.max_positions, (self._limits.pages - 1) * self._limits.page_size)
+
+    def _require_room(self, request: GenerationRequest, unfinished: Collection[int]) -> None:
+        if unfinished and _positions(request) > self._longest:
+            raise CommitLogError(
+                f"request {request.request_id} of the commit log may take {_positions(request)} positions, the "
+                f"settings allow {self._longest}: start with the max_model_len, kv_pages and page_size of before"
+            )
 
     async def _queue(self, accepted: AcceptedRequest, recorded: Awaitable[None]) -> None:
         """Queues a request's sequences once it is recorded, but for those that were cancelled meanwhile."""
@@ -133,8 +149,7 @@ class Admission:
         """Refuses what cannot be taken, with the limit."""
         if request.request_id in self._requests:
             raise RequestExists(request.request_id)
-        longest = min(self._limits.max_positions, (self._limits.pages - 1) * self._limits.page_size)
-        asked = len(request.prompt) + request.sampling.max_tokens
+        longest, asked = self._longest, _positions(request)
         if asked > longest:
             raise InvalidRequest(
                 "sampling.max_tokens",
@@ -148,3 +163,8 @@ class Admission:
             raise Overloaded(
                 f"{waiting} sequences are waiting, at most {self._limits.queue} may; try again later", retry_after=1.0
             )
+
+
+def _positions(request: GenerationRequest) -> int:
+    """That a sequence of it may take."""
+    return len(request.prompt) + request.sampling.max_tokens

@@ -157,7 +157,9 @@ class RemoteCluster:
         carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
         pipelines = tuple(carried.get(data) or self._pipeline(placement, data) for data in range(placement.shape.data))
         self.pipelines, self._prepared = pipelines, None
-        self._kv.placement, self._kv.serving = placement, members
+        there = {device.instance for device in placement.devices.values()}
+        self._kv.placement = placement
+        self._kv.serving = {name: session for name, session in members.items() if name in there}
         self._held |= preparation.needs
         names = tuple(pipeline.name for pipeline in pipelines)
         keepers = self._keepers(placement)

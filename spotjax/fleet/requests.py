@@ -24,6 +24,7 @@ class AcceptedRequest:
       changed: set and replaced whenever something was committed.
       finished_at: monotonic seconds when the last choice ended, None while one runs.
       readers: streams that follow it; it is retained until they have read it all.
+      refused: the log could not take it after all.
       recalled: it is from before this process, and the log may have lost tokens that clients have seen.
     """
 
@@ -33,6 +34,7 @@ class AcceptedRequest:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     finished_at: float | None = None
     readers: int = 0
+    refused: bool = False
     recalled: bool = False
 
     def __post_init__(self) -> None:
@@ -99,6 +101,8 @@ class RequestTable:
         """The log did not accept it after all."""
         del self._requests[accepted.request.request_id]
         self._settle(accepted)
+        accepted.refused = True
+        accepted.changed.set()
 
     def recall(self, accepted: AcceptedRequest, now: float) -> None:
         """Takes up a request that the log has from before."""
@@ -173,6 +177,9 @@ class RequestTable:
                         open_choices.discard(choice)
                 if open_choices:
                     await changed.wait()
+                if accepted.refused:
+                    name = accepted.request.request_id
+                    raise UnknownRequest(f"request {name!r} could not be recorded; send it again")
         finally:
             accepted.readers -= 1
 

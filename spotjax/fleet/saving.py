@@ -43,6 +43,8 @@ class Saves:
 
     def __init__(self, checkpoint: str = "", service: str = "", model: str = "") -> None:
         self.checkpoint, self.service, self.model = checkpoint, service, model
+        self._given: dict[str, int] = {}
+        """The last number of a save in each checkpoint, so that none is given twice."""
 
     async def next_path(self, checkpoint: str) -> str:
         """Directory of the next one.
@@ -50,7 +52,10 @@ class Saves:
         Raises:
           CheckpointError: the checkpoint cannot be read.
         """
-        return await asyncio.to_thread(saves.next_path, checkpoint, self.service)
+        path = await asyncio.to_thread(saves.next_path, checkpoint, self.service, self._given.get(checkpoint, 0))
+        number = max(saves.number_of(path), self._given.get(checkpoint, 0) + 1)  # another may have asked meanwhile
+        self._given[checkpoint] = number
+        return saves.with_number(path, number)
 
     async def complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         """Makes what workers have written a save.
@@ -63,10 +68,13 @@ class Saves:
         Raises:
           CheckpointError: that cannot be written.
         """
+        return await asyncio.to_thread(self._complete, path, placement, dict(recorded))
+
+    def _complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         sequences = {key: certain(state) for key, state in recorded.items()}
         digests = {key: tokens_digest(state, sequences[key]) for key, state in recorded.items()}
-        work = (path, self.service, self.model, placement.epoch, placement.shape.data, sequences, digests)
-        return await asyncio.to_thread(saves.complete, *work)
+        replicas = placement.shape.data
+        return saves.complete(path, self.service, self.model, placement.epoch, replicas, sequences, digests)
 
     async def discard(self, path: str) -> None:
         """Removes what workers have written, as far as that is possible."""
@@ -111,8 +119,9 @@ class Saving:
             return
         end = _now() + max(0.0, seconds - MARGIN_SECONDS)
         try:
-            path = await asyncio.wait_for(begun, end - _now())
-            save, _ = await self._finish(path, placement, max(0.0, end - _now()))
+            async with asyncio.timeout_at(end + MARGIN_SECONDS):  # whatever the disk does: others wait for a mesh
+                path = await asyncio.wait_for(begun, end - _now())
+                save, _ = await self._finish(path, placement, max(0.0, end - _now()))
         except (CheckpointError, TimeoutError) as problem:
             why = str(problem) or "the checkpoint did not answer in time"
             self._events.record("saved", placement.epoch, f"nothing was saved: {why}")

@@ -31,13 +31,14 @@ class Remembered(Saves):
       given_up: paths of those that were removed.
       problem: why nothing can be saved.
       seconds: that looking for a path takes.
+      completing: seconds that the end takes.
     """
 
     def __init__(self, checkpoint: str = "/checkpoint") -> None:
         super().__init__(checkpoint, "service", "weights")
         self.made: list[Save] = []
         self.given_up: list[str] = []
-        self.problem, self.seconds = "", 0.0
+        self.problem, self.seconds, self.completing = "", 0.0, 0.0
         self._paths = 0
 
     async def next_path(self, checkpoint: str) -> str:
@@ -48,6 +49,7 @@ class Remembered(Saves):
         return f"{checkpoint}/{self._paths}"
 
     async def complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
+        await asyncio.sleep(self.completing)
         sequences = {key: certain(state) for key, state in recorded.items()}
         self.made.append(Save(path, self.service, self.model, placement.epoch, placement.shape.data, sequences))
         return self.made[-1]

@@ -15,7 +15,7 @@ from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.errors import InvalidRequest, LogUnavailable, Overloaded, RequestExists
+from spotjax.errors import CommitLogError, InvalidRequest, LogUnavailable, Overloaded, RequestExists, UnknownRequest
 from spotjax.fleet.admission import Admission, ServiceLimits
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.requests import RequestTable
@@ -45,7 +45,7 @@ class LateLog(RecordingLog):
 class Service:
     """An admission and what is behind it; no replica runs."""
 
-    def __init__(self, log: RecordingLog, queue: int = 5) -> None:
+    def __init__(self, log: RecordingLog, queue: int = 5, positions: int = 20) -> None:
         def make_replica(scheduler: Scheduler, pipeline: PurePipeline) -> Replica:
             return Replica(scheduler, pipeline, log, None, print)  # type: ignore[arg-type]  # nothing runs
 
@@ -55,7 +55,7 @@ class Service:
         self.log, self.ended = log, list[RequestState]()
         self.requests = RequestTable(log, 60.0)
         self.dispatcher = Dispatcher(make_replica, limits, PAGES, PAGE_SIZE, fail)  # type: ignore[arg-type]
-        bounds = ServiceLimits(20, PAGES, PAGE_SIZE, queue, 60.0, limits)
+        bounds = ServiceLimits(positions, PAGES, PAGE_SIZE, queue, 60.0, limits)
         self.admission = Admission(log, self.requests, self.dispatcher, bounds, frozenset({7}), self.end)
 
     def end(self, states: object) -> None:
@@ -317,3 +317,26 @@ def test_whatever_comes_while_requests_are_recorded_all_that_were_accepted_are_t
         assert service.requests.running == len(asked) - len(cancelled) and not service.admission._recording
 
     asyncio.run(check())
+
+
+async def test_who_follows_a_request_that_is_refused_late_is_told() -> None:
+    log = LateLog()
+    service = Service(log)
+    accepted = service.submit("r")
+    following = asyncio.create_task(anext(service.requests.stream("r", ())))  # type: ignore[arg-type]
+    await turns(3)
+    log.refuse("r")
+    with pytest.raises(UnknownRequest, match="could not be recorded"):
+        await asyncio.wait_for(following, 20)
+    with pytest.raises(LogUnavailable):
+        await accepted
+
+
+async def test_a_request_that_can_never_end_within_smaller_limits_is_refused_at_the_start() -> None:
+    before = Service(RecordingLog())
+    await before.submit("long", prompt=14)
+    log = before.log.after_a_crash()
+    small = Service(log, positions=18)
+    with pytest.raises(CommitLogError, match=r"request long of the commit log may take 19 positions, .* allow 18"):
+        small.admission.recall(0.0)
+    assert set(Service(log).admission.recall(0.0)) == {0}

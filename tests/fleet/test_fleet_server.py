@@ -62,7 +62,7 @@ class Start:
     def __init__(self, unfinished: int = 0, workers: int = 0) -> None:
         log = RecordingLog()
         for number in range(unfinished + 1):  # the first has ended
-            request = GenerationRequest(f"r{number}", (1, 2), SamplingParams(max_tokens=5))
+            request = GenerationRequest(f"r{number}", (1, 2), SamplingParams(max_tokens=5), resumable=True)
             state = RequestState(request.request_id, 0, request.prompt, request.sampling)
             log.accept(request, [state if number else state.finished(FinishReason.CANCELLED)], number)
         model: Any = SimpleNamespace(tokenizer=None, name="tiny")

@@ -151,6 +151,15 @@ async def test_a_checkpoint_that_cannot_be_used_costs_the_kv_and_nothing_else() 
 
 
 @in_virtual_time
+async def test_a_save_whose_end_hangs_keeps_nobody_from_another_mesh() -> None:
+    fleet = await busy()
+    fleet.saves.completing = 1e6
+    await take_all(fleet, 10)
+    assert fleet.events("saved") == ["nothing was saved: the checkpoint did not answer in time"]
+    await bring_back(fleet)
+
+
+@in_virtual_time
 async def test_a_checkpoint_that_does_not_answer_is_not_waited_for() -> None:
     fleet = await busy()
     fleet.saves.seconds = 1e6
@@ -195,6 +204,7 @@ async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Pa
     assert still_certain(save, log_of(recorded("r", 7, (5, 6)))) == save
     await saves.discard(path)
     assert not Path(path).exists()
+    assert await saves.next_path(str(tmp_path)) != path, "late units of the one must not get into the other"
 
 
 @pytest.mark.parametrize(
