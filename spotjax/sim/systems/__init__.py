@@ -1,0 +1,1 @@
+"""Systems under test: what each of them does when instances come and go."""
