@@ -19,11 +19,12 @@ class RequestBook:
       largest_gap: the longest that a client waited between two tokens, in seconds.
       restarts: times that its tokens were thrown away and generated again.
       recomputed: positions whose KV was there once and was computed again.
+      lost: numbers of the requests that the system gave up, if it does that: nobody works on them any more.
     """
 
     __slots__ = (
-        "arrival", "finish", "first_token", "generated", "largest_gap", "last_token", "output", "prompt", "recomputed",
-        "restarts",
+        "arrival", "finish", "first_token", "generated", "largest_gap", "last_token", "lost", "output", "prompt",
+        "recomputed", "restarts",
     )  # fmt: skip
 
     def __init__(self, trace: RequestTrace) -> None:
@@ -38,6 +39,7 @@ class RequestBook:
         self.largest_gap = [0.0] * count
         self.restarts = [0] * count
         self.recomputed = [0] * count
+        self.lost: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.arrival)
