@@ -215,6 +215,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=SERVING,
         ),
     ] = "early"
+    recovery: Annotated[
+        Literal["spotjax", "reparallelization", "rerouting"],
+        Meta(
+            description="what happens when instances change; for comparison only: reparallelization, everything stops "
+            "and loads again; rerouting, replicas of a fixed shape close and open",
+            extra=SERVING,
+        ),
+    ] = "spotjax"
     kv_backup: Annotated[
         bool,
         Meta(
@@ -312,6 +320,11 @@ def refuse_contradictions(config: ServeConfig) -> None:
         raise ConfigError(
             f"listen ({config.listen}) is another port at every start, so a commit log cannot be named after it: give "
             "commit_log a directory, or durability none"
+        )
+    if config.recovery != "spotjax" and (config.checkpoint or config.leave != "early"):
+        name = "checkpoint" if config.checkpoint else "leave"
+        raise ConfigError(
+            f"{name} ({getattr(config, name)}) has no meaning with recovery {config.recovery}, which keeps no KV"
         )
     if config.commit_log and config.durability == "none":
         raise ConfigError(f"commit_log ({config.commit_log}) has no meaning with durability none, which keeps no log")

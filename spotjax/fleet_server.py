@@ -26,6 +26,7 @@ from spotjax.fleet.controller import Controller
 from spotjax.fleet.door import Door
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.fleet.remote import RemoteCluster
 from spotjax.fleet.saving import Saves, still_certain
 from spotjax.fleet.sessions import Sessions, WorkerSession
@@ -235,8 +236,8 @@ class FleetServer:
         print_of = await asyncio.to_thread(fingerprint, self._model.checkpoint, dtype)
         cluster = RemoteCluster(
             self._sessions, self._endpoint, buckets, config.lease_seconds + 1, fuse=config.fuse,
-            backup=config.kv_backup, bandwidth=config.kv_backup_bandwidth, layers=spec.config.layers,
-            save=self._newest,
+            backup=config.kv_backup and POLICIES[config.recovery].keeps_kv, bandwidth=config.kv_backup_bandwidth,
+            layers=spec.config.layers, save=self._newest,
         )  # fmt: skip
         self._limits, self._cluster = limits, cluster
         self._service = Controller(

@@ -79,7 +79,7 @@ def planning_for(config: ServeConfig, spec: ModelSpec, limits: ServiceLimits) ->
         kv_pages=limits.pages - 1,
         step_tokens=config.prefill_tokens,
     )
-    return Planning(spec, demand, pinned_mesh(config.mesh, spec))
+    return Planning(spec, demand, pinned_mesh(config.mesh, spec), recovery=config.recovery)
 
 
 def pinned_mesh(setting: str, spec: ModelSpec) -> MeshShape | None:

@@ -5,23 +5,30 @@ Pure: the same inputs give the same plan. Calls the planner's parts in their ord
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.placement import Placement
-from spotjax.meshes.shape import MeshShape
+from spotjax.meshes.shape import MeshShape, Position
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.demand import Demand
+from spotjax.planner.goal import Goal, Running
 from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Links, MigrationPlan, plan_migration
-from spotjax.planner.optimizer import choose_shape
+from spotjax.planner.optimizer import Decision, choose_shape
+from spotjax.planner.options import LatencyOf
 from spotjax.reshard.transfer import Preparation, Survivors
 
 NO_SURVIVORS = Survivors()
+Recovery = Literal["spotjax", "reparallelization", "rerouting"]
+"""How a service gets over changes of its instances: see ``recovery_policies``."""
+Match = Callable[[MeshShape, Mapping[Position, Needs], Sequence[Instance], Holdings], dict[Position, DeviceRef]]
+"""A device for every position: see ``matcher.match``."""
 Live = Mapping[int, Sequence[LiveSequence]]
 """The sequences with KV of every current replica, replicas without any included."""
 
@@ -34,11 +41,20 @@ class Planning:
       spec: the model.
       demand: load that a shape is chosen for; its ``kv_pages`` are those of one replica.
       wanted: a shape that the operator pinned, taken while it fits.
+      goal, latency: see ``choose_shape``.
+      checkpoint_bandwidth: bytes per second at which one instance reads the checkpoint.
+      match: puts positions on devices.
+      recovery: how changes are made; the baselines are for comparison.
     """
 
     spec: ModelSpec
     demand: Demand
     wanted: MeshShape | None = None
+    goal: Goal | None = None
+    latency: LatencyOf | None = None
+    checkpoint_bandwidth: float = 1e9
+    match: Match = match
+    recovery: Recovery = "spotjax"
 
 
 def plan_change(
@@ -50,6 +66,7 @@ def plan_change(
     running: Collection[int] = (),
     held: Mapping[DeviceRef, Needs] = MappingProxyType({}),
     survivors: Survivors = NO_SURVIVORS,
+    decision: Decision | None = None,
 ) -> Preparation:
     """The next placement on the ready instances, and how to get there.
 
@@ -65,12 +82,13 @@ def plan_change(
       running: replicas that could go on without stopping if they stay as they are.
       held: parts of parameters by device; counts for devices that the current placement does not use.
       survivors: KV of replicas that lost an instance.
+      decision: the shape, if it is chosen already; its hosts must be ready.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh of the ready instances.
     """
     spec, demand = planning.spec, planning.demand
-    decision = choose_shape(spec, instances, demand, planning.wanted)
+    decision = decision or decide(planning, instances)
     heirs = choose_heirs(live, decision.shape.data)
     cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
     holdings = Holdings.of(spec, current, cohorts, instances, held, survivors.backups)
@@ -79,11 +97,23 @@ def plan_change(
     if lost:
         kept = [cohort for cohort in cohorts if cohort.name not in lost]
         needs = needs_of(spec, decision.shape, decision.layers, kept)
-    devices = match(decision.shape, needs, decision.hosts, holdings)
+    devices = planning.match(decision.shape, needs, decision.hosts, holdings)
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
-    plan = plan_migration(parameters, holdings, Links.of(instances))
+    plan = plan_migration(parameters, holdings, Links.of(instances, planning.checkpoint_bandwidth))
     return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), survivors)
+
+
+def decide(planning: Planning, instances: Sequence[Instance], serving: Running | None = None) -> Decision:
+    """The shape of the next mesh: ``choose_shape`` with what the service is planned with.
+
+    Raises:
+      NoFeasibleShape: see there.
+    """
+    return choose_shape(
+        planning.spec, instances, planning.demand, planning.wanted,
+        goal=planning.goal, latency=planning.latency, running=serving,
+    )  # fmt: skip
 
 
 def carried_over(
@@ -150,5 +180,5 @@ def plan_kv(
         placement.devices[position]: arrays.of_kv()
         for position, arrays in needs_of(spec, placement.shape, placement.layers, cohorts).items()
     }
-    plan = plan_migration(needs, holdings, Links.of(instances))
+    plan = plan_migration(needs, holdings, Links.of(instances, planning.checkpoint_bandwidth))
     return KvChange(tuple(cohort for cohort in cohorts if cohort.name not in plan.lost), plan)

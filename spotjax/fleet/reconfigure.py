@@ -16,12 +16,13 @@ from spotjax.engine.request import RequestState
 from spotjax.errors import InstanceLost, NoFeasibleShape
 from spotjax.fleet import reports
 from spotjax.fleet.boundary import Boundary, Leave, standing_on
-from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
+from spotjax.fleet.change import KvChange, Live, Planning, is_in_place, plan_kv
 from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.precopy import Precopy
+from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.fleet.saving import RESERVE_SECONDS, Saving
 from spotjax.fleet.status import Reconfiguration
 from spotjax.fleet.tempo import Tempo
@@ -74,6 +75,7 @@ class Reconfigurer:
         self._stopped_on: Placement | None = None
         """The mesh that stopped last, while there is no other: what is left of its KV is still of use."""
         self._planning, self._members, self._cluster = planning, members, cluster
+        self._policy = POLICIES[planning.recovery]
         self._dispatcher, self._events, self._clock, self._committed = dispatcher, events, clock, committed
         self._tempo = Tempo(planning.spec.kv_bytes_per_position)
         self._boundary = Boundary(leave, members, dispatcher, self._tempo, clock)
@@ -122,8 +124,12 @@ class Reconfigurer:
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
                     await asyncio.sleep(0)  # whoever is still to tell us of the loss gets a turn
                 else:
-                    if report is not None and not self._joinable():
+                    if report is not None and not self._joinable() and not self._another_turn(report):
                         return report
+
+    def _another_turn(self, report: Reconfiguration) -> bool:
+        """Whether what was changed may be changed again at once."""
+        return self._policy.in_turns and report.after is not None and report.after != report.before
 
     def _welcome(self) -> None:
         """Lets instances join. One that was lost and is back joins when the mesh has left it: its memory is empty."""
@@ -147,7 +153,7 @@ class Reconfigurer:
         self._boundary.look()
         self._welcome()
         before, started = self._mesh, self._clock()
-        hurt = self._dispatcher.computed(self._hurt())
+        hurt = self._dispatcher.computed(self._hurt()) if self._policy.keeps_kv else {}
         survivors = await self._cluster.survivors(hurt) if hurt else Survivors()
         try:
             preparation = self._plan(survivors)
@@ -161,6 +167,10 @@ class Reconfigurer:
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             return reports.unchanged(self.epoch, preparation, self._running())
         self._log.begin_epoch(preparation.placement.epoch)  # early: it is to be on disk before anybody has that mesh
+        stopped = self._clock() if self._policy.stops_first else None
+        if stopped is not None:
+            await self._dispatcher.stop()
+            self._require_ready(preparation)
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
         self._tempo.prepared(prepared - started)
@@ -171,14 +181,14 @@ class Reconfigurer:
         too_late = await self._decode_on(preparation, precopy)
         if too_late is None:
             return None
-        return await self._switch(preparation, precopy, too_late, loaded, precopied - started)
+        return await self._switch(preparation, precopy, too_late, loaded, precopied - started, stopped)
 
     def _plan(self, survivors: Survivors) -> Preparation:
-        preparation = plan_change(
+        preparation = self._policy.plan(
             self._planning,
             self._mesh,
             self._members.joined(),
-            self._dispatcher.live(survivors.positions),
+            self._live(survivors),
             self.epoch + 1,
             self._dispatcher.running(),
             self._cluster.held(),
@@ -230,10 +240,11 @@ class Reconfigurer:
         too_late: Collection[int],
         loaded: Traffic,
         precopy_seconds: float,
+        stopped: float | None,
     ) -> Reconfiguration:
-        """Stops what changes, moves the rest of the KV, starts on the new mesh."""
+        """Stops what changes, if that was not done before, moves the rest of the KV, starts on the new mesh."""
         before, carried = self.placement, preparation.carried
-        stopped = self._clock()
+        stopped = self._clock() if stopped is None else stopped
         await self._dispatcher.stop(carried)
         self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)
@@ -270,10 +281,14 @@ class Reconfigurer:
         """What becomes of KV if decoding stops now, that of some sequences left behind."""
         live = {
             old: [sequence for sequence in sequences if sequence.key not in but]
-            for old, sequences in self._dispatcher.live(preparation.survivors.positions).items()
+            for old, sequences in self._live(preparation.survivors).items()
         }
         room = self._dispatcher.room(preparation.placement.shape.data, preparation.carried)
         return plan_kv(self._planning, preparation, self._mesh, self._members.joined(), live, room)
+
+    def _live(self, survivors: Survivors) -> Live:
+        """The sequences whose KV may go on, by replica."""
+        return self._dispatcher.live(survivors.positions) if self._policy.keeps_kv else {}
 
     @property
     def _mesh(self) -> Placement | None:

@@ -58,6 +58,11 @@ class _Wanted:
     shape: tuple[int, ...]
     moves: Sequence[SliceMove]
 
+    @property
+    def comes_whole(self) -> bool:
+        """Whether all of it is brought from elsewhere, whatever the device has."""
+        return bool(self.moves) and sum(move.slice.size for move in self.moves) == self.slice.size
+
     def fits(self, shard: Shard) -> bool:
         """Whether a shard is just that."""
         return shard.index == self.slice.index and shard.buffer.shape == self.shape
@@ -190,7 +195,8 @@ class ParameterMover:
 
     def _kept(self, one: _Wanted, store: ShardStore) -> Shard | None:
         """The shard, if an earlier plan brought it or the device had it before."""
-        for shard in (self._brought.get((one.target, one.slice.name)), store.get(one.target, one.slice.name)):
+        had = None if one.comes_whole else store.get(one.target, one.slice.name)
+        for shard in (self._brought.get((one.target, one.slice.name)), had):
             if shard is not None and one.fits(shard):
                 return shard
         return None
@@ -206,7 +212,7 @@ class ParameterMover:
 
     def _begin(self, one: _Wanted, store: ShardStore) -> np.ndarray:
         """The shard's buffer with all of it but what comes from the checkpoint."""
-        held = store.get(one.target, one.slice.name)
+        held = None if one.comes_whole else store.get(one.target, one.slice.name)
         common = intersect(held.index, one.slice.index) if held is not None else None
         kept = ArraySlice(one.slice.name, common).size if common is not None else 0
         if kept + sum(move.slice.size for move in one.moves) < one.slice.size:

@@ -47,6 +47,7 @@ CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
     "kv_backup_bandwidth": 5, "checkpoint": "gs://bucket/saves",
 }  # fmt: skip
+BASELINE = {"workers": 3, "recovery": "rerouting"}
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
     "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
@@ -55,10 +56,10 @@ WORKER = {
 
 
 def test_every_setting_is_tried() -> None:
-    assert {*EMBEDDED, *CONTROLLER, *WORKER} == set(TYPES)
+    assert {*EMBEDDED, *CONTROLLER, *BASELINE, *WORKER} == set(TYPES)
 
 
-@pytest.mark.parametrize("values", [EMBEDDED, CONTROLLER, WORKER])
+@pytest.mark.parametrize("values", [EMBEDDED, CONTROLLER, BASELINE, WORKER])
 def test_every_setting_can_come_from_each_source(tmp_path: Path, values: dict[str, Any]) -> None:
     expected = ServeConfig(**values)
     flags = []

@@ -18,7 +18,7 @@ from spotjax.errors import InstanceLost
 from spotjax.fleet.admission import ServiceLimits
 from spotjax.fleet.attendance import Supply
 from spotjax.fleet.boundary import Leave
-from spotjax.fleet.change import Planning
+from spotjax.fleet.change import Planning, Recovery
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
@@ -256,6 +256,7 @@ def make_service(
     log: RecordingLog | None = None,
     saves: Saves | None = None,
     files: CheckpointFiles | None = None,
+    recovery: Recovery = "spotjax",
 ) -> Service:
     """A service that is not started, of which the first ``alive`` instances are ready."""
     members = Membership(machines)
@@ -272,7 +273,7 @@ def make_service(
     )
     demand = Demand(batch=max_batch, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=pages - 1, step_tokens=8)
     controller = Controller(
-        "pure", Planning(SPEC, demand), members, cluster, log, LETTERS, LETTERS.end_tokens, limits,
+        "pure", Planning(SPEC, demand, recovery=recovery), members, cluster, log, LETTERS, LETTERS.end_tokens, limits,
         asyncio.get_running_loop().time, lambda: 1e9, supply, leave, saves, files,
     )  # fmt: skip
     logging.getLogger("spotjax.fleet.events").setLevel(logging.WARNING)

@@ -16,6 +16,7 @@ from virtual_time import run
 
 from spotjax.engine.request import FinishReason
 from spotjax.errors import Draining, InstanceLost, InvalidRequest, NoSpareDevices, Overloaded, UnknownInstance
+from spotjax.fleet.change import Recovery
 from spotjax.fleet.status import Reconfiguration
 from spotjax.meshes.instance import InstanceState
 
@@ -66,7 +67,14 @@ def test_whatever_happens_every_request_gets_exactly_its_tokens(
     run(life(fleet, pages, operations, faults, Random(seed)))
 
 
-async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, random: Random) -> None:
+async def life(
+    fleet: tuple[int, int, bool],
+    pages: int,
+    operations: list[str],
+    faults: int,
+    random: Random,
+    recovery: Recovery = "spotjax",
+) -> None:
     """One service under random operations, brought to an end with all its instances back."""
     left = faults
 
@@ -79,7 +87,9 @@ async def life(fleet: tuple[int, int, bool], pages: int, operations: list[str], 
     count, devices, tight = fleet
     machines = instances(count, devices, TIGHT if tight else 2**30)
     log = RecordingLog(lambda: random.choice((0, 0, 0, 1, 2, 9)))
-    service = make_service(random, machines, random.randint(1, count), pages, fault=fault, retain_seconds=1e9, log=log)
+    service = make_service(
+        random, machines, random.randint(1, count), pages, fault=fault, retain_seconds=1e9, log=log, recovery=recovery
+    )
     controller = service.controller
     await controller.start()
     changes: list[asyncio.Task[Reconfiguration]] = []

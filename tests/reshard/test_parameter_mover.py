@@ -364,3 +364,14 @@ def pair() -> Placement:
     """One stage of two devices."""
     places = {Position(0, 0, m): DeviceRef("i0", m) for m in range(2)}
     return Placement(1, MeshShape(1, 1, 2), split_layers(SHARED_HEADS.layers, 1), places)
+
+
+def test_what_a_plan_brings_whole_is_brought_though_the_device_has_it() -> None:
+    placement = next(iter(assignments(MeshShape(1, 2, 1), fleet(2, 1))))
+    needs, plan = plan_for(placement, None, fleet(2, 1))
+    store = mover(1).carry_out(plan.moves, needs, 1, ShardStore({}), Traffic())
+    traffic, before = Traffic(), pointers(store)
+    again = mover(1).carry_out(plan.moves, needs, 1, store, traffic)
+    assert traffic.loaded == plan.bytes_loaded > 0
+    assert not set(before.values()) & set(pointers(again).values())
+    check_contents(again, placement, device_of(1))
