@@ -1,0 +1,486 @@
+"""A replica with continuous batching, as ``engine.scheduler`` decides it, in simulated time. No event per token.
+
+Sequences that decode advance together, so one counter of steps stands for all of them: a sequence with ``n`` tokens to
+go ends when the counter has grown by ``n``. Between two events (a sequence ends, a prompt begins or comes back) the
+counter grows evenly, so that only these events are simulated (fast-forward). ``tests/sim`` compares the outcome to the
+real scheduler, step by step.
+
+What is approximated:
+  - A step takes what sequences of the mean context take, in the middle of what is fast-forwarded.
+  - Prompts that share a step take the time of one prompt of all their tokens.
+  - With P > 1 stages, a prompt holds up all others for as long as it keeps the slowest stage, and sequences may be in
+    different parts of the round of the P micro-batches, which is not tracked exactly for waits between tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable
+from heapq import heapify, heappop, heappush
+from math import ceil, floor, inf
+
+from spotjax.sim.events import EventQueue
+from spotjax.sim.replica import Progress
+from spotjax.sim.requests import RequestBook
+from spotjax.sim.times import ReplicaTimes
+
+LONGEST_SEGMENT = 256
+"""Steps after which the mean context is looked at again."""
+
+ROUNDING = 1e-6
+"""Counters of steps that differ by less are the same: with P > 1 they are sums of parts of a step."""
+
+
+class ContinuousReplica:
+    """One replica. A ``SimulatedReplica``.
+
+    Args:
+      times: how long prompts and steps take.
+      max_batch: sequences that run at once at most; more where others' were taken over with their KV.
+      pages: KV pages, page 0 included, which nobody gets.
+      page_size: positions of a page.
+      book: where outcomes go.
+      queue: the clock.
+      finished: told the number of every request that ended; may add and stop.
+      prefill_tokens: positions of one prefill step.
+    """
+
+    __slots__ = (
+        "_adopted", "_at", "_base", "_book", "_decoding", "_event", "_finished", "_gap_starts", "_gaps", "_holding",
+        "_load", "_max_batch", "_most_pages", "_page_size", "_pages", "_prefill_tokens", "_prefilled_last", "_prompts",
+        "_queue", "_returning", "_round", "_round_at", "_stages", "_starting", "_step", "_steps", "_steps_done",
+        "_times", "_until", "_waiting",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        times: ReplicaTimes,
+        max_batch: int,
+        pages: int,
+        page_size: int,
+        book: RequestBook,
+        queue: EventQueue,
+        finished: Callable[[int], None] | None = None,
+        prefill_tokens: int = 512,
+    ) -> None:
+        self._times, self._max_batch, self._pages, self._page_size = times, max_batch, pages - 1, page_size
+        self._book, self._queue, self._finished, self._prefill_tokens = book, queue, finished, prefill_tokens
+        self._stages = times.shape.stage
+        self._load = 0
+        self._event = 0  # number of the only event that is not out of date
+        self._waiting: deque[int] = deque()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Nothing runs."""
+        self._decoding: list[tuple[float, int, float]] = []  # heap of (counter at the end, request, decodes since)
+        self._prompts: deque[tuple[int, int, int]] = deque()  # (request, positions computed, positions wanted)
+        self._returning: deque[tuple[float, int, int, int, int]] = deque()
+        # in the pipeline: (when it comes out, request, positions computed before, positions computed then, wanted)
+        self._adopted: list[int] = []  # decode from the next boundary on
+        self._starting: list[int] = []  # decode, but had no token here yet
+        self._base = 0.0  # sum of prompt + output - end over those that decode: their contexts where the counter is 0
+        self._most_pages = 0  # of those that run, if all generate all their tokens
+        self._prefilled_last = False
+        self._holding = False  # nobody decodes until ``_until``
+        self._until = inf  # when the segment ends that began at ``_at``, with the counter at ``_steps_done``
+        self._at = 0.0
+        self._steps = 0.0  # of the segment
+        self._step = 0.0  # seconds of each
+        self._steps_done = 0.0
+        self._round, self._round_at = 0.0, 0.0  # where the counter was, and when, at the last token of all
+        self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
+        self._gaps: list[float] = []
+
+    @property
+    def load(self) -> int:
+        """Sequences that wait or run."""
+        return self._load
+
+    def add(self, request: int, computed: int = 0) -> None:
+        """Queues a request, or takes it over at the next boundary if KV of its first positions is here and fits.
+
+        Raises:
+          ValueError: it needs more pages than there are.
+        """
+        if self._most(request) > self._pages:
+            raise ValueError(
+                f"request {request} needs {self._most(request)} KV pages, the replica has {self._pages}: "
+                "give it more or leave the request out"
+            )
+        self._load += 1
+        length = self._book.prompt[request] + self._book.generated[request]
+        if computed and (self._most_pages <= self._pages or self._used() + self._needed(length) <= self._pages):
+            self._run(request, computed, length)
+        else:
+            self._waiting.append(request)
+            if len(self._waiting) > 1 or self._running >= self._max_batch:
+                return  # it has to wait for an event that comes anyway
+        self._wake()
+
+    def stop(self) -> list[Progress]:
+        """Stops at the boundary that was passed last and gives up everything, oldest first; see ``Progress``.
+
+        Positions of an unfinished prompt count as far as whole chunks of it, or what was here before, were computed.
+        """
+        self._catch_up()
+        self._advance(self._whole_steps())
+        given_up = [Progress(request, 0) for request in self._waiting]
+        for end, request, since in self._decoding:
+            given_up.append(Progress(request, self._leave(end, request, since)))
+        given_up += [Progress(request, start) for request, start, _ in self._prompts]
+        given_up += [Progress(request, before) for _, request, before, _, _ in self._returning]
+        given_up += [Progress(request, self._length(request) - 1) for request in self._adopted]
+        self._event += 1
+        self._waiting.clear()
+        self._load = 0
+        self._reset()
+        return sorted(given_up)
+
+    def remaining(self) -> list[tuple[int, int, int]]:
+        """(Request, tokens to come, positions computed) of every sequence that runs, at this moment."""
+        self._catch_up()
+        now = self._steps_done + self._whole_steps()
+        book, rows = self._book, list[tuple[int, int, int]]()
+        for end, request, _ in self._decoding:
+            left = ceil(end - now - ROUNDING)
+            rows.append((request, left, book.prompt[request] + book.output[request] - left - 1))
+        others = [(request, start) for request, start, _ in self._prompts]
+        others += [(request, before) for _, request, before, _, _ in self._returning]
+        others += [(request, self._length(request) - 1) for request in self._adopted]
+        return rows + [(request, book.output[request] - book.generated[request], start) for request, start in others]
+
+    def boundary_seconds(self) -> float:
+        """Until a step or a chunk of a prompt ends, 0 when nothing runs."""
+        self._catch_up()
+        if self._until == inf:
+            return 0.0
+        if self._holding:
+            return self._until - self._queue.now
+        return self._next_boundary()[0] - self._queue.now
+
+    def pause(self, seconds: float) -> None:
+        """Nothing advances for so long."""
+        self._catch_up()
+        now = self._queue.now
+        if self._until == inf:
+            self._at = self._until = now
+            self._steps = 0.0
+        if not self._holding:
+            self._advance(self._whole_steps())
+            self._until = self._at  # what is done of the step under way counts
+        self._returning = deque((chunk[0] + seconds, *chunk[1:]) for chunk in self._returning)
+        self._hold(max(now, self._until + seconds))
+
+    # What happens at boundaries
+
+    def _boundary(self, event: int) -> None:
+        """A segment ends: sequences end, come and go, and the next segment begins."""
+        if event != self._event:
+            return
+        at = self._until
+        if not self._holding:
+            self._advance(self._steps)
+        ended: list[int] = []
+        done = self._steps_done
+        if self._decoding and self._decoding[0][0] <= done + ROUNDING:
+            self._end(at, ended)
+        if self._returning and self._returning[0][0] <= at:
+            self._take_back(at, ended)
+        if self._waiting:
+            self._admit()
+        if self._adopted:
+            for request in self._adopted:
+                self._decode(request, self._book.output[request] - self._book.generated[request], at)
+                self._starting.append(request)
+            self._adopted.clear()
+        self._begin(at)
+        if ended:
+            self._load -= len(ended)
+            if self._finished is not None:
+                for request in ended:
+                    self._finished(request)
+
+    def _end(self, at: float, ended: list[int]) -> None:
+        """Sequences that have all their tokens leave."""
+        book, decoding, gaps = self._book, self._decoding, self._gaps
+        latest = self._steps_done + ROUNDING
+        while decoding and decoding[0][0] <= latest:
+            end, request, since = heappop(decoding)
+            prompt, output = book.prompt[request], book.output[request]
+            self._base -= prompt + output - end
+            self._most_pages -= -(-(prompt + output - 1) // self._page_size)
+            place = bisect_left(self._gap_starts, since)
+            gap = gaps[place] if place < len(gaps) else self._step
+            if gap > book.largest_gap[request]:
+                book.largest_gap[request] = gap
+            book.finish[request] = book.last_token[request] = at
+            book.generated[request] = output
+            ended.append(request)
+
+    def _take_back(self, at: float, ended: list[int]) -> None:
+        """Chunks of prompts come out of the pipeline; the last one of a prompt gives a token."""
+        book, returning = self._book, self._returning
+        while returning and returning[0][0] <= at:
+            token_at, request, _, computed, wanted = returning.popleft()
+            if computed < wanted:
+                self._prompts.append((request, computed, wanted))
+                continue
+            self._first_token(request, token_at)
+            left = book.output[request] - book.generated[request] - 1
+            if left:
+                self._decode(request, left, token_at)
+            else:
+                book.finish[request] = book.last_token[request] = token_at
+                book.generated[request] = book.output[request]
+                self._most_pages -= self._most(request)
+                ended.append(request)
+
+    def _admit(self) -> None:
+        """Lets waiting sequences in, in order, while there is room for all that they have to compute now."""
+        waiting, pages = self._waiting, self._pages
+        used = -1
+        while waiting and self._running < self._max_batch:
+            request = waiting[0]
+            length = self._length(request)
+            if self._most_pages + self._most(request) > pages:
+                used = self._used() if used < 0 else used
+                if used + self._needed(length) > pages:
+                    return
+                used += self._needed(length)
+            waiting.popleft()
+            self._run(request, 0, length)
+
+    def _begin(self, at: float) -> None:
+        """The next segment: a prefill step, or decode steps; these two alternate when both have work."""
+        decoding = self._decoding
+        if self._prompts and not (decoding and self._prefilled_last):
+            self._prefill(at)
+            return
+        if decoding and self._most_pages > self._pages:
+            self._make_room()
+        if not decoding:
+            if self._prompts:
+                self._prefill(at)
+            elif self._returning:
+                self._at = at
+                self._hold(self._returning[0][0])
+            else:
+                self._reset()
+            return
+        count, done = len(decoding), self._steps_done
+        steps = decoding[0][0] - done
+        if self._prompts:
+            steps = min(steps, 1 / min(self._stages, count))
+        elif steps > LONGEST_SEGMENT:
+            steps = LONGEST_SEGMENT
+        if self._most_pages > self._pages:
+            steps = self._steps_with_room(steps)
+        context = (self._base + count * (done + steps / 2)) / count
+        self._step = step = self._times.step(count, int(context))
+        until = at + steps * step
+        if self._returning and self._returning[0][0] < until:
+            until = self._returning[0][0]
+            steps = (until - at) / step
+        self._prefilled_last = self._holding = False
+        self._at, self._steps, self._until = at, steps, until
+        self._event += 1
+        self._queue.at(until, self._boundary, self._event)
+
+    def _prefill(self, at: float) -> None:
+        """One prefill step: chunks of as many prompts as fit."""
+        prompts, prefill, book = self._prompts, self._times.prefill, self._book
+        most, tokens = self._prefill_tokens, 0
+        chunks: list[tuple[int, int, int, int]] = []
+        later = latest = 0.0  # attention to positions of earlier chunks
+        while prompts:
+            request, start, stop = prompts[0]
+            length = min(stop - start, most)
+            if chunks and tokens + length > most:
+                break
+            prompts.popleft()
+            tokens += length
+            chunks.append((request, start, start + length, stop))
+            if start:
+                with_it, before, alone = prefill(start + length), prefill(start), prefill(length)
+                later += max(0.0, with_it[0] - before[0] - alone[0])
+                latest += max(0.0, with_it[1] - before[1] - alone[1])
+            if book.generated[request]:
+                known = book.prompt[request] + book.generated[request] - 1
+                book.recomputed[request] += max(0, min(start + length, known) - start)
+        whole, slowest = prefill(tokens)
+        back = at + whole + later
+        if self._returning and self._returning[-1][0] > back:
+            back = self._returning[-1][0]  # no overtaking in the pipeline
+        for chunk in chunks:
+            self._returning.append((back, *chunk))
+        self._prefilled_last = True
+        self._at = at
+        self._hold(at + slowest + latest)
+
+    # Parts of it
+
+    @property
+    def _running(self) -> int:
+        return len(self._decoding) + len(self._prompts) + len(self._returning) + len(self._adopted)
+
+    def _length(self, request: int) -> int:
+        return self._book.prompt[request] + self._book.generated[request]
+
+    def _needed(self, positions: int) -> int:
+        return -(-positions // self._page_size)
+
+    def _most(self, request: int) -> int:
+        """Pages that a request takes with its last token."""
+        return -(-(self._book.prompt[request] + self._book.output[request] - 1) // self._page_size)
+
+    def _run(self, request: int, computed: int, length: int) -> None:
+        """A sequence runs from now on: what is missing of it is computed, or it decodes if that is one position."""
+        self._most_pages += self._most(request)
+        if length - computed > 1:
+            self._prompts.append((request, computed, length))
+        else:
+            self._adopted.append(request)
+
+    def _decode(self, request: int, left: int, since: float) -> None:
+        """A sequence decodes from now on, with ``left`` tokens to come."""
+        end = self._steps_done + left
+        heappush(self._decoding, (end, request, since))
+        self._base += self._book.prompt[request] + self._book.output[request] - end
+
+    def _first_token(self, request: int, token_at: float) -> None:
+        """The first token that a request gets here."""
+        book = self._book
+        if book.first_token[request] != book.first_token[request]:  # nan
+            book.first_token[request] = token_at
+        else:
+            book.wait(request, token_at)
+
+    def _leave(self, end: float, request: int, since: float) -> int:
+        """Commits what a sequence that decodes has by now; returns how many positions of it are computed."""
+        book = self._book
+        left = ceil(end - self._steps_done - ROUNDING)
+        generated = book.output[request] - left
+        if generated > book.generated[request]:
+            book.generated[request] = generated
+            book.last_token[request] = max(since, self._round_at + (end - left - self._round) * self._step)
+            place = bisect_left(self._gap_starts, since)
+            if place < len(self._gaps):
+                book.largest_gap[request] = max(book.largest_gap[request], self._gaps[place])
+        return book.prompt[request] + generated - 1
+
+    def _wake(self) -> None:
+        """Somebody came: the segment ends at the next boundary."""
+        if self._holding:
+            return
+        if self._until == inf:
+            self._at = self._queue.now
+            self._hold(self._at)
+            return
+        until, steps = self._next_boundary()
+        if until < self._until:
+            self._until, self._steps = until, steps
+            self._event += 1
+            self._queue.at(until, self._boundary, self._event)
+
+    def _hold(self, until: float) -> None:
+        """Nobody decodes until then."""
+        self._holding, self._until = True, until
+        self._event += 1
+        self._queue.at(until, self._boundary, self._event)
+
+    def _catch_up(self) -> None:
+        """Lets happen what happens now but was not called yet."""
+        while self._until <= self._queue.now:
+            self._boundary(self._event)
+
+    def _next_boundary(self) -> tuple[float, float]:
+        """While sequences decode: when their next step, or micro-batch, ends, and the segment's steps until then."""
+        parts = min(self._stages, len(self._decoding))
+        steps = min(self._steps, ceil((self._queue.now - self._at) / self._step * parts - ROUNDING) / parts)
+        return self._at + steps * self._step, steps
+
+    def _whole_steps(self) -> float:
+        """Steps of the segment that have ended by now."""
+        if self._holding or self._until == inf:
+            return 0.0
+        parts = min(self._stages, len(self._decoding))
+        return min(self._steps, floor((self._queue.now - self._at) / self._step * parts + ROUNDING) / parts)
+
+    def _advance(self, steps: float) -> None:
+        """So many steps of the segment are over."""
+        if not steps:
+            return
+        at, step, done = self._at, self._step, self._steps_done
+        if self._starting:
+            for request in self._starting:
+                self._first_token(request, at + step)
+            self._starting.clear()
+        self._steps_done = done + steps
+        self._at = at + steps * step
+        rest = self._round + 1 - done  # of the round that is under way
+        if steps < rest - ROUNDING:
+            return
+        self._wait(self._round_at, at + rest * step - self._round_at)
+        if at > self._round_at:
+            self._wait(at, step)
+        rounds = rest + floor(steps - rest + ROUNDING)
+        self._round, self._round_at = done + rounds, at + rounds * step
+
+    def _wait(self, since: float, gap: float) -> None:
+        """All that decode waited for a token since then. Keeps a stack of falling gaps: the largest since any time."""
+        starts, gaps = self._gap_starts, self._gaps
+        while gaps and gaps[-1] <= gap:
+            gaps.pop()
+            starts.pop()
+        gaps.append(gap)
+        starts.append(since)
+
+    # When there are fewer pages than all that run may come to need
+
+    def _used(self, ahead: float = 0.0) -> int:
+        """Pages taken now, or those that are needed once everybody has decoded so many steps more."""
+        book, size = self._book, self._page_size
+        done = self._steps_done + (ahead or self._whole_steps())
+        taken = sum(-(-self._length(request) // size) for request in self._adopted)
+        taken += sum(-(-wanted // size) for _, _, wanted in self._prompts)
+        taken += sum(-(-wanted // size) for *_, wanted in self._returning)
+        for end, request, _ in self._decoding:
+            computed = ceil(book.prompt[request] + book.output[request] - end + done - ROUNDING) - 1
+            taken += -(-computed // size)
+        return taken
+
+    def _make_room(self) -> None:
+        """Preempts the youngest until all others have the pages for their next step."""
+        while self._decoding and self._used(1.0) > self._pages:
+            youngest = max(request for _, request, _ in self._decoding)
+            prompt = max(self._prompts, default=(-1, 0, 0))
+            if prompt[0] > youngest:
+                self._prompts.remove(prompt)
+                youngest = prompt[0]
+                if not self._book.generated[youngest]:
+                    self._book.recomputed[youngest] += prompt[1]
+            else:
+                entry = next(entry for entry in self._decoding if entry[1] == youngest)
+                self._decoding.remove(entry)
+                heapify(self._decoding)
+                self._base -= self._book.prompt[youngest] + self._book.output[youngest] - entry[0]
+                self._leave(*entry)
+                if youngest in self._starting:
+                    self._starting.remove(youngest)
+            self._most_pages -= self._most(youngest)
+            insort(self._waiting, youngest)
+
+    def _steps_with_room(self, steps: float) -> float:
+        """The most steps for which there are pages, of so many; there are for one."""
+        fit, most = 1, floor(steps)
+        if most < 1 or self._used(steps) <= self._pages:
+            return steps
+        while most - fit > 1:
+            middle = (fit + most) // 2
+            if self._used(middle) <= self._pages:
+                fit = middle
+            else:
+                most = middle
+        return fit
