@@ -64,6 +64,40 @@ class RequestTrace:
         """Requests per second over the first ``seconds``."""
         return len(self.until(seconds)) / seconds
 
+    def scaled_to(self, rate: float) -> RequestTrace:
+        """The same requests, all times stretched by one factor so that ``rate`` of them come per second.
+
+        The rate is that between the first and the last arrival. The pattern stays, ``gap_cv`` too.
+
+        Raises:
+          ConfigError: the rate is not positive, or fewer than two different arrivals have none to scale.
+        """
+        span = float(self.arrival[-1] - self.arrival[0]) if len(self) else 0.0
+        if not 0 < rate < np.inf or span <= 0:
+            raise ConfigError(f"request trace {self.name}: cannot scale {len(self)} arrivals in {span} s to {rate} / s")
+        factor = (len(self) - 1) / span / rate
+        return RequestTrace(self.name, self.arrival * factor, self.prompt, self.output)
+
+    def window(self, start: float, stop: float) -> RequestTrace:
+        """Those that come at ``start`` or later and before ``stop``; ``start`` becomes second 0.
+
+        Raises:
+          ConfigError: the window is empty or begins before 0 s.
+        """
+        if not 0 <= start < stop:
+            raise ConfigError(f"request trace {self.name}: a window from {start} s to {stop} s")
+        first, end = np.searchsorted(self.arrival, (start, stop), side="left")
+        kept = slice(int(first), int(end))
+        return RequestTrace(self.name, self.arrival[kept] - start, self.prompt[kept], self.output[kept])
+
+    def clipped(self, prompt: int, output: int) -> RequestTrace:
+        """With prompts and outputs of at most so many tokens.
+
+        Raises:
+          ConfigError: a limit is below one token.
+        """
+        return RequestTrace(self.name, self.arrival, np.minimum(self.prompt, prompt), np.minimum(self.output, output))
+
 
 class SpotEvent(NamedTuple):
     """Instances come or go.
@@ -124,6 +158,35 @@ class SpotTrace:
             else:
                 steps.append((event.seconds, there))
         return steps
+
+    def window(self, start: float, stop: float) -> SpotTrace:
+        """What happens after ``start``, up to and with ``stop``; ``start`` becomes second 0.
+
+        Those that are there at ``start`` come at second 0.
+
+        Raises:
+          ConfigError: the window is empty or not inside of the trace.
+        """
+        if not 0 <= start < stop <= self.duration:
+            raise ConfigError(f"spot trace {self.name}: a window from {start} s to {stop} s of {self.duration} s")
+        there: dict[str, bool] = {}
+        for event in self.events:
+            if event.seconds <= start:
+                there |= dict.fromkeys(event.added, event.on_demand)
+                there = {name: paid for name, paid in there.items() if name not in event.removed}
+        groups = [(paid, tuple(name for name in there if there[name] is paid)) for paid in (False, True)]
+        first = [SpotEvent(0.0, added=names, on_demand=paid) for paid, names in groups if names]
+        later = [
+            event._replace(seconds=event.seconds - start) for event in self.events if start < event.seconds <= stop
+        ]
+        return SpotTrace(self.name, (*first, *later), stop - start)
+
+    def capped(self, most: int) -> SpotTrace:
+        """As seen by one who wants no more than ``most`` instances at a time: see ``by_counts``.
+
+        Only numbers count here: which instance goes, and which is on demand, is forgotten.
+        """
+        return by_counts(self.name, [(seconds, min(count, most)) for seconds, count in self.counts()], self.duration)
 
 
 def by_counts(name: str, counts: Sequence[tuple[float, int]], duration: float) -> SpotTrace:

@@ -1,1 +1,1 @@
-"""Readers of recorded traces, and generators of synthetic ones. One file per format."""
+"""Where a simulation's inputs come from: readers of recorded traces, one file per format, and generators."""
