@@ -41,9 +41,13 @@ class Placement:
         """The devices of one stage of one replica, in tensor order."""
         return tuple(self.devices[Position(data, stage, m)] for m in range(self.shape.tensor))
 
+    def devices_of(self, data: int) -> tuple[DeviceRef, ...]:
+        """All devices of replica ``data``, stage by stage."""
+        return tuple(device for stage in range(self.shape.stage) for device in self.group(data, stage))
+
     def instances(self, data: int) -> frozenset[str]:
         """Names of the instances that replica ``data`` stands on."""
-        return frozenset(device.instance for at, device in self.devices.items() if at.data == data)
+        return frozenset(device.instance for device in self.devices_of(data))
 
     def without(self, instance: str) -> Placement:
         """The same, with the devices of an instance under a name that no instance has.

@@ -43,7 +43,7 @@ class Planning:
       wanted: a shape that the operator pinned, taken while it fits.
       goal, latency: see ``choose_shape``.
       checkpoint_bandwidth: bytes per second at which one instance reads the checkpoint.
-      match: puts positions on devices.
+      match: puts positions on devices in the matcher's place; no replica is kept where it is then but by chance.
       recovery: how changes are made; the baselines are for comparison.
     """
 
@@ -53,7 +53,7 @@ class Planning:
     goal: Goal | None = None
     latency: LatencyOf | None = None
     checkpoint_bandwidth: float = 1e9
-    match: Match = match
+    match: Match | None = None
     recovery: Recovery = "spotjax"
 
 
@@ -89,19 +89,85 @@ def plan_change(
     """
     spec, demand = planning.spec, planning.demand
     decision = decision or decide(planning, instances)
-    heirs = choose_heirs(live, decision.shape.data)
-    cohorts = assign_cohorts(live, decision.shape.data, demand.pages, demand.page_size, heirs).cohorts
+    able = could_stay(current, decision, running) if planning.match is None else frozenset[int]()
+    heirs = choose_heirs(live, decision.shape.data, able)
+    staying = (
+        {} if current is None else stay(current, decision, {old: new for old, new in heirs.items() if old in able})
+    )
+    stopping = {old: sequences for old, sequences in live.items() if old not in staying}
+    room = [demand.pages] * decision.shape.data
+    for old, new in staying.items():
+        room[new] -= sum(sequence.pages for sequence in live[old])
+    cohorts = assign_cohorts(stopping, decision.shape.data, room, demand.page_size, heirs).cohorts
     holdings = Holdings.of(spec, current, cohorts, instances, held, survivors.backups)
     needs = needs_of(spec, decision.shape, decision.layers, cohorts)
     lost = lost_cohorts(needs.values(), holdings)
     if lost:
         kept = [cohort for cohort in cohorts if cohort.name not in lost]
         needs = needs_of(spec, decision.shape, decision.layers, kept)
-    devices = planning.match(decision.shape, needs, decision.hosts, holdings)
+    devices = place(planning, current, decision, needs, holdings, staying)
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     plan = plan_migration(parameters, holdings, Links.of(instances, planning.checkpoint_bandwidth))
     return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), survivors)
+
+
+def could_stay(current: Placement | None, decision: Decision, running: Collection[int]) -> frozenset[int]:
+    """Running replicas that are as they should be, on instances that may carry the next mesh."""
+    if current is None or current.layers != decision.layers or current.shape.tensor != decision.shape.tensor:
+        return frozenset()
+    hosts = {host.name for host in decision.hosts}
+    elsewhere = {at.data for at, device in current.devices.items() if device.instance not in hosts}
+    return frozenset(running) - elsewhere
+
+
+def stay(current: Placement, decision: Decision, able: Mapping[int, int]) -> dict[int, int]:
+    """Old to new number of replicas that need not be placed again: nothing else fits on their instances.
+
+    They have all that they need where they are, so it costs no bytes to leave them out of the matching, and the fewer
+    are left to match, the sooner that is done. Where an instance has places to spare, its groups are matched as well.
+    """
+    tensor, free = decision.shape.tensor, {host.name: host.type.devices for host in decision.hosts}
+    if any(devices < tensor for devices in free.values()):
+        return {}
+    standing: dict[int, set[str]] = {old: set() for old in able}
+    for at, device in current.devices.items():
+        if at.data in able:
+            standing[at.data].add(device.instance)
+            free[device.instance] -= 1
+    staying = dict(able)
+    while leaving := [old for old in staying if any(free[name] >= tensor for name in standing[old])]:
+        for old in leaving:
+            del staying[old]
+            for device in current.devices_of(old):
+                free[device.instance] += 1
+    return staying
+
+
+def place(
+    planning: Planning,
+    current: Placement | None,
+    decision: Decision,
+    needs: Mapping[Position, Needs],
+    holdings: Holdings,
+    staying: Mapping[int, int],
+) -> dict[Position, DeviceRef]:
+    """A device for every position: that of before for replicas that stay, the best of the others for the rest."""
+    shape = decision.shape
+    if planning.match is not None:
+        return planning.match(shape, needs, decision.hosts, holdings)
+    if current is None or not staying:
+        return match(shape, needs, decision.hosts, holdings)
+    before = {
+        Position(staying[at.data], at.stage, at.tensor): device
+        for at, device in current.devices.items()
+        if at.data in staying
+    }
+    taken = {device.instance for device in before.values()}
+    hosts = [host for host in decision.hosts if host.name not in taken]
+    others = set(range(shape.data)).difference(staying.values())
+    placed = before | (match(shape, needs, hosts, holdings, others) if others else {})
+    return {position: placed[position] for position in shape.positions()}
 
 
 def decide(planning: Planning, instances: Sequence[Instance], serving: Running | None = None) -> Decision:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
@@ -68,10 +68,15 @@ def assign_cohorts(
     return Inheritance(tuple(cohorts), tuple(recomputed))
 
 
-def choose_heirs(live: Mapping[int, Sequence[LiveSequence]], replicas: int) -> dict[int, int]:
-    """Old replica to the new replica that inherits from it, for as many as there are new ones."""
+def choose_heirs(
+    live: Mapping[int, Sequence[LiveSequence]], replicas: int, first: Collection[int] = ()
+) -> dict[int, int]:
+    """Old replica to the new replica that inherits from it, for as many as there are new ones.
+
+    Those in ``first`` come first, then those with the most live pages.
+    """
     pages = {old: sum(sequence.pages for sequence in sequences) for old, sequences in live.items()}
-    inheriting = sorted(pages, key=lambda old: (-pages[old], old))[:replicas]
+    inheriting = sorted(pages, key=lambda old: (old not in first, -pages[old], old))[:replicas]
     heirs = {old: old for old in inheriting if old < replicas}
     vacant = iter(sorted(set(range(replicas)) - set(heirs)))
     return heirs | {old: next(vacant) for old in sorted(inheriting) if old not in heirs}

@@ -49,8 +49,11 @@ class Running:
       shape: degrees (D, P, M).
       stall_seconds: expected pause of all requests while the mesh changes.
       horizon_seconds: expected time until the next change is forced, such as the mean time between preemptions.
+      stalls_same: a change of D alone stalls requests too. Where it does not, since replicas that stay as they are go
+        on without stopping, D is always free to change.
     """
 
     shape: MeshShape
     stall_seconds: float
     horizon_seconds: float
+    stalls_same: bool = True

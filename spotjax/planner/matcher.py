@@ -15,7 +15,7 @@ poor cut does not matter.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -36,11 +36,16 @@ Place = tuple[int, tuple[int, ...]]
 
 
 def match(
-    shape: MeshShape, needs: Mapping[Position, Needs], hosts: Sequence[Instance], holdings: Holdings
+    shape: MeshShape,
+    needs: Mapping[Position, Needs],
+    hosts: Sequence[Instance],
+    holdings: Holdings,
+    replicas: Iterable[int] | None = None,
 ) -> dict[Position, DeviceRef]:
     """A device of ``hosts`` for every position, so that the bytes of ``needs`` already in place are the most.
 
-    A group spans instances where M is more than the devices of one, and only if all hosts are of one type.
+    A group spans instances where M is more than the devices of one, and only if all hosts are of one type. With
+    ``replicas`` only their positions are placed.
 
     Ties keep order: positions in (d, p, m) order on hosts in the order given, on devices by index.
 
@@ -51,7 +56,7 @@ def match(
     width = shape.tensor // max(1, kinds.pop().span(shape.tensor)) if len(kinds) == 1 else shape.tensor
     groups = [
         tuple(Position(d, p, m) for m in range(first, first + width))
-        for d in range(shape.data)
+        for d in (range(shape.data) if replicas is None else sorted(replicas))
         for p in range(shape.stage)
         for first in range(0, shape.tensor, width)
     ]
@@ -60,7 +65,7 @@ def match(
     ]
     if len(places) < len(groups):
         raise NotEnoughPlaces(len(groups), len(places))
-    wanted = {position: StackedNeeds.of(arrays) for position, arrays in needs.items()}
+    wanted = {position: StackedNeeds.of(needs[position]) for group in groups for position in group}
     reuse = Reuse(wanted, groups, hosts, holdings)
     weights = reuse.on_places(places)
     on: list[list[int]] = [[] for _ in hosts]
@@ -75,7 +80,7 @@ def match(
             taken = assign(np.concatenate([reuse.block(group, host) for group in sorted(here)]))
             devices = hosts[host].devices
             matching |= {position: devices[index] for position, index in zip(members, taken, strict=True)}
-    return {position: matching[position] for position in shape.positions()}
+    return {position: matching[position] for position in shape.positions() if position in matching}
 
 
 def _receiving(

@@ -219,11 +219,10 @@ def _nearest(table: Options, order: NDArray[np.intp], wanted: MeshShape) -> int:
 
 
 def _current_row(table: Options, order: NDArray[np.intp], running: Running | None) -> int | None:
-    """The best row of the shape that runs now, if that still fits."""
+    """The best row of the shape that runs now, if that still fits; of any D, if changing that stalls nobody."""
     if running is None:
         return None
     shape = running.shape
-    same = order[
-        (table.data[order] == shape.data) & (table.stage[order] == shape.stage) & (table.tensor[order] == shape.tensor)
-    ]
+    alike = (table.stage[order] == shape.stage) & (table.tensor[order] == shape.tensor)
+    same = order[alike & ((table.data[order] == shape.data) | (not running.stalls_same))]
     return int(same[0]) if len(same) else None

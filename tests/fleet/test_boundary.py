@@ -245,7 +245,7 @@ def test_a_page_that_was_given_up_and_taken_by_another_is_copied_again() -> None
     """Few pages: sequences lose theirs to each other while decoding goes on, between and during rounds of copying."""
 
     async def scenario(seed: int) -> int:
-        fleet = await make_fleet(2, seed=seed, leave="late", pages=11)
+        fleet = await make_fleet(3, seed=seed, leave="late", pages=11, memory=TIGHT)
         busy(fleet, 12)
         await asyncio.sleep(0.5)
         fleet.notice("i1", 3)

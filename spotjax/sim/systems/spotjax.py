@@ -1,0 +1,118 @@
+"""Spotjax in the simulator: the server's planner and its ways of changing a mesh, over simulated replicas.
+
+What is decided here is decided by the functions that the server calls; only effects are simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from spotjax.fleet.change import Planning
+from spotjax.meshes.placement import Placement
+from spotjax.meshes.shape import MeshShape
+from spotjax.planner.goal import Goal
+from spotjax.planner.matcher import match
+from spotjax.sim.replica_continuous import ContinuousReplica
+from spotjax.sim.systems.spotjax_backup import Backups
+from spotjax.sim.systems.spotjax_boundary import Boundary
+from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions, in_order, require_feature
+from spotjax.sim.systems.spotjax_reconfigure import Reconfigurer
+from spotjax.sim.systems.spotjax_replicas import Replicas
+from spotjax.sim.systems.spotjax_shapes import Shapes, of_one_kind, typical_demand
+from spotjax.sim.times import ReplicaTimes
+from spotjax.sim.world import World
+
+
+class Spotjax:
+    """This system, whole or without one of its features. A ``System``.
+
+    Args:
+      without: see ``spotjax_options.Feature``.
+      options: see there.
+
+    Raises:
+      ConfigError: there is no such feature.
+    """
+
+    def __init__(self, without: Feature | None = None, options: SpotjaxOptions | None = None) -> None:
+        require_feature(without)
+        self.name = "spotjax" if without is None else f"spotjax-no-{without}"
+        self._without, self._options = without, options or SpotjaxOptions()
+
+    def begin(self, world: World) -> None:
+        """The first mesh, with everything in place."""
+        scenario, options = world.scenario, self._options
+        demand = options.demand or typical_demand(world.book.prompt, world.book.output, options.batch)
+        demand = replace(demand, kv_pages=demand.pages)
+        assumed = scenario.assumptions
+        times: dict[object, ReplicaTimes] = {}
+
+        def times_of(placement: Placement) -> ReplicaTimes:
+            one = MeshShape(1, placement.shape.stage, placement.shape.tensor)
+            key = one, placement.layers
+            if key not in times:
+                times[key] = ReplicaTimes(scenario.latency, one, placement.layers, assumed.scale)
+            return times[key]
+
+        def make(placement: Placement) -> ContinuousReplica:
+            return ContinuousReplica(
+                times_of(placement), demand.batch, demand.pages + 1, demand.page_size, world.book, world.queue,
+                prefill_tokens=demand.step_tokens,
+            )  # fmt: skip
+
+        planning = Planning(
+            scenario.spec,
+            demand,
+            latency=of_one_kind(scenario.latency, assumed.scale),
+            checkpoint_bandwidth=assumed.checkpoint_bandwidth,
+            match=in_order if self._without == "matcher" else match,
+        )
+        self._world = world
+        self._shapes = Shapes(
+            planning, Goal(near_tie=options.near_tie), self._without == "optimizer", options.smoothing_seconds,
+            stall_seconds=2 * assumed.switch_seconds,
+        )  # fmt: skip
+        backups = Backups(
+            scenario.spec.kv_bytes_per_position, options.backup_bandwidth, options.backup_lag_seconds,
+            lambda placement: times_of(placement).step(1, demand.context),
+        )  # fmt: skip
+        self._replicas = Replicas(
+            make, demand.pages + 1, demand.page_size, None if self._without == "backup" else backups, world.book
+        )
+        self._boundary = Boundary(world, self._replicas, times_of, demand, options.leave == "late")
+        self._reconfigurer = Reconfigurer(
+            world, planning, self._shapes, self._replicas, self._boundary, options, self._without
+        )
+        self._reconfigurer.begin()
+        world.at(world.now + options.look_seconds, self._look)
+
+    def arrived(self, request: int) -> None:
+        """Goes to the replica with the least load."""
+        self._shapes.arrived(self._world.now)
+        self._replicas.add(request)
+
+    def coming(self, names: Sequence[str], ready_at: float) -> None:
+        """Nothing can be done with them before they are ready."""
+
+    def ready(self, names: Sequence[str]) -> None:
+        """Looks for a better mesh."""
+        if names:
+            self._reconfigurer.look(f"{len(names)} joined")
+
+    def noticed(self, names: Sequence[str], deadline: float) -> None:
+        """Leaves them in time."""
+        self._boundary.deadlines |= dict.fromkeys(names, deadline)
+        forced = not self._replicas.standing_on().isdisjoint(names)
+        self._reconfigurer.interrupted(f"{len(names)} noticed", forced=forced)
+
+    def lost(self, names: Sequence[str]) -> None:
+        """Goes on without them, whatever they were doing."""
+        for name in names:
+            self._boundary.deadlines.pop(name, None)
+        forced = self._replicas.lose(names, self._world.instances, self._world.now)
+        self._reconfigurer.interrupted(f"{len(names)} lost", forced=forced)
+
+    def _look(self) -> None:
+        self._reconfigurer.look("load")
+        self._world.at(self._world.now + self._options.look_seconds, self._look)
