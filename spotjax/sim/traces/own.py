@@ -1,4 +1,4 @@
-"""Our own formats, to read and to write: UTF-8 CSV without quotes; empty lines and those that begin with ``#`` are skipped.
+"""Our own formats, to read and to write: UTF-8 CSV without quotes; empty lines and those after ``#`` are skipped.
 
 Requests: the header ``seconds,prompt,output``, then one line each: seconds from the start, never falling, prompt tokens
 and output tokens, both at least 1.

@@ -53,8 +53,8 @@ def read_counts(path: str | Path, cap: int | None = None, inverted: bool = False
 def shifted_windows(path: str | Path, instances: int, duration: float, inverted: bool = False) -> SpotTrace:
     """Many instances from the record of one: each is there when the one was, in a window of its own.
 
-    The windows are spread evenly over the record. They overlap where ``instances * duration`` is more than the record; then
-    instances repeat each other's fate some time later.
+    The windows are spread evenly over the record. They overlap where ``instances * duration`` is more than the record;
+    then instances repeat each other's fate some time later.
 
     Args:
       path: a file whose data are only 0 and 1.
