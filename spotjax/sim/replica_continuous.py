@@ -31,6 +31,9 @@ LONGEST_SEGMENT = 256
 ROUNDING = 1e-6
 """Counters of steps that differ by less are the same: with P > 1 they are sums of parts of a step."""
 
+Chunk = tuple[float, int, int, int, int]
+"""Of a prompt: (when it comes out of the pipeline, request, positions computed before, computed then, wanted)."""
+
 
 class ContinuousReplica:
     """One replica. A ``SimulatedReplica``.
@@ -47,9 +50,9 @@ class ContinuousReplica:
     """
 
     __slots__ = (
-        "_adopted", "_at", "_base", "_book", "_decoding", "_event", "_finished", "_gap_starts", "_gaps", "_holding",
-        "_load", "_max_batch", "_most_pages", "_page_size", "_pages", "_prefill_tokens", "_prefilled_last", "_prompts",
-        "_queue", "_returning", "_round", "_round_at", "_stages", "_starting", "_step", "_steps", "_steps_done",
+        "_adopted", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished", "_gap_starts",
+        "_gaps", "_holding", "_in_pipeline", "_load", "_max_batch", "_most_pages", "_page_size", "_pages",
+        "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at", "_stages", "_starting", "_step", "_steps", "_steps_done",
         "_times", "_until", "_waiting",
     )  # fmt: skip
 
@@ -76,13 +79,14 @@ class ContinuousReplica:
         """Nothing runs."""
         self._decoding: list[tuple[float, int, float]] = []  # heap of (counter at the end, request, decodes since)
         self._prompts: deque[tuple[int, int, int]] = deque()  # (request, positions computed, positions wanted)
-        self._returning: deque[tuple[float, int, int, int, int]] = deque()
-        # in the pipeline: (when it comes out, request, positions computed before, positions computed then, wanted)
+        self._returning: deque[Chunk] = deque()  # in the pipeline
         self._adopted: list[int] = []  # decode from the next boundary on
         self._starting: list[int] = []  # decode, but had no token here yet
         self._base = 0.0  # sum of prompt + output - end over those that decode: their contexts where the counter is 0
         self._most_pages = 0  # of those that run, if all generate all their tokens
         self._prefilled_last = False
+        self._in_pipeline = 0  # prefill steps
+        self._entrance_free = 0.0  # when the first stage can take the next one
         self._holding = False  # nobody decodes until ``_until``
         self._until = inf  # when the segment ends that began at ``_at``, with the counter at ``_steps_done``
         self._at = 0.0
@@ -171,7 +175,8 @@ class ContinuousReplica:
             self._advance(self._whole_steps())
             self._until = self._at  # what is done of the step under way counts
         self._returning = deque((chunk[0] + seconds, *chunk[1:]) for chunk in self._returning)
-        self._hold(max(now, self._until + seconds))
+        self._entrance_free = until = max(now, self._until + seconds)
+        self._hold(until)
 
     # What happens at boundaries
 
@@ -183,11 +188,11 @@ class ContinuousReplica:
         if not self._holding:
             self._advance(self._steps)
         ended: list[int] = []
-        done = self._steps_done
-        if self._decoding and self._decoding[0][0] <= done + ROUNDING:
+        back = self._pop_returned(at) if self._returning and self._returning[0][0] <= at else ()
+        if self._decoding and self._decoding[0][0] <= self._steps_done + ROUNDING:
             self._end(at, ended)
-        if self._returning and self._returning[0][0] <= at:
-            self._take_back(at, ended)
+        if back:
+            self._take_back(back, ended)
         if self._waiting:
             self._admit()
         if self._adopted:
@@ -219,11 +224,26 @@ class ContinuousReplica:
             book.generated[request] = output
             ended.append(request)
 
-    def _take_back(self, at: float, ended: list[int]) -> None:
-        """Chunks of prompts come out of the pipeline; the last one of a prompt gives a token."""
-        book, returning = self._book, self._returning
+    def _pop_returned(self, at: float) -> list[Chunk]:
+        """Chunks that are out of the pipeline by now.
+
+        With P > 1 stages, micro-batches of sequences that decode come out right after a prefill step: one before the
+        next prefill step in the pipeline, all but the one that it left no room for if there is none.
+        """
+        returning, back = self._returning, list[Chunk]()
         while returning and returning[0][0] <= at:
-            token_at, request, _, computed, wanted = returning.popleft()
+            if not back or back[-1][0] < returning[0][0]:
+                self._in_pipeline -= 1
+            back.append(returning.popleft())
+        if self._stages > 1 and self._decoding:
+            self._at, self._step = at, 0.0
+            self._advance((1 if self._in_pipeline else self._stages - 1) / self._stages)
+        return back
+
+    def _take_back(self, back: list[Chunk], ended: list[int]) -> None:
+        """Chunks of prompts came out of the pipeline; the last one of a prompt gives a token."""
+        book = self._book
+        for token_at, request, _, computed, wanted in back:
             if computed < wanted:
                 self._prompts.append((request, computed, wanted))
                 continue
@@ -255,24 +275,25 @@ class ContinuousReplica:
     def _begin(self, at: float) -> None:
         """The next segment: a prefill step, or decode steps; these two alternate when both have work."""
         decoding = self._decoding
-        if self._prompts and not (decoding and self._prefilled_last):
-            self._prefill(at)
+        if self._stages == 1:
+            if self._prompts and not (decoding and self._prefilled_last):
+                self._prefill(at)
+                return
+        elif self._prompts or self._returning:
+            self._pipeline_prompts(at)
             return
         if decoding and self._most_pages > self._pages:
             self._make_room()
         if not decoding:
             if self._prompts:
                 self._prefill(at)
-            elif self._returning:
-                self._at = at
-                self._hold(self._returning[0][0])
             else:
                 self._reset()
             return
         count, done = len(decoding), self._steps_done
         steps = decoding[0][0] - done
         if self._prompts:
-            steps = min(steps, 1 / min(self._stages, count))
+            steps = 1.0
         elif steps > LONGEST_SEGMENT:
             steps = LONGEST_SEGMENT
         if self._most_pages > self._pages:
@@ -280,13 +301,25 @@ class ContinuousReplica:
         context = (self._base + count * (done + steps / 2)) / count
         self._step = step = self._times.step(count, int(context))
         until = at + steps * step
-        if self._returning and self._returning[0][0] < until:
-            until = self._returning[0][0]
-            steps = (until - at) / step
         self._prefilled_last = self._holding = False
         self._at, self._steps, self._until = at, steps, until
         self._event += 1
         self._queue.at(until, self._boundary, self._event)
+
+    def _pipeline_prompts(self, at: float) -> None:
+        """Puts the next prefill step into a pipeline of several stages, if there is room, and waits.
+
+        Half of the steps in flight are prefill steps while others decode, as both kinds alternate. Until they are out,
+        nobody decodes: micro-batches are stuck behind them, stage by stage.
+        """
+        others = min(self._stages, len(self._decoding))
+        most = max(-(-self._stages // 2), self._stages - others) if others else self._stages
+        if self._prompts and self._in_pipeline < most and at >= self._entrance_free:
+            self._prefill(at)
+        until = self._returning[0][0] if self._returning else inf
+        if self._prompts and self._in_pipeline < most:
+            until = min(until, self._entrance_free)
+        self._hold(until)
 
     def _prefill(self, at: float) -> None:
         """One prefill step: chunks of as many prompts as fit."""
@@ -311,13 +344,16 @@ class ContinuousReplica:
                 book.recomputed[request] += max(0, min(start + length, known) - start)
         whole, slowest = prefill(tokens)
         back = at + whole + later
-        if self._returning and self._returning[-1][0] > back:
-            back = self._returning[-1][0]  # no overtaking in the pipeline
+        if self._returning:
+            back = max(back, self._returning[-1][0] + slowest + latest)  # no overtaking in the pipeline
         for chunk in chunks:
             self._returning.append((back, *chunk))
+        self._in_pipeline += 1
+        self._entrance_free = at + slowest + latest
         self._prefilled_last = True
         self._at = at
-        self._hold(at + slowest + latest)
+        if self._stages == 1:
+            self._hold(back)
 
     # Parts of it
 
@@ -372,11 +408,14 @@ class ContinuousReplica:
 
     def _wake(self) -> None:
         """Somebody came: the segment ends at the next boundary."""
-        if self._holding:
-            return
         if self._until == inf:
             self._at = self._queue.now
             self._hold(self._at)
+            return
+        if self._holding:
+            until = max(self._queue.now, self._entrance_free)
+            if self._stages > 1 and len(self._decoding) + self._in_pipeline < self._stages and until < self._until:
+                self._hold(until)
             return
         until, steps = self._next_boundary()
         if until < self._until:
@@ -397,8 +436,10 @@ class ContinuousReplica:
 
     def _next_boundary(self) -> tuple[float, float]:
         """While sequences decode: when their next step, or micro-batch, ends, and the segment's steps until then."""
-        parts = min(self._stages, len(self._decoding))
-        steps = min(self._steps, ceil((self._queue.now - self._at) / self._step * parts - ROUNDING) / parts)
+        parts, count = self._stages, len(self._decoding)
+        steps = (self._queue.now - self._at) / self._step
+        if count >= parts:  # else there is room for another step right now
+            steps = min(self._steps, ceil(steps * parts - ROUNDING) / parts)
         return self._at + steps * self._step, steps
 
     def _whole_steps(self) -> float:
