@@ -17,9 +17,9 @@ from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal, Running
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, lost_cohorts, needs_of
+from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, kv_needs_of, lost_cohorts, needs_of
 from spotjax.planner.matcher import match
-from spotjax.planner.migration import Links, MigrationPlan, plan_migration
+from spotjax.planner.migration import TRANSFERS, Links, MigrationPlan, plan_migration
 from spotjax.planner.optimizer import Decision, choose_shape
 from spotjax.planner.options import LatencyOf
 from spotjax.reshard.transfer import Preparation, Survivors
@@ -43,6 +43,7 @@ class Planning:
       wanted: a shape that the operator pinned, taken while it fits.
       goal, latency: see ``choose_shape``.
       checkpoint_bandwidth: bytes per second at which one instance reads the checkpoint.
+      transfers: see ``plan_migration``.
       match: puts positions on devices in the matcher's place; no replica is kept where it is then but by chance.
       recovery: how changes are made; the baselines are for comparison.
     """
@@ -53,6 +54,7 @@ class Planning:
     goal: Goal | None = None
     latency: LatencyOf | None = None
     checkpoint_bandwidth: float = 1e9
+    transfers: int = TRANSFERS
     match: Match | None = None
     recovery: Recovery = "spotjax"
 
@@ -108,7 +110,8 @@ def plan_change(
     devices = place(planning, current, decision, needs, holdings, staying)
     placement = Placement(epoch, decision.shape, decision.layers, devices)
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
-    plan = plan_migration(parameters, holdings, Links.of(instances, planning.checkpoint_bandwidth))
+    links = Links.of(instances, planning.checkpoint_bandwidth)
+    plan = plan_migration(parameters, holdings, links, transfers=planning.transfers)
     return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), survivors)
 
 
@@ -241,10 +244,11 @@ def plan_kv(
     stopped = {old: sequences for old, sequences in live.items() if old not in carried}
     heirs = {old: new for old, new in preparation.heirs.items() if old not in carried}
     cohorts = assign_cohorts(stopped, placement.shape.data, room, demand.page_size, heirs).cohorts
-    holdings = Holdings.of(spec, current, cohorts, instances, backups=preparation.survivors.backups)
+    holdings = Holdings.of(spec, current, cohorts, instances, backups=preparation.survivors.backups).of_kv()
     needs = {
-        placement.devices[position]: arrays.of_kv()
-        for position, arrays in needs_of(spec, placement.shape, placement.layers, cohorts).items()
+        placement.devices[position]: arrays
+        for position, arrays in kv_needs_of(spec, placement.shape, placement.layers, cohorts).items()
     }
-    plan = plan_migration(needs, holdings, Links.of(instances, planning.checkpoint_bandwidth))
+    links = Links.of(instances, planning.checkpoint_bandwidth)
+    plan = plan_migration(needs, holdings, links, transfers=planning.transfers)
     return KvChange(tuple(cohort for cohort in cohorts if cohort.name not in plan.lost), plan)

@@ -68,6 +68,7 @@ def parameter_bytes(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stag
     return (elements + _edge_elements(spec, shape.tensor, layers, stage)) * spec.dtype_bytes
 
 
+@lru_cache(maxsize=4096)
 def memory_need(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, demand: Demand) -> MemoryNeed:
     """Bytes on the device that needs the most: parameters and KV pages (exact), activations (estimated)."""
     stages = (layers.index(stage) for stage in _distinct(layers))

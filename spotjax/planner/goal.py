@@ -51,9 +51,11 @@ class Running:
       horizon_seconds: expected time until the next change is forced, such as the mean time between preemptions.
       stalls_same: a change of D alone stalls requests too. Where it does not, since replicas that stay as they are go
         on without stopping, D is always free to change.
+      least_gain: share of its latency that a request must be spared at least: so good are predictions.
     """
 
     shape: MeshShape
     stall_seconds: float
     horizon_seconds: float
     stalls_same: bool = True
+    least_gain: float = 0.0

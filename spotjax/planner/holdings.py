@@ -8,7 +8,7 @@ Everything is kept by stack (``meshes.stacks``), which makes it as small as the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -152,24 +152,46 @@ def needs_of(
     spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Sequence[KvCohort]
 ) -> dict[Position, StackedNeeds]:
     """What every position of the new mesh must have: its parameters, and the KV that its replica takes over."""
-    joining: dict[int, list[KvCohort]] = defaultdict(list)
+    return _contents(spec, shape, layers, _by(cohorts, lambda cohort: cohort.new), range(shape.data))
+
+
+def kv_needs_of(
+    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Sequence[KvCohort]
+) -> dict[Position, StackedNeeds]:
+    """The KV that the replicas of the new mesh take over, at the positions of those that take any."""
+    joining = _by(cohorts, lambda cohort: cohort.new)
+    contents = _contents(spec, shape, layers, joining, sorted(joining))
+    return {position: arrays.of_kv() for position, arrays in contents.items()}
+
+
+def _by(cohorts: Iterable[KvCohort], replica: Callable[[KvCohort], int]) -> dict[int, list[KvCohort]]:
+    grouped: dict[int, list[KvCohort]] = defaultdict(list)
     for cohort in cohorts:
-        joining[cohort.new].append(cohort)
-    return _contents(spec, shape, layers, joining)
+        grouped[replica(cohort)].append(cohort)
+    return grouped
 
 
 def _contents(
-    spec: ModelSpec, shape: MeshShape, layers: LayerRanges, cohorts: Mapping[int, Sequence[KvCohort]]
+    spec: ModelSpec,
+    shape: MeshShape,
+    layers: LayerRanges,
+    cohorts: Mapping[int, Sequence[KvCohort]],
+    replicas: Iterable[int],
 ) -> dict[Position, StackedNeeds]:
-    """Parameters and KV at every position, given the cohorts of each replica."""
+    """Parameters and KV at every position of some replicas, given the cohorts of each. Equal contents are shared."""
     c = spec.config
     kv_heads = [tensor_range(c.kv_heads, "kv_heads", spec, shape.tensor, m) for m in range(shape.tensor)]
-    parameters: dict[tuple[int, int], dict[str, Index]] = {}
+    parameters = {
+        (stage, tensor): StackedNeeds(stacks_at(spec, shape, layers, Position(0, stage, tensor)), {})
+        for stage in range(shape.stage)
+        for tensor in range(shape.tensor)
+    }
     contents: dict[Position, StackedNeeds] = {}
-    for position in shape.positions():
+    for position in (Position(data, *place) for data in replicas for place in parameters):
         data, stage, tensor = position
-        if (stage, tensor) not in parameters:
-            parameters[stage, tensor] = stacks_at(spec, shape, layers, position)
+        if data not in cohorts:
+            contents[position] = parameters[stage, tensor]
+            continue
         kv: dict[str, Index] = {
             f"kv.*@{cohort.name}": (
                 layers[stage],
@@ -179,9 +201,9 @@ def _contents(
                 kv_heads[tensor],
                 (0, c.head_size),
             )
-            for cohort in cohorts.get(data, ())
+            for cohort in cohorts[data]
         }
-        contents[position] = StackedNeeds(parameters[stage, tensor], kv)
+        contents[position] = StackedNeeds(parameters[stage, tensor].parameters, kv)
     return contents
 
 
@@ -219,16 +241,15 @@ class Holdings:
         states = {instance.name: instance.state for instance in instances}
         devices: dict[DeviceRef, Mapping[str, Boxes]] = {}
         if placement is not None:
-            leaving: dict[int, list[KvCohort]] = defaultdict(list)
-            for cohort in cohorts:
-                leaving[cohort.old].append(cohort)
-            contents = _contents(spec, placement.shape, placement.layers, leaving)
+            leaving = _by(cohorts, lambda cohort: cohort.old)
+            contents = _contents(spec, placement.shape, placement.layers, leaving, range(placement.shape.data))
             boxes: dict[int, dict[str, Boxes]] = {}  # by identity of the parameters, which positions share
             for position, device in placement.devices.items():
                 has = contents[position]
                 if id(has.parameters) not in boxes:
                     boxes[id(has.parameters)] = {name: (index,) for name, index in has.parameters.items()}
-                devices[device] = boxes[id(has.parameters)] | {name: (index,) for name, index in has.kv.items()}
+                kv = {name: (index,) for name, index in has.kv.items()}
+                devices[device] = boxes[id(has.parameters)] | kv if kv else boxes[id(has.parameters)]
             for (replica, stage), keeper in backups.items():
                 kept = dict(devices.get(DeviceRef(keeper, HOST_MEMORY), {}))
                 for cohort in leaving[replica]:
@@ -254,12 +275,27 @@ class Holdings:
 
     def sources(self) -> dict[str, dict[Index, list[DeviceRef]]]:
         """Who alive has what: stack name to index ranges to the devices that have them, in order."""
-        held: dict[str, dict[Index, list[DeviceRef]]] = defaultdict(dict)
+        alike: dict[int, tuple[Mapping[str, Boxes], list[DeviceRef]]] = {}  # by identity: replicas share what they have
         for device in sorted(self.devices):
-            for stack, boxes in self.at(device).items():
+            has = self.at(device)
+            alike.setdefault(id(has), (has, []))[1].append(device)
+        held: dict[str, dict[Index, list[DeviceRef]]] = defaultdict(dict)
+        for has, devices in alike.values():
+            for stack, boxes in has.items():
                 for box in boxes:
-                    held[stack].setdefault(box, []).append(device)
+                    held[stack].setdefault(box, []).extend(devices)
+        for having in held.values():
+            for devices in having.values():
+                devices.sort()
         return dict(held)
+
+    def of_kv(self) -> Holdings:
+        """Only KV."""
+        devices = {
+            device: {name: boxes for name, boxes in has.items() if cohort_of(name) is not None}
+            for device, has in self.devices.items()
+        }
+        return replace(self, devices={device: has for device, has in devices.items() if has})
 
     def received(self, slices: Iterable[tuple[DeviceRef, ArraySlice]]) -> Holdings:
         """These holdings after devices got slices: where to plan on from when a migration is cut short."""
@@ -279,6 +315,8 @@ class Holdings:
 
 def _boxes(arrays: Needs) -> dict[str, Boxes]:
     """Parts of single arrays by stack."""
+    if isinstance(arrays, StackedNeeds):
+        return {stack: (index,) for stack, index in arrays.stacks.items()}
     pieces: dict[str, list[Index]] = defaultdict(list)
     for array in arrays.items():
         stack, index = in_stack(ArraySlice(*array))

@@ -21,10 +21,20 @@ from spotjax.planner.missing import Gaps, Part, order, split, with_full_pages_ea
 from spotjax.planner.plan import MigrationPlan, Phase, SliceMove, Transfer
 from spotjax.planner.sources import choose_sources, lower_bound
 
-__all__ = ["Direction", "Link", "Links", "MigrationPlan", "Phase", "SliceMove", "Transfer", "plan_migration"]
+__all__ = [
+    "TRANSFERS",
+    "Direction",
+    "Link",
+    "Links",
+    "MigrationPlan",
+    "Phase",
+    "SliceMove",
+    "Transfer",
+    "plan_migration",
+]
 
 TRANSFERS = 8192
-"""Up to so many parts are cut finer, down to single arrays, to share them out evenly."""
+"""Up to so many parts are cut finer, down to single arrays, to share them out evenly. Fewer are planned faster."""
 
 
 def plan_migration(
@@ -33,6 +43,7 @@ def plan_migration(
     links: Links,
     room: Mapping[DeviceRef, int] | None = None,
     full_pages: Mapping[str, int] | None = None,
+    transfers: int = TRANSFERS,
 ) -> MigrationPlan:
     """Finds a source for everything that the target devices need and do not have.
 
@@ -43,6 +54,7 @@ def plan_migration(
       room: free bytes of every target device; None plans as if there were enough. See ``memory``.
       full_pages: by cohort, KV pages that decoding no longer writes to (``KvCohort.full_pages``): they move before the
         stop. None leaves all KV for after it.
+      transfers: parts are cut down to single arrays while there are fewer than so many, else to runs of layers.
 
     Raises:
       PlanError: a target stands on a dying or gone instance, or the type of an instance is not given.
@@ -58,12 +70,12 @@ def plan_migration(
     kept = [part for part in missing if _cohort(part) not in lost]
     if full_pages:
         kept = [one for part in kept for one in with_full_pages_early(part, full_pages)]
-    parts = sorted(split(kept, TRANSFERS), key=order)
-    transfers, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
+    parts = sorted(split(kept, transfers), key=order)
+    chosen, link_seconds = choose_sources(parts, gaps.holders, holdings, links)
     moving = sum(part.bytes for part in parts)
-    loaded = sum(transfer.bytes for transfer in transfers if transfer.source is None)
+    loaded = sum(transfer.bytes for transfer in chosen if transfer.source is None)
     plan = MigrationPlan(
-        transfers=tuple(transfers),
+        transfers=tuple(chosen),
         lost=tuple(sorted(lost)),
         bytes_in_place=_bytes_needed(wanted, lost, holdings.element_bytes) - moving,
         bytes_moved=moving - loaded,

@@ -69,9 +69,13 @@ class Gaps:
         """Everything that is missing."""
         held = Classes()
         known: dict[tuple[int, int], Missing] = {}
+        number: dict[int, int] = {}  # by identity: replicas share what they have
+        has_of = {target: self._holdings.at(target) for target in needs}
         for target, wanted in needs.items():
-            has = self._holdings.at(target)
-            pair = id(wanted.parameters), held.number(parameters_held(has))
+            has = has_of[target]
+            if id(has) not in number:
+                number[id(has)] = held.number(parameters_held(has))
+            pair = id(wanted.parameters), number[id(has)]
             if pair not in known:
                 known[pair] = self._missing(wanted.parameters, has, Phase.PRECOPY)
             for found in (known[pair], self._missing(wanted.kv, has, Phase.FINAL)):

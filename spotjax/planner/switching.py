@@ -24,5 +24,7 @@ def pays_back(table: Options, current: int, better: int, goal: Goal, running: Ru
     price = stall * (rate * table.service[current] + rate * stall / 2)
     backlog = (min(rate, table.rate[better]) - min(rate, table.rate[current])) * left**2 / 2
     finite = table.seconds[better] < float("inf") and table.seconds[current] < float("inf")
+    if finite and table.seconds[better] > table.seconds[current] * (1 - running.least_gain):
+        return False
     gain = rate * (table.seconds[current] - table.seconds[better]) * left if finite else backlog
     return bool(gain > price)

@@ -12,7 +12,6 @@ from spotjax.fleet.change import Planning
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.goal import Goal
-from spotjax.planner.matcher import match
 from spotjax.sim.replica_continuous import ContinuousReplica
 from spotjax.sim.systems.spotjax_backup import Backups
 from spotjax.sim.systems.spotjax_boundary import Boundary
@@ -22,6 +21,9 @@ from spotjax.sim.systems.spotjax_replicas import Replicas
 from spotjax.sim.systems.spotjax_shapes import Shapes, of_one_kind, typical_demand
 from spotjax.sim.times import ReplicaTimes
 from spotjax.sim.world import World
+
+TRANSFERS = 1024
+"""Parts of a migration: layer by layer, where the server cuts down to single arrays."""
 
 
 class Spotjax:
@@ -66,7 +68,8 @@ class Spotjax:
             demand,
             latency=of_one_kind(scenario.latency, assumed.scale),
             checkpoint_bandwidth=assumed.checkpoint_bandwidth,
-            match=in_order if self._without == "matcher" else match,
+            transfers=TRANSFERS,
+            match=in_order if self._without == "matcher" else None,
         )
         self._world = world
         self._shapes = Shapes(

@@ -21,25 +21,33 @@ from spotjax.planner.optimizer import Decision
 
 FEWEST_ARRIVALS = 16
 """Before so many requests came, the load is not known, and the mesh is the one of the highest throughput."""
-RATE_STEPS, ROUGH_STEPS = 1.1, 1.5
+RATE_STEPS, ROUGH_STEPS = 1.1, 2.0
 """Rates, and all else, are rounded to powers of these."""
+LEAST_GAIN = 0.02
+"""See ``Running``."""
 ANY_NUMBER = 1 << 20
 
 
-@dataclass(frozen=True)
 class Scaled:
-    """Another model's times, all so many times as long. A ``LatencyModel``."""
+    """Another model's times, all so many times as long, and remembered. A ``LatencyModel``."""
 
-    model: LatencyModel
-    scale: float
+    def __init__(self, model: LatencyModel, scale: float) -> None:
+        self._model, self._scale = model, scale
+        self._stages: dict[tuple[Stage, int, Work], float] = {}
+        self._hops: dict[int, float] = {}
 
     def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
         """See ``LatencyModel``."""
-        return self.model.stage_seconds(stage, tensor, work) * self.scale
+        key = stage, tensor, work
+        if key not in self._stages:
+            self._stages[key] = self._model.stage_seconds(*key) * self._scale
+        return self._stages[key]
 
     def hop_seconds(self, tokens: int) -> float:
         """See ``LatencyModel``."""
-        return self.model.hop_seconds(tokens) * self.scale
+        if tokens not in self._hops:
+            self._hops[tokens] = self._model.hop_seconds(tokens) * self._scale
+        return self._hops[tokens]
 
 
 def typical_demand(prompts: Sequence[int], outputs: Sequence[int], batch: int) -> Demand:
@@ -118,7 +126,11 @@ class Shapes:
     ) -> Decision | str:
         """A decision, or why there is none."""
         planning = replace(self.planning, goal=replace(self.goal, load=load))
-        running = None if serving is None else Running(serving, self.stall_seconds, horizon, stalls_same=False)
+        running = (
+            None
+            if serving is None
+            else Running(serving, self.stall_seconds, horizon, stalls_same=False, least_gain=LEAST_GAIN)
+        )
         wanted = self.planning.wanted
         try:
             decision = decide(planning, ready, running)
