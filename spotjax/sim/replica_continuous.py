@@ -50,10 +50,10 @@ class ContinuousReplica:
     """
 
     __slots__ = (
-        "_adopted", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished", "_gap_starts",
-        "_gaps", "_holding", "_in_pipeline", "_load", "_max_batch", "_most_pages", "_page_size", "_pages",
-        "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at", "_stages", "_starting", "_step", "_steps", "_steps_done",
-        "_times", "_until", "_waiting",
+        "_adopted", "_allowance", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished",
+        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_load", "_max_batch", "_most_pages", "_page_size",
+        "_pages", "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at",
+        "_stages", "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -86,8 +86,9 @@ class ContinuousReplica:
         self._most_pages = 0  # of those that run, if all generate all their tokens
         self._prefilled_last = False
         self._in_pipeline = 0  # prefill steps
+        self._allowance = 0.0  # steps that others decode while a prefill step is in flight
         self._entrance_free = 0.0  # when the first stage can take the next one
-        self._holding = False  # nobody decodes until ``_until``
+        self._holding = False  # nobody decodes after ``_steps`` until ``_until``
         self._until = inf  # when the segment ends that began at ``_at``, with the counter at ``_steps_done``
         self._at = 0.0
         self._steps = 0.0  # of the segment
@@ -108,14 +109,14 @@ class ContinuousReplica:
         Raises:
           ValueError: it needs more pages than there are.
         """
-        if self._most(request) > self._pages:
+        most, pages = self._most(request), self._pages
+        if most > pages:
             raise ValueError(
-                f"request {request} needs {self._most(request)} KV pages, the replica has {self._pages}: "
-                "give it more or leave the request out"
+                f"request {request} needs {most} KV pages, the replica has {pages}: give it more or leave it out"
             )
         self._load += 1
-        length = self._book.prompt[request] + self._book.generated[request]
-        if computed and (self._most_pages <= self._pages or self._used() + self._needed(length) <= self._pages):
+        length = self._length(request)
+        if computed and (self._most_pages + most <= pages or self._used() + self._needed(length) <= pages):
             self._run(request, computed, length)
         else:
             self._waiting.append(request)
@@ -167,16 +168,13 @@ class ContinuousReplica:
     def pause(self, seconds: float) -> None:
         """Nothing advances for so long."""
         self._catch_up()
-        now = self._queue.now
-        if self._until == inf:
-            self._at = self._until = now
-            self._steps = 0.0
-        if not self._holding:
-            self._advance(self._whole_steps())
-            self._until = self._at  # what is done of the step under way counts
+        now = until = self._queue.now
+        self._advance(self._whole_steps())
+        if self._until < inf:
+            until = self._until if self._holding else self._at  # what is done of the step under way counts
         self._returning = deque((chunk[0] + seconds, *chunk[1:]) for chunk in self._returning)
-        self._entrance_free = until = max(now, self._until + seconds)
-        self._hold(until)
+        self._entrance_free = until = max(now, until + seconds)
+        self._hold(now, until)
 
     # What happens at boundaries
 
@@ -185,8 +183,7 @@ class ContinuousReplica:
         if event != self._event:
             return
         at = self._until
-        if not self._holding:
-            self._advance(self._steps)
+        self._advance(self._steps)
         ended: list[int] = []
         back = self._pop_returned(at) if self._returning and self._returning[0][0] <= at else ()
         if self._decoding and self._decoding[0][0] <= self._steps_done + ROUNDING:
@@ -225,19 +222,14 @@ class ContinuousReplica:
             ended.append(request)
 
     def _pop_returned(self, at: float) -> list[Chunk]:
-        """Chunks that are out of the pipeline by now.
-
-        With P > 1 stages, micro-batches of sequences that decode come out right after a prefill step: one before the
-        next prefill step in the pipeline, all but the one that it left no room for if there is none.
-        """
+        """Chunks that are out of the pipeline by now."""
         returning, back = self._returning, list[Chunk]()
         while returning and returning[0][0] <= at:
             if not back or back[-1][0] < returning[0][0]:
                 self._in_pipeline -= 1
             back.append(returning.popleft())
-        if self._stages > 1 and self._decoding:
-            self._at, self._step = at, 0.0
-            self._advance((1 if self._in_pipeline else self._stages - 1) / self._stages)
+        if self._in_pipeline and self._decoding:
+            self._allowance = 1 / min(self._stages, len(self._decoding))
         return back
 
     def _take_back(self, back: list[Chunk], ended: list[int]) -> None:
@@ -307,19 +299,31 @@ class ContinuousReplica:
         self._queue.at(until, self._boundary, self._event)
 
     def _pipeline_prompts(self, at: float) -> None:
-        """Puts the next prefill step into a pipeline of several stages, if there is room, and waits.
+        """Prompts in a pipeline of several stages: the next prefill step, if there is room for it, and what decodes.
 
-        Half of the steps in flight are prefill steps while others decode, as both kinds alternate. Until they are out,
-        nobody decodes: micro-batches are stuck behind them, stage by stage.
+        Half of the steps in flight are prefill steps while others decode, since the two alternate. The micro-batches
+        that are ahead of a prefill step still come out: all but the one whose place it takes, or one between two of
+        them. The others are stuck behind it, stage by stage, until it is out.
         """
-        others = min(self._stages, len(self._decoding))
+        decoding, done = self._decoding, self._steps_done
+        others = min(self._stages, len(decoding))
         most = max(-(-self._stages // 2), self._stages - others) if others else self._stages
         if self._prompts and self._in_pipeline < most and at >= self._entrance_free:
+            if not self._in_pipeline and others:
+                self._allowance = min(1.0, (self._stages - 1) / others)
             self._prefill(at)
         until = self._returning[0][0] if self._returning else inf
         if self._prompts and self._in_pipeline < most:
             until = min(until, self._entrance_free)
-        self._hold(until)
+        steps = 0.0
+        if decoding and self._allowance > ROUNDING:
+            self._step = step = self._times.step(len(decoding), int(self._base / len(decoding) + done))
+            steps = min(self._allowance, (until - at) / step)
+            if decoding[0][0] - done <= steps:
+                steps = decoding[0][0] - done
+                until = at + steps * step
+            self._allowance -= steps
+        self._hold(at, until, steps)
 
     def _prefill(self, at: float) -> None:
         """One prefill step: chunks of as many prompts as fit."""
@@ -351,9 +355,8 @@ class ContinuousReplica:
         self._in_pipeline += 1
         self._entrance_free = at + slowest + latest
         self._prefilled_last = True
-        self._at = at
         if self._stages == 1:
-            self._hold(back)
+            self._hold(at, back)
 
     # Parts of it
 
@@ -408,14 +411,16 @@ class ContinuousReplica:
 
     def _wake(self) -> None:
         """Somebody came: the segment ends at the next boundary."""
+        now = self._queue.now
         if self._until == inf:
-            self._at = self._queue.now
-            self._hold(self._at)
+            self._hold(now, now)
             return
         if self._holding:
-            until = max(self._queue.now, self._entrance_free)
+            until = max(now, self._entrance_free)
             if self._stages > 1 and len(self._decoding) + self._in_pipeline < self._stages and until < self._until:
-                self._hold(until)
+                steps = min(self._steps, (until - self._at) / self._step) if self._steps else 0.0
+                self._allowance += self._steps - steps
+                self._hold(self._at, until, steps)
             return
         until, steps = self._next_boundary()
         if until < self._until:
@@ -423,15 +428,15 @@ class ContinuousReplica:
             self._event += 1
             self._queue.at(until, self._boundary, self._event)
 
-    def _hold(self, until: float) -> None:
-        """Nobody decodes until then."""
-        self._holding, self._until = True, until
+    def _hold(self, at: float, until: float, steps: float = 0.0) -> None:
+        """The segment from ``at`` to ``until``: so many steps, then nobody decodes."""
+        self._holding, self._at, self._until, self._steps = True, at, until, steps
         self._event += 1
         self._queue.at(until, self._boundary, self._event)
 
     def _catch_up(self) -> None:
         """Lets happen what happens now but was not called yet."""
-        while self._until <= self._queue.now:
+        while self._until <= self._queue.now + ROUNDING * self._step:
             self._boundary(self._event)
 
     def _next_boundary(self) -> tuple[float, float]:
@@ -444,7 +449,7 @@ class ContinuousReplica:
 
     def _whole_steps(self) -> float:
         """Steps of the segment that have ended by now."""
-        if self._holding or self._until == inf:
+        if not self._steps or self._until == inf:
             return 0.0
         parts = min(self._stages, len(self._decoding))
         return min(self._steps, floor((self._queue.now - self._at) / self._step * parts + ROUNDING) / parts)
