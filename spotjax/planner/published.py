@@ -97,6 +97,7 @@ class OriginalChoice:
       requests_per_second: phi.
       seconds: l_exe of a batch.
       feasible: phi reaches what is required.
+      micro_batches: (M1, M2), micro-batches of prompts and of decode steps.
     """
 
     shape: MeshShape
@@ -104,11 +105,16 @@ class OriginalChoice:
     requests_per_second: float
     seconds: float
     feasible: bool
+    micro_batches: tuple[int, int]
 
 
 def request_seconds(table: Table, stages: int, tensor: int, batch: int = 1, output: int = 128) -> float:
     """The original's l_exe: seconds of one static batch, with the best numbers of micro-batches."""
-    return min(_seconds(table, stages, tensor, batch, m1, m2, output) for m1 in _powers(batch) for m2 in _powers(batch))
+    return min(
+        _seconds(table, stages, tensor, batch, m1, m2, output)
+        for m1 in powers_of_two(batch)
+        for m2 in powers_of_two(batch)
+    )
 
 
 def choose_as_original(
@@ -135,28 +141,36 @@ def _choices(
     table: Table, devices: int, least_devices: int, most_batch: int, output: int, required: float
 ) -> Iterator[OriginalChoice]:
     """All that it looks at, in its order."""
-    for tensor in _powers(table.max_tensor):
-        for batch in _powers(most_batch):
-            for m1 in _powers(batch):
-                for m2 in _powers(batch):
+    for tensor in powers_of_two(table.max_tensor):
+        for batch in powers_of_two(most_batch):
+            for m1 in powers_of_two(batch):
+                for m2 in powers_of_two(batch):
                     for stages in range(ceil(least_devices / tensor), devices // tensor + 1):
                         if table.padded_layers % stages == 0:
                             seconds = _seconds(table, stages, tensor, batch, m1, m2, output)
                             data = devices // (stages * tensor)
                             rate = data * batch / seconds
                             shape = MeshShape(data, stages, tensor)
-                            yield OriginalChoice(shape, batch, rate, seconds, rate >= required)
+                            yield OriginalChoice(shape, batch, rate, seconds, rate >= required, (m1, m2))
 
 
-def _seconds(table: Table, stages: int, tensor: int, batch: int, m1: int, m2: int, output: int) -> float:
+def published_phases(table: Table, stages: int, tensor: int, batch: int, m1: int, m2: int) -> tuple[float, float]:
+    """The original's seconds of a static batch: (until its first tokens, embedding included; one decode step)."""
     layers = ceil(table.layers / stages)
     cells = table.cells[tensor]
     prefill = cells[_log2(batch // m1)][0] * layers * (stages + m1 - 1) / m1 + table.prefill_hop * (stages - 1) / m1
     decode = cells[_log2(batch // m2)][1] * layers * (stages + m2 - 1) + table.decode_hop * (stages - 1) / m2
-    return (prefill + output * decode + 2 * table.embed[_log2(batch)]) * table.final_factor / 1000
+    factor = table.final_factor / 1000
+    return (prefill + 2 * table.embed[_log2(batch)]) * factor, decode * factor
 
 
-def _powers(limit: int) -> list[int]:
+def _seconds(table: Table, stages: int, tensor: int, batch: int, m1: int, m2: int, output: int) -> float:
+    prefill, decode = published_phases(table, stages, tensor, batch, m1, m2)
+    return prefill + output * decode
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4 and so on up to a limit."""
     return [1 << exponent for exponent in range(_log2(limit) + 1)]
 
 

@@ -1,1 +1,1 @@
-"""Discrete-event simulation of serving on machines that can be taken away, with the planner and policies of the server."""
+"""Discrete-event simulation of serving on machines that can be taken away, with the policies of the real server."""

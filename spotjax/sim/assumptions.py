@@ -29,9 +29,9 @@ class Assumptions:
     )
     on_demand_start_seconds: float = _assumed(90.0, "s", "launch of an on-demand instance in the S+O traces")
     switch_seconds: float = _assumed(0.5, "s", "stop and start at a change of the mesh; the constant of the artifact")
-    engine_start_seconds: float = _assumed(10.0, "s", "assumed: a serving process starts anew (MPI, CUDA, NCCL)")
-    checkpoint_bandwidth: float = _assumed(1e9, "B/s", "assumed: one instance reads parameters from its local disk")
-    scale: float = _assumed(1.05, "x", "the one global factor on all times of the profile, see docs/results.md")
+    engine_start_seconds: float = _assumed(5.0, "s", "assumed: a serving process starts anew (MPI, CUDA, NCCL)")
+    checkpoint_bandwidth: float = _assumed(7e8, "B/s", "assumed: one instance reads parameters from storage")
+    scale: float = _assumed(1.0, "x", "factor on all times of the profile; the published results need none")
 
     def __post_init__(self) -> None:
         for parameter in fields(self):

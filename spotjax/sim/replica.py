@@ -1,4 +1,4 @@
-"""What a replica is to the system that owns it, whatever its batching. The engines themselves are in their own files."""
+"""What a replica is to the system that owns it, whatever its batching. The engines have files of their own."""
 
 from __future__ import annotations
 

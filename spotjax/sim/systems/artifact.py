@@ -1,0 +1,195 @@
+"""What the systems of SpotServe's evaluation share in its artifact: one queue, static replicas, one event at a time.
+
+Requests wait in one queue in order of arrival and go to replicas in powers of two, first to those with nothing to do.
+In the artifact's "old batching" a busy replica is given more, up to a number of batches; in the new one it is not.
+Events of the spot trace are handled one after the other, each until the mesh of before has stopped. What a system makes
+of an event is its own.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from spotjax.meshes.instance import Instance
+from spotjax.meshes.shape import MeshShape
+from spotjax.planner.published import OriginalChoice, choose_as_original, powers_of_two
+from spotjax.planner.published_tables import Table
+from spotjax.sim.replica_static import StaticReplica, StaticTimes
+from spotjax.sim.world import Change, World
+
+BATCH = 4
+"""B in all of its runs, whatever its solver says."""
+
+
+class Workload(NamedTuple):
+    """What the artifact's scripts are told of a model.
+
+    Attributes:
+      table: its profile.
+      required: requests per second that the solver has to reach, by time: (from second, requests per second).
+      least_devices: devices that one replica takes at least.
+    """
+
+    table: Table
+    required: tuple[tuple[float, float], ...]
+    least_devices: int
+
+    def required_at(self, seconds: float) -> float:
+        """Requests per second that are required at a time."""
+        return next(rate for since, rate in reversed(self.required) if since <= seconds)
+
+
+class FleetEvent(NamedTuple):
+    """What the artifact's scheduler handles: instances come or go at ``seconds``, known since a while."""
+
+    seconds: float
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+class ArtifactSystem:
+    """The part that its systems share.
+
+    Args:
+      workload: of the model.
+      batches_ahead: batches that a replica is given at once: 0 for the new batching, else the old one's limit.
+    """
+
+    name = ""
+
+    def __init__(self, workload: Workload, batches_ahead: int) -> None:
+        self.workload, self._ahead = workload, batches_ahead
+        self.replicas: list[StaticReplica] = []
+        self._queue: list[tuple[float, int]] = []
+        self._events: deque[FleetEvent] = deque()
+        self._busy = False
+
+    # What World calls.
+
+    def begin(self, world: World) -> None:
+        """The first mesh: parameters are in place, engines start."""
+        self.world, self._busy = world, True
+        names = [instance.name for instance in world.ready_instances()]
+        world.at(world.scenario.assumptions.engine_start_seconds, self._begin, names)
+
+    def _begin(self, names: Sequence[str]) -> None:
+        self.start(names)
+        self.dispatch()
+        self.done()
+
+    def arrived(self, request: int) -> None:
+        """Queues it."""
+        insort(self._queue, (self.world.book.arrival[request], request))
+        self.dispatch()
+
+    def coming(self, names: Sequence[str], ready_at: float) -> None:
+        """Known in advance, as is what goes."""
+        self._enqueue(FleetEvent(ready_at, tuple(names), ()))
+
+    def ready(self, names: Sequence[str]) -> None:
+        """Nothing: it was handled when it was announced."""
+
+    def noticed(self, names: Sequence[str], deadline: float) -> None:
+        """Handled at once, or when the event before is done with."""
+        self._enqueue(FleetEvent(deadline, (), tuple(names)))
+
+    def lost(self, names: Sequence[str]) -> None:
+        """Replicas on them that are not done are gone, too. Without notice, the event begins here."""
+        dead = [replica for replica, on in self.standing() if not on.isdisjoint(names) and not replica.ended]
+        for replica in dead:
+            self.requeue(replica.kill(), restart=True)
+        if self.world.scenario.assumptions.notice_seconds == 0:
+            self._enqueue(FleetEvent(self.world.now, (), tuple(names)))
+        elif dead:
+            self.dispatch()
+
+    # What systems do.
+
+    def start(self, names: Sequence[str]) -> None:
+        """Forms the first mesh of these instances."""
+        raise NotImplementedError
+
+    def handle(self, event: FleetEvent) -> None:
+        """Begins to handle an event; calls ``done`` when the next one may be."""
+        raise NotImplementedError
+
+    def standing(self) -> list[tuple[StaticReplica, frozenset[str]]]:
+        """The replicas, each with the instances that it stands on."""
+        raise NotImplementedError
+
+    def done(self) -> None:
+        """An event is handled: the next one."""
+        self._busy = False
+        if self._events:
+            self._busy = True
+            self.handle(self._events.popleft())
+
+    # The dispatcher.
+
+    def dispatch(self) -> None:
+        """Gives requests to replicas as far as they take some."""
+        while self._queue:
+            replica, count = self._select(len(self._queue))
+            if replica is None:
+                return
+            given, self._queue = self._queue[:count], self._queue[count:]
+            requests = [request for _, request in given]
+            replica.add_all(requests)
+
+    def requeue(self, requests: Iterable[int], *, restart: bool) -> None:
+        """Puts requests back in order of arrival; with ``restart`` their tokens, if they had any, are lost."""
+        for request in requests:
+            if restart and self.world.book.first_token[request] <= self.world.now:
+                self.world.book.restart(request)
+            insort(self._queue, (self.world.book.arrival[request], request))
+
+    def _select(self, waiting: int) -> tuple[StaticReplica | None, int]:
+        there = [replica for replica in self.replicas if not replica.ended]
+        if not there:
+            return None, 0
+        count = max(power for power in powers_of_two(BATCH) if power <= waiting)
+        idle = next((replica for replica in there if replica.pool == 0), None)
+        if idle is not None:
+            return idle, count
+        least = min(there, key=lambda replica: replica.pool)
+        return (None, 0) if least.pool >= self._ahead * BATCH else (least, count)
+
+    # Shapes and replicas.
+
+    def choose(self, instances: int) -> OriginalChoice | None:
+        """What the artifact's solver takes on so many instances; None if not even one replica fits."""
+        world = self.world
+        devices = instances * world.scenario.kind.devices
+        if devices < self.workload.least_devices:
+            return None
+        required = self.workload.required_at(world.now)
+        return choose_as_original(self.workload.table, devices, required, self.workload.least_devices, BATCH)
+
+    def replica(self, choice: OriginalChoice) -> StaticReplica:
+        """A new one of a shape."""
+        shape, scale = choice.shape, self.world.scenario.assumptions.scale
+        times = StaticTimes(self.workload.table, shape.stage, shape.tensor, choice.micro_batches, scale)
+        return StaticReplica(times, BATCH, self.world.book, self.world.queue, self.dispatch)
+
+    def load_seconds(self, shape: MeshShape) -> float:
+        """All instances read the parameters of their devices from the checkpoint, side by side."""
+        spec, kind = self.world.scenario.spec, self.world.scenario.kind
+        share = spec.parameter_bytes / (shape.stage * shape.tensor)
+        return share * kind.devices / self.world.scenario.assumptions.checkpoint_bandwidth
+
+    def record(self, shape: MeshShape | None, reason: str, **figures: float) -> None:
+        """One change of the mesh."""
+        self.world.changes.append(Change(self.world.now, shape, reason, **figures))  # type: ignore[arg-type]
+
+    def _enqueue(self, event: FleetEvent) -> None:
+        self._events.append(event)
+        if not self._busy:
+            self.done()
+
+
+def as_ready(world: World, names: Iterable[str]) -> list[Instance]:
+    """Instances to plan with, in the order given, those that are still starting included."""
+    return [Instance(name, world.scenario.kind) for name in names]
