@@ -47,13 +47,16 @@ class ContinuousReplica:
       queue: the clock.
       finished: told the number of every request that ended; may add and stop.
       prefill_tokens: positions of one prefill step.
+
+    Attributes:
+      load: sequences that wait or run; to be read only.
     """
 
     __slots__ = (
         "_adopted", "_allowance", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished",
-        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_load", "_max_batch", "_most_pages", "_page_size",
-        "_pages", "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at",
-        "_stages", "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting",
+        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_max_batch", "_most_pages", "_page_size", "_pages",
+        "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at", "_stages",
+        "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting", "load",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +73,7 @@ class ContinuousReplica:
         self._times, self._max_batch, self._pages, self._page_size = times, max_batch, pages - 1, page_size
         self._book, self._queue, self._finished, self._prefill_tokens = book, queue, finished, prefill_tokens
         self._stages = times.shape.stage
-        self._load = 0
+        self.load = 0
         self._event = 0  # number of the only event that is not out of date
         self._waiting: deque[int] = deque()
         self._reset()
@@ -98,11 +101,6 @@ class ContinuousReplica:
         self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
         self._gaps: list[float] = []
 
-    @property
-    def load(self) -> int:
-        """Sequences that wait or run."""
-        return self._load
-
     def add(self, request: int, computed: int = 0) -> None:
         """Queues a request, or takes it over at the next boundary if KV of its first positions is here and fits.
 
@@ -114,7 +112,7 @@ class ContinuousReplica:
             raise ValueError(
                 f"request {request} needs {most} KV pages, the replica has {pages}: give it more or leave it out"
             )
-        self._load += 1
+        self.load += 1
         length = self._length(request)
         if computed and (self._most_pages + most <= pages or self._used() + self._needed(length) <= pages):
             self._run(request, computed, length)
@@ -139,7 +137,7 @@ class ContinuousReplica:
         given_up += [Progress(request, self._length(request) - 1) for request in self._adopted]
         self._event += 1
         self._waiting.clear()
-        self._load = 0
+        self.load = 0
         self._reset()
         return sorted(given_up)
 
@@ -199,7 +197,7 @@ class ContinuousReplica:
             self._adopted.clear()
         self._begin(at)
         if ended:
-            self._load -= len(ended)
+            self.load -= len(ended)
             if self._finished is not None:
                 for request in ended:
                     self._finished(request)
