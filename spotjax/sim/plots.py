@@ -45,6 +45,7 @@ def plot_timeline(outcomes: Sequence[Outcome], path: Path) -> None:
         column[3].set_xlabel("seconds")
     for axes, name in zip(grid[:, 0], ("instances", "devices of the mesh", "requests", "latency [s]"), strict=True):
         axes.set_ylabel(name)
+        axes.set_ylim(bottom=0)  # not before all columns are drawn: it ends the scaling of the row
     figure.suptitle(outcomes[0].scenario)
     _save(figure, path)
 
@@ -76,6 +77,7 @@ def plot_comparison(systems: Mapping[str, Sequence[Outcome]], path: Path) -> Non
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
     bars.set_ylabel("P99 latency [s]")
+    bars.set_ylim(bottom=0)
     bars.tick_params(axis="x", rotation=20)
     _save(figure, path)
 
@@ -84,7 +86,6 @@ def _instances(axes: Axes, outcome: Outcome) -> None:
     times, counts = _steps(outcome.instances, outcome.duration)
     axes.fill_between(times, counts, step="post", color="tab:green", alpha=0.3)
     axes.step(times, counts, where="post", color="tab:green")
-    axes.set_ylim(bottom=0)
 
 
 def _mesh(axes: Axes, outcome: Outcome) -> None:
@@ -101,7 +102,6 @@ def _mesh(axes: Axes, outcome: Outcome) -> None:
             shape, height = ("none", 0) if change.shape is None else (str(change.shape), change.shape.devices)
             axes.annotate(shape, (change.seconds, height), xytext=(2, 3), textcoords="offset points", fontsize=8)
             labelled = change.seconds
-    axes.set_ylim(bottom=0)
     axes.margins(y=0.15)
 
 
@@ -110,7 +110,6 @@ def _queue(axes: Axes, outcome: Outcome) -> None:
     axes.plot(times, outcome.unfinished(times), color="tab:blue", label="unfinished")
     axes.plot(times, outcome.waiting(times), color="tab:orange", label="without a token")
     axes.legend(loc="upper left", fontsize=8)
-    axes.set_ylim(bottom=0)
 
 
 def _latencies(axes: Axes, outcome: Outcome) -> None:
@@ -123,7 +122,6 @@ def _latencies(axes: Axes, outcome: Outcome) -> None:
         for name, share, colour in (("P99", 99, "tab:red"), ("P50", 50, "tab:blue")):
             axes.plot(*_percentile_by_arrival(outcome.arrival, latency, share), color=colour, label=name)
     axes.legend(loc="upper left", fontsize=8)
-    axes.set_ylim(bottom=0)
 
 
 def _percentile_by_arrival(arrival: Seconds, latency: Seconds, share: int) -> tuple[Seconds, Seconds]:
@@ -141,13 +139,24 @@ def _steps(changes: Sequence[tuple[float, int]], end: float) -> tuple[list[float
     return [seconds for seconds, _ in whole], [value for _, value in whole]
 
 
-def _figure(width: float, height: float) -> Figure:
-    """One that draws into files only, whatever screen there is (Agg)."""
+def require_matplotlib() -> None:
+    """Verifies that pictures can be drawn.
+
+    Raises:
+      ConfigError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError as problem:
         raise ConfigError("plots need matplotlib: pip install 'spotjax[plot]'") from problem
+
+
+def _figure(width: float, height: float) -> Figure:
+    """One that draws into files only, whatever screen there is (Agg)."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

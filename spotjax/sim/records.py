@@ -33,10 +33,10 @@ class Record:
     columns: dict[str, list[float | None]]
 
     @classmethod
-    def of(cls, outcome: Outcome, prefill_share: float | None = None, columns: bool = False) -> Record:
-        """Of an outcome, with a row for every request or without."""
+    def of(cls, outcome: Outcome, summary: Summary, columns: bool = False) -> Record:
+        """Of an outcome and its summary, with what became of every request or without."""
         kept = {name: _plain(getattr(outcome, name)) for name in COLUMNS} if columns else {}
-        return cls(outcome.summary(prefill_share), outcome.instances, outcome.changes, kept)
+        return cls(summary, outcome.instances, outcome.changes, kept)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.layout import LayerRanges
-from spotjax.meshes.shape import MeshShape
 from spotjax.planner.latency import LatencyModel, Work, stages_of
 from spotjax.sim.world import Change, World
 
 Seconds = NDArray[np.float64]
 Counts = NDArray[np.int64]
+SmallCounts = NDArray[np.int32]
 
 PERCENTILES = (50, 90, 95, 99)
 
@@ -193,8 +193,8 @@ class Outcome:
     first_token: Seconds
     finish: Seconds
     largest_gap: Seconds
-    restarts: Counts
-    recomputed: Counts
+    restarts: SmallCounts
+    recomputed: SmallCounts
     lost: NDArray[np.bool_]
     instances: tuple[tuple[float, int], ...]
     changes: tuple[Change, ...]
@@ -213,7 +213,7 @@ class Outcome:
         )
         for times in (first_token, finish):
             times[times > end] = np.nan
-        restarts, recomputed = (np.array(column[:count], dtype=np.int64) for column in (book.restarts, book.recomputed))
+        restarts, recomputed = (np.array(column[:count], dtype=np.int32) for column in (book.restarts, book.recomputed))
         lost = np.zeros(count, dtype=np.bool_)
         lost[sorted(book.lost)] = True
         return cls(
@@ -310,7 +310,7 @@ def _per_million(usd: float, tokens: int) -> float | None:
 
 
 def estimate_prefill_share(
-    model: LatencyModel, shape: MeshShape, layers: LayerRanges, batch: int, prompt: int, output: int
+    model: LatencyModel, tensor: int, layers: LayerRanges, batch: int, prompt: int, output: int
 ) -> float:
     """Share of the slowest stage's time that goes into prompts, with ``batch`` sequences decoding at once.
 
@@ -318,7 +318,7 @@ def estimate_prefill_share(
     """
 
     def slowest(work: Work) -> float:
-        return max(model.stage_seconds(stage, shape.tensor, work) for stage in stages_of(layers))
+        return max(model.stage_seconds(stage, tensor, work) for stage in stages_of(layers))
 
     prefill = slowest(Work.prefill(prompt))
     decode = output * slowest(Work.decode(batch, prompt + output // 2)) / batch

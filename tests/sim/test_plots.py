@@ -26,6 +26,17 @@ def test_timelines_and_comparisons_are_drawn(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "timeline.png") and is_picture(tmp_path / "comparison.png")
 
 
+def test_every_column_of_a_timeline_fits_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    fast, slow = outcome(FixedTime(1.0), BUSY), outcome(FixedTime(9.0), BUSY)
+    plots.plot_timeline([fast, slow], Path("unused"))
+    instances, mesh, queue, latency = (row[0].get_ylim() for row in np.array(figures[0].axes).reshape(4, 2))
+    assert instances[0] == mesh[0] == queue[0] == latency[0] == 0
+    assert instances[1] >= 4 and mesh[1] >= 4
+    assert queue[1] >= slow.unfinished(np.linspace(0, 100, 1000)).max() and latency[1] >= slow.latency().max()
+
+
 def test_runs_without_requests_are_drawn(tmp_path: Path) -> None:
     empty = outcome(FixedTime(1.0), scenario(RequestTrace.of("none", [], 1, 1)))
     plots.plot_timeline([empty], tmp_path / "timeline.png")

@@ -8,7 +8,6 @@ from results_cases import G4DN, FixedTime, outcome, scenario
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.layout import split_layers
-from spotjax.meshes.shape import MeshShape
 from spotjax.models.presets import preset
 from spotjax.planner.cost import Roofline
 from spotjax.sim.records import Record, decode, encode
@@ -160,13 +159,14 @@ def test_numbers_are_found_by_name_and_other_names_are_refused() -> None:
 def test_the_share_of_prompts_is_their_share_of_the_slowest_stage() -> None:
     spec = preset("opt-6.7b")
     model, layers = Roofline(spec, G4DN), split_layers(spec.config.layers, 2)
-    share = [estimate_prefill_share(model, MeshShape(1, 2, 4), layers, 8, 512, output) for output in (1, 128, 4096)]
+    share = [estimate_prefill_share(model, 4, layers, 8, 512, output) for output in (1, 128, 4096)]
     assert 1 > share[0] > share[1] > share[2] > 0
 
 
 def test_records_are_read_back_as_they_were_written() -> None:
     result = outcome(FixedTime(25.0), scenario(RequestTrace.of("some", [0.0, 1.5, 80.0, 90.0], 6, 5)), seed=3)
-    runs = [Record.of(result, columns=columns) for columns in (True, False)] + [Record.of(result, prefill_share=0.3)]
+    whole, split = result.summary(), result.summary(prefill_share=0.3)
+    runs = [Record.of(result, whole, columns=True), Record.of(result, whole), Record.of(result, split)]
     file = decode(encode(runs, {"notice_seconds": 30.0}))
     assert file.runs == tuple(runs) and file.assumptions == {"notice_seconds": 30.0}
     assert file.runs[0].summary == result.summary() and file.runs[0].changes == result.changes
@@ -191,5 +191,5 @@ def test_files_that_are_no_results_are_refused(content: bytes, problem: str) -> 
 def test_missing_times_are_null_in_json() -> None:
     result = outcome(FixedTime(200.0), scenario(RequestTrace.of("one", [0.0], 6, 4)))
     assert np.isnan(result.finish).all()
-    content = encode([Record.of(result, columns=True)], {})
+    content = encode([Record.of(result, result.summary(), columns=True)], {})
     assert b"NaN" not in content and decode(content).runs[0].columns["finish"] == [None]
