@@ -118,7 +118,8 @@ class LogWriter(threading.Thread):
         except (sqlite3.Error, OSError) as error:
             self._failed(str(error))
         except Exception as error:  # a thread that ends here would leave everybody waiting, and nobody would know why
-            log.exception("%s: this should not happen", self._database)
+            if repr(error) != self._problem:  # it is tried again and again
+                log.exception("%s: this should not happen", self._database)
             self._failed(repr(error))
         else:
             if self._problem:

@@ -1,9 +1,8 @@
-"""The writer's thread waits when there is nothing to do, says a problem once, and loses nothing of what it was given."""
+"""The writer's thread waits when there is nothing to do, and says a problem once, however often it tries."""
 
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import queue
 from types import SimpleNamespace
@@ -114,3 +113,22 @@ def test_a_writer_with_nothing_to_do_sleeps(monkeypatch: pytest.MonkeyPatch, dur
     time = VirtualTime({0.0: accept}, 1e6)
     assert write_until(monkeypatch, durability, BrokenDisk(), time) == []
     assert time.wakeups <= 5
+
+
+def test_an_error_that_nobody_expected_is_logged_once_while_it_stays(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = BrokenDisk()
+
+    def fail(problem: Exception) -> Operation:
+        def operation(group: Group) -> None:
+            group.epoch, database.problem = 1, problem
+
+        return operation
+
+    first, second = ZeroDivisionError("first"), ZeroDivisionError("second")
+    time = VirtualTime({0.0: fail(first), 10.0: fail(second)}, 20.0)
+    assert write_until(monkeypatch, "step", database, time) == [repr(first), repr(second)]
+    logged = [record.exc_info[1] for record in caplog.records if record.exc_info is not None]
+    assert logged == [first, second]
+    assert database.tries > 30
