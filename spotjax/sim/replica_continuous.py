@@ -84,7 +84,7 @@ class ContinuousReplica:
         self._prompts: deque[tuple[int, int, int]] = deque()  # (request, positions computed, positions wanted)
         self._returning: deque[Chunk] = deque()  # in the pipeline
         self._adopted: list[int] = []  # decode from the next boundary on
-        self._starting: list[int] = []  # decode, but had no token here yet
+        self._starting: deque[tuple[float, int]] = deque()  # decode, but had no token here: (counter at it, request)
         self._base = 0.0  # sum of prompt + output - end over those that decode: their contexts where the counter is 0
         self._most_pages = 0  # of those that run, if all generate all their tokens
         self._prefilled_last = False
@@ -193,7 +193,7 @@ class ContinuousReplica:
         if self._adopted:
             for request in self._adopted:
                 self._decode(request, self._book.output[request] - self._book.generated[request], at)
-                self._starting.append(request)
+                self._starting.append((self._steps_done + 1, request))
             self._adopted.clear()
         self._begin(at)
         if ended:
@@ -211,8 +211,11 @@ class ContinuousReplica:
             prompt, output = book.prompt[request], book.output[request]
             self._base -= prompt + output - end
             self._most_pages -= -(-(prompt + output - 1) // self._page_size)
+            first = book.first_token[request]
+            if first > since:
+                since = first  # it began to decode without a token before
             place = bisect_left(self._gap_starts, since)
-            gap = gaps[place] if place < len(gaps) else self._step
+            gap = gaps[place] if place < len(gaps) else min(self._step, at - since)
             if gap > book.largest_gap[request]:
                 book.largest_gap[request] = gap
             book.finish[request] = book.last_token[request] = at
@@ -402,7 +405,7 @@ class ContinuousReplica:
         if generated > book.generated[request]:
             book.generated[request] = generated
             book.last_token[request] = max(since, self._round_at + (end - left - self._round) * self._step)
-            place = bisect_left(self._gap_starts, since)
+            place = bisect_left(self._gap_starts, max(since, book.first_token[request]))
             if place < len(self._gaps):
                 book.largest_gap[request] = max(book.largest_gap[request], self._gaps[place])
         return book.prompt[request] + generated - 1
@@ -457,12 +460,12 @@ class ContinuousReplica:
         if not steps:
             return
         at, step, done = self._at, self._step, self._steps_done
-        if self._starting:
-            for request in self._starting:
-                self._first_token(request, at + step)
-            self._starting.clear()
+        while self._starting and self._starting[0][0] <= done + steps + ROUNDING:
+            first, request = self._starting.popleft()
+            self._first_token(request, min(at + (first - done) * step, self._until))
         self._steps_done = done + steps
         self._at = at + steps * step
+        self._steps -= steps
         rest = self._round + 1 - done  # of the round that is under way
         if steps < rest - ROUNDING:
             return
@@ -511,8 +514,7 @@ class ContinuousReplica:
                 heapify(self._decoding)
                 self._base -= self._book.prompt[youngest] + self._book.output[youngest] - entry[0]
                 self._leave(*entry)
-                if youngest in self._starting:
-                    self._starting.remove(youngest)
+                self._starting = deque(starting for starting in self._starting if starting[1] != youngest)
             self._most_pages -= self._most(youngest)
             insort(self._waiting, youngest)
 

@@ -82,6 +82,8 @@ class StepByStep:
     now: float = 0.0
     book: RequestBook = field(init=False)
     preempted: int = 0
+    computed: dict[int, int] = field(default_factory=dict)
+    """Positions of each request whose KV was there at some time."""
 
     def run(self) -> RequestBook:
         """Lets all requests come and end."""
@@ -129,6 +131,9 @@ class StepByStep:
     def _commit(self, scheduler: Scheduler, batch: Batch) -> None:
         states = {}
         for span in batch.spans:
+            stop, known = span.start + len(span.tokens), self.computed.get(span.sequence, 0)
+            self.book.recomputed[span.sequence] += max(0, min(stop, known) - span.start)
+            self.computed[span.sequence] = max(stop, known)
             if span.samples:
                 state = replace(span.state, tokens=(*span.state.tokens, 0))
                 if len(state.tokens) == state.sampling.max_tokens:
