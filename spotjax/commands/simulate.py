@@ -44,7 +44,8 @@ systems:
   spotjax            the policies of this server; spotjax-late leaves instances when it must, spotjax-fallback rents
                      on demand what is missing
   spotjax-no-X       without X: optimizer, matcher, migration, arranger, backup, precopy
-  spotserve          as published; needs published tables: opt-6.7b, gpt-20b, llama-30b on g4dn.12xlarge
+  spotserve          as published; needs published tables: opt-6.7b, gpt-20b, llama-30b on g4dn.12xlarge;
+                     spotserve-as-baselines gives busy replicas as many batches ahead, spotserve-new-batching none
   reparallelization  its first baseline: best shape, restart from storage
   rerouting          its second baseline: fixed pipelines, requests begin again elsewhere
   SYSTEM:N           that system on N on-demand instances instead; on-demand:N is spotjax:N
@@ -74,6 +75,8 @@ def add_commands(commands: Commands) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="PRESET", help="opt-6.7b, gpt-20b, llama-30b, llama-3-8b or llama-3-70b")
     add("--instance-type", default="g4dn.12xlarge", metavar="TYPE", help="of all instances (default: g4dn.12xlarge)")
+    add("--tensor-instances", type=int, default=1, metavar="COUNT", help="that a tensor group may span (default: 1; the"
+        " published systems take what their tables have)")  # fmt: skip
     add("--profile", metavar="SOURCE", help="latencies: roofline, published, or a file of spotjax profile")
     add("--spot", required=True, metavar="TRACE", help="instances that come and go, see below")
     add("--spot-window", metavar="START:STOP", help="seconds of the spot trace to take")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,7 +103,10 @@ def make_scenario(arguments: argparse.Namespace, assumptions: Assumptions, seed:
     from spotjax.models.presets import preset
     from spotjax.sim.world import Scenario
 
-    spec, kind = preset(arguments.model), instance_type(arguments.instance_type)
+    spec, across = preset(arguments.model), arguments.tensor_instances
+    if across < 1:
+        raise ConfigError(f"--tensor-instances must be at least 1, got {across}")
+    kind = replace(instance_type(arguments.instance_type), tensor_instances=across)
     _, latency = latency_source(arguments.profile, arguments.model, spec, [Instance("any", kind)])
     spot = make_spot(arguments, seed)
     requests = make_requests(arguments, spot.duration, seed)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spotjax.errors import ConfigError
-from spotjax.sim.results import Outcome, Seconds
+from spotjax.sim.distribution import Seconds
+from spotjax.sim.results import Outcome
 from spotjax.sim.statistics import mean_interval
 
 if TYPE_CHECKING:

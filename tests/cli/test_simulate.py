@@ -140,6 +140,7 @@ def test_pictures_are_drawn(capsys, tmp_path) -> None:
         (("--spot-window", "50:70"), "a window from 50.0 s to 70.0 s"),
         (("--request-window", "a:b"), "--request-window is START:STOP"),
         (("--spot-limit", "0"), "--spot-limit must be at least 1"),
+        (("--tensor-instances", "0"), "--tensor-instances must be at least 1"),
         (("--max-prompt", "0"), "at least one prompt"),
         (("--rate", "-1"), "cannot scale"),
         (("--systems", "banana"), "no system is known as 'banana'"),

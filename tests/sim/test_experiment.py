@@ -49,6 +49,11 @@ def test_published_systems_are_told_the_rate_that_they_must_serve_and_their_pool
     assert registry.published_workload(CASE, ((0.0, 2.0),)).required == ((0.0, 2.0),)
 
 
+def test_published_systems_may_span_instances_with_tensor_groups_as_their_tables_do_and_others_as_told() -> None:
+    for name, across in (("spotserve", 4), ("rerouting:2", 4), ("spotjax", 1)):
+        assert registry.system(name, CASE)[1].kind.tensor_instances == across
+
+
 @pytest.mark.parametrize("name", ["spotserve", "rerouting", "reparallelization"])
 def test_published_systems_need_published_tables(name: str) -> None:
     for spec, kind in ((preset("llama-3-8b"), G4DN), (CASE.spec, instance_type("g5.12xlarge"))):

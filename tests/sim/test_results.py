@@ -10,8 +10,9 @@ from spotjax.errors import ConfigError
 from spotjax.meshes.layout import split_layers
 from spotjax.models.presets import preset
 from spotjax.planner.cost import Roofline
+from spotjax.sim.distribution import Distribution, published_percentile
 from spotjax.sim.records import Record, decode, encode
-from spotjax.sim.results import Distribution, estimate_prefill_share, published_percentile
+from spotjax.sim.results import estimate_prefill_share
 from spotjax.sim.workload import RequestTrace, SpotEvent, SpotTrace, by_counts
 
 numbers = st.lists(st.floats(0, 1e6), min_size=1, max_size=60)

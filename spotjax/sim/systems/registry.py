@@ -25,8 +25,8 @@ Build = Callable[[Scenario, RequiredRate | None], System]
 
 LEAST_DEVICES = {"opt-6.7b": 4, "gpt-20b": 12, "llama-30b": 16}
 """What the artifact's scripts say that one replica takes at least (SpotServe, table 1)."""
-BATCHES_AHEAD = {"spotserve": 1, "reparallelization": 2, "rerouting": 2}
-"""Batches that a replica is given at once, in all of the artifact's scripts but one ("old batching")."""
+BASELINE_BATCHES_AHEAD = 2
+"""Batches that a replica of a baseline is given at once, in all of the artifact's scripts but one ("old batching")."""
 
 
 def _spotjax(
@@ -40,33 +40,42 @@ def _spotjax(
     return Spotjax(without, options)
 
 
-def _spotserve(scenario: Scenario, required: RequiredRate | None) -> System:
+def _spotserve(scenario: Scenario, required: RequiredRate | None, batches_ahead: int = 1) -> System:
     from spotjax.sim.systems.spotserve import SpotServe
 
-    return SpotServe(published_workload(scenario, required), BATCHES_AHEAD["spotserve"])
+    return SpotServe(published_workload(scenario, required), batches_ahead)
 
 
 def _reparallelization(scenario: Scenario, required: RequiredRate | None) -> System:
     from spotjax.sim.systems.baselines import Reparallelization
 
-    return Reparallelization(published_workload(scenario, required), BATCHES_AHEAD["reparallelization"])
+    return Reparallelization(published_workload(scenario, required), BASELINE_BATCHES_AHEAD)
 
 
 def _rerouting(scenario: Scenario, required: RequiredRate | None) -> System:
     from spotjax.sim.systems.baselines import Rerouting
 
     pool = max(count for _, count in scenario.spot.counts())
-    return Rerouting(published_workload(scenario, required), BATCHES_AHEAD["rerouting"], pool)
+    return Rerouting(published_workload(scenario, required), BASELINE_BATCHES_AHEAD, pool)
 
 
+PUBLISHED: Mapping[str, Build] = {
+    "spotserve": _spotserve,
+    "spotserve-as-baselines": partial(_spotserve, batches_ahead=BASELINE_BATCHES_AHEAD),
+    "spotserve-new-batching": partial(_spotserve, batches_ahead=0),
+    "reparallelization": _reparallelization,
+    "rerouting": _rerouting,
+}
+"""Those of the artifact, by name.
+
+SpotServe gives a busy replica up to one batch more in its public script; as its baselines do, up to two; in what the
+script calls new batching, none."""
 SYSTEMS: Mapping[str, Build] = {
     "spotjax": _spotjax,
     "spotjax-late": partial(_spotjax, options=SpotjaxOptions(leave="late")),
     "spotjax-fallback": partial(_spotjax, options=SpotjaxOptions(fallback=True)),
     **{f"spotjax-no-{feature}": partial(_spotjax, without=feature) for feature in FEATURES},
-    "spotserve": _spotserve,
-    "reparallelization": _reparallelization,
-    "rerouting": _rerouting,
+    **PUBLISHED,
 }
 """By name. ``spotjax-late`` leaves instances when it must; ``spotjax-fallback`` rents on demand what is missing."""
 
@@ -93,7 +102,17 @@ def system(name: str, scenario: Scenario, required: RequiredRate | None = None) 
         from spotjax.sim.traces.scenarios import on_demand
 
         scenario = replace(scenario, spot=on_demand(int(count), scenario.spot.duration))
+    if base in PUBLISHED:
+        scenario = _with_wide_tensors(scenario)
     return SYSTEMS[base](scenario, required), scenario
+
+
+def _with_wide_tensors(scenario: Scenario) -> Scenario:
+    """With tensor groups over as many instances as the artifact's solver takes; its tables were measured so."""
+    from spotjax.planner.published_tables import TABLES
+
+    widest = max(table.max_tensor for table in TABLES.values())
+    return replace(scenario, kind=replace(scenario.kind, tensor_instances=max(1, widest // scenario.kind.devices)))
 
 
 def published_workload(scenario: Scenario, required: RequiredRate | None) -> Workload:
