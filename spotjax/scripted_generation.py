@@ -46,6 +46,7 @@ class ScriptedRequest:
       committed: tokens that streams may show, the same for every choice (shorter ones ended before).
       ended: set when it was cancelled.
       recorded: it is accepted: a service that takes this one's place will have it.
+      refused: it could not be recorded after all.
     """
 
     request: GenerationRequest
@@ -53,6 +54,7 @@ class ScriptedRequest:
     committed: int = 0
     ended: FinishReason | None = None
     recorded: bool = False
+    refused: bool = False
 
     @property
     def finished(self) -> bool:
@@ -193,6 +195,8 @@ class ScriptedGeneration:
                 await self._record()
             except LogUnavailable:
                 del self.requests[state.request.request_id]
+                state.refused = True
+                self._changed.fire()
                 raise
         state.recorded = True
         self._start(self._run(state))
@@ -212,6 +216,9 @@ class ScriptedGeneration:
             while not (ready := [delta for c in sorted(unfinished) if (delta := state.delta(c, offsets[c]))]):
                 if self._stopped:
                     return
+                if state.refused:
+                    name = state.request.request_id
+                    raise UnknownRequest(f"request {name!r} could not be recorded; send it again")
                 await self._changed.wait()
             for delta in ready:
                 offsets[delta.choice] += len(delta.tokens)

@@ -85,6 +85,25 @@ async def test_a_request_that_cannot_be_recorded_is_refused_and_its_id_is_free(r
     assert tokens_of([r async for r in running.generation.Generate(hello(request_id="r"))]) == expected(8)
 
 
+async def test_who_follows_a_request_that_is_refused_late_is_told(running: Running) -> None:
+    late = asyncio.Event()
+
+    async def full() -> None:
+        await late.wait()
+        raise LogUnavailable("the commit log cannot be written: disk full")
+
+    running.service._record = full
+    accepted = running.generation.Generate(hello(request_id="r"))
+    await until(lambda: "r" in running.service.requests)
+    following = running.generation.Resume(pb.ResumeRequest(request_id="r"))
+    assert dict(await following.initial_metadata())["spotjax-request-id"] == "r"
+    late.set()
+    with pytest.raises(grpc.aio.AioRpcError, match="could not be recorded; send it again") as failure:
+        await asyncio.wait_for(following.read(), 20)
+    assert failure.value.code() is grpc.StatusCode.NOT_FOUND
+    assert await accepted.code() is grpc.StatusCode.UNAVAILABLE
+
+
 @pytest.mark.parametrize("resumable", [False, True])
 async def test_a_client_that_leaves_before_its_request_is_on_record(running: Running, resumable: bool) -> None:
     recording = asyncio.Semaphore(0)
