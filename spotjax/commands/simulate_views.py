@@ -63,7 +63,8 @@ def _cell(summaries: Sequence[Summary], number: str, shown: Shown) -> str:
     if not values:
         return "-"
     mean = mean_interval(values)
-    uncertain = "" if mean.high is None or mean.high == mean.mean else f"\n±{shown(mean.high - mean.mean)}"
+    half = 0.0 if mean.high is None else mean.high - mean.mean
+    uncertain = f"\n±{shown(half)}" if half > 1e-6 * abs(mean.mean) else ""  # less is rounding
     return shown(mean.mean) + uncertain
 
 
