@@ -54,9 +54,9 @@ class ContinuousReplica:
 
     __slots__ = (
         "_adopted", "_allowance", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished",
-        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_max_batch", "_most_pages", "_page_size", "_pages",
-        "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at", "_stages",
-        "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting", "load",
+        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_joined_at", "_max_batch", "_most_pages", "_page_size",
+        "_pages", "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at",
+        "_stages", "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting", "load",
     )  # fmt: skip
 
     def __init__(
@@ -98,6 +98,7 @@ class ContinuousReplica:
         self._step = 0.0  # seconds of each
         self._steps_done = 0.0
         self._round, self._round_at = 0.0, 0.0  # where the counter was, and when, at the last token of all
+        self._joined_at = 0.0  # when somebody had a first token later than that
         self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
         self._gaps: list[float] = []
 
@@ -238,7 +239,7 @@ class ContinuousReplica:
         book = self._book
         for token_at, request, _, computed, wanted in back:
             if computed < wanted:
-                self._prompts.append((request, computed, wanted))
+                self._compute(request, computed, wanted)
                 continue
             self._first_token(request, token_at)
             left = book.output[request] - book.generated[request] - 1
@@ -376,8 +377,12 @@ class ContinuousReplica:
         return -(-(self._book.prompt[request] + self._book.output[request] - 1) // self._page_size)
 
     def _run(self, request: int, computed: int, length: int) -> None:
-        """A sequence runs from now on: what is missing of it is computed, or it decodes if that is one position."""
+        """A sequence runs from now on."""
         self._most_pages += self._most(request)
+        self._compute(request, computed, length)
+
+    def _compute(self, request: int, computed: int, length: int) -> None:
+        """Missing positions of a sequence are computed; it decodes if that is one, which is the same."""
         if length - computed > 1:
             self._prompts.append((request, computed, length))
         else:
@@ -385,7 +390,7 @@ class ContinuousReplica:
 
     def _decode(self, request: int, left: int, since: float) -> None:
         """A sequence decodes from now on, with ``left`` tokens to come."""
-        end = self._steps_done + left
+        end, self._joined_at = self._steps_done + left, since
         heappush(self._decoding, (end, request, since))
         self._base += self._book.prompt[request] + self._book.output[request] - end
 
@@ -469,9 +474,10 @@ class ContinuousReplica:
         rest = self._round + 1 - done  # of the round that is under way
         if steps < rest - ROUNDING:
             return
-        self._wait(self._round_at, at + rest * step - self._round_at)
-        if at > self._round_at:
-            self._wait(at, step)
+        token_at = at + rest * step
+        self._wait(self._round_at, token_at - self._round_at)
+        if self._joined_at > self._round_at:
+            self._wait(self._joined_at, token_at - self._joined_at)
         rounds = rest + floor(steps - rest + ROUNDING)
         self._round, self._round_at = done + rounds, at + rounds * step
 
