@@ -36,11 +36,16 @@ def replace_damaged(path: Path, connection: sqlite3.Connection, contents: Conten
     fresh = path.with_name("salvaged.sqlite")
     fresh.unlink(missing_ok=True)
     _write(fresh, contents, contents.service or ServiceRecord(uuid.uuid4().hex, model, 0))
-    count = len(list(path.parent.glob("damaged-*.sqlite")))
-    aside = path.with_name(f"damaged-{count + 1}.sqlite")
-    os.link(path, aside)
+    os.link(path, _aside(path.parent))
     fresh.replace(path)
     sync_directory(path.parent)
+
+
+def _aside(directory: Path) -> Path:
+    """A name behind those of earlier salvages, of which some may have been removed."""
+    names = (path.stem.removeprefix("damaged-") for path in directory.glob("damaged-*.sqlite"))
+    last = max((int(name) for name in names if name.isdecimal()), default=0)
+    return directory / f"damaged-{last + 1}.sqlite"
 
 
 def _write(path: Path, contents: Contents, service: ServiceRecord) -> None:

@@ -295,6 +295,19 @@ async def test_salvaging_what_is_intact_changes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "damaged-1.sqlite").exists()
 
 
+async def test_every_salvage_keeps_what_was_damaged_whatever_was_removed_of_earlier_ones(tmp_path: Path) -> None:
+    edit = await three_requests(tmp_path)
+    kept: dict[str, bytes] = {}
+    for number in range(1, 5):
+        edit(f"UPDATE service {GARBLED}")
+        await opened(tmp_path, salvage=True).close()
+        kept[f"damaged-{number}.sqlite"] = (tmp_path / f"damaged-{number}.sqlite").read_bytes()
+        if number == 2:
+            (tmp_path / "damaged-1.sqlite").unlink()
+            del kept["damaged-1.sqlite"]
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("damaged*")} == kept
+
+
 async def test_salvage_without_the_name_of_the_service_is_a_new_service(tmp_path: Path) -> None:
     edit = await three_requests(tmp_path)
     identity = inspect_log(tmp_path).identity
