@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import MappingProxyType
 from typing import Protocol
 
 from spotjax.errors import NoFeasibleShape
 from spotjax.fleet.change import NO_SURVIVORS, Live, Planning, Recovery, decide, plan_change
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
+from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.planner.holdings import Holdings, Needs, needs_of
@@ -90,7 +92,7 @@ def plan_rerouting(
     held: Mapping[DeviceRef, Needs] = NOTHING,
     survivors: Survivors = NO_SURVIVORS,
 ) -> Preparation:
-    """Replicas of the first mesh's P and M: those that are hurt close, others go on, new ones are loaded.
+    """Replicas of the wanted P and M, or else the first mesh's: hurt ones close, others go on, new ones are loaded.
 
     As long as any goes on, hurt ones close in one change and new ones open in the next: nobody waits for loading who
     can be served elsewhere.
@@ -98,15 +100,18 @@ def plan_rerouting(
     Raises:
       NoFeasibleShape: no replica goes on, and the ready instances have no room for a new one of that P and M.
     """
-    if current is None:
+    shape = planning.wanted or (current.shape if current is not None else None)
+    if shape is None:
         return plan_change(planning, None, instances, {}, epoch)
-    one = replace(current.shape, data=1)
-    stages, tensor = one.stage, one.tensor
-    going_on = [old for old in range(current.shape.data) if old in running and _standing(current, instances, old)]
-    groups = [current.group(old, stage) for old in going_on for stage in range(stages)]
-    if not going_on or len(going_on) == current.shape.data:
+    one, stages, tensor = replace(shape, data=1), shape.stage, shape.tensor
+    layers = split_layers(planning.spec.config.layers, stages)
+    going_on: dict[int, list[tuple[DeviceRef, ...]]] = {}
+    if current is not None and (current.layers, current.shape.tensor) == (layers, tensor):
+        going_on = _intact(current, instances, running)
+    groups = list(chain.from_iterable(going_on.values()))
+    if current is None or len(going_on) in (0, current.shape.data):
         fitting = _hosts(planning, instances, one)
-        groups += _free_groups(fitting, {device for group in groups for device in group}, stages, tensor)
+        groups += _free_groups(fitting, set(chain.from_iterable(groups)), stages, tensor)
     if not groups:
         raise NoFeasibleShape(
             f"the ready instances have no room for a replica of shape {one}, which rerouting keeps to"
@@ -117,7 +122,7 @@ def plan_rerouting(
         for place, group in enumerate(groups)
         for m in range(tensor)
     }
-    placement = Placement(epoch, MeshShape(data, stages, tensor), current.layers, devices)
+    placement = Placement(epoch, MeshShape(data, stages, tensor), layers, devices)
     carried = {old: new for new, old in enumerate(going_on)}
     return _loading(planning, placement, instances, carried)
 
@@ -135,6 +140,17 @@ def _standing(placement: Placement, instances: Sequence[Instance], data: int | N
     ready = {instance.name for instance in instances if instance.state is InstanceState.READY}
     replicas = range(placement.shape.data) if data is None else (data,)
     return all(placement.instances(replica) <= ready for replica in replicas)
+
+
+def _intact(
+    current: Placement, instances: Sequence[Instance], running: Collection[int]
+) -> dict[int, list[tuple[DeviceRef, ...]]]:
+    """The groups of every replica that runs and that no instance leaves."""
+    return {
+        old: [current.group(old, stage) for stage in range(current.shape.stage)]
+        for old in sorted(running)
+        if _standing(current, instances, old)
+    }
 
 
 def _hosts(planning: Planning, instances: Sequence[Instance], one: MeshShape) -> Sequence[Instance]:

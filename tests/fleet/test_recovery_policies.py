@@ -167,6 +167,17 @@ def test_rerouting_takes_no_other_shape_though_one_would_fit() -> None:
         plan_rerouting(planning, current, now, {}, 2, {0})
 
 
+def test_rerouting_keeps_to_the_shape_that_is_wanted_however_many_are_there_first() -> None:
+    machines = instances(4, 1, 2**30)
+    planning = Planning(SPEC, DEMAND, MeshShape(2, 2, 1))
+    with pytest.raises(NoFeasibleShape, match="1x2x1"):
+        plan_rerouting(planning, None, machines[:1], {}, 1)
+    assert plan_rerouting(planning, None, machines[:3], {}, 1).placement.shape == MeshShape(1, 2, 1)
+    other = first_mesh(machines, Planning(SPEC, DEMAND, MeshShape(1, 4, 1)))
+    changed = plan_rerouting(planning, other, machines, {}, 2, {0})
+    assert changed.placement.shape == MeshShape(2, 2, 1) and changed.carried == {}
+
+
 def test_rerouting_gives_no_place_to_an_instance_that_is_too_small() -> None:
     machines = instances(2, 1, TIGHT)
     current = first_mesh(machines, PAIRS)
@@ -176,11 +187,10 @@ def test_rerouting_gives_no_place_to_an_instance_that_is_too_small() -> None:
     assert plan_rerouting(PAIRS, current, [*machines, *small, *more], {}, 2, {0}).placement.shape == MeshShape(2, 2, 1)
 
 
-@pytest.mark.parametrize("plan", [plan_reload, plan_rerouting])
-def test_the_first_mesh_is_the_planners(plan: object) -> None:
-    machines = instances(4, 1, TIGHT)
-    assert callable(plan)
-    assert plan(PAIRS, None, machines, {}, 1) == plan_change(PAIRS, None, machines, {}, 1)
+@pytest.mark.parametrize("recovery", BASELINES)
+def test_the_first_mesh_is_the_planners(recovery: Recovery) -> None:
+    machines, planning = instances(4, 1, TIGHT), Planning(SPEC, DEMAND)
+    assert POLICIES[recovery].plan(planning, None, machines, {}, 1) == plan_change(planning, None, machines, {}, 1)
 
 
 # --- services --------------------------------------------------------------------------------------------------------
