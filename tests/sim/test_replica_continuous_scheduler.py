@@ -66,4 +66,4 @@ def test_as_much_is_computed_again_for_lack_of_pages_as_in_the_real_scheduler(st
     recomputed, real = sum(simulated(case).recomputed), sum(StepByStep(case).run().recomputed)
 
     assert real > 0
-    assert recomputed == pytest.approx(real, rel=0.15)
+    assert recomputed == pytest.approx(real, rel=0.1 if stages == 1 else 0.25)
