@@ -15,6 +15,7 @@ from spotjax.planner.goal import Goal
 from spotjax.sim.replica_continuous import ContinuousReplica
 from spotjax.sim.systems.spotjax_backup import Backups
 from spotjax.sim.systems.spotjax_boundary import Boundary
+from spotjax.sim.systems.spotjax_fallback import Fallback
 from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions, in_order, require_feature
 from spotjax.sim.systems.spotjax_reconfigure import Reconfigurer
 from spotjax.sim.systems.spotjax_replicas import Replicas
@@ -45,7 +46,7 @@ class Spotjax:
     def begin(self, world: World) -> None:
         """The first mesh, with everything in place."""
         scenario, options = world.scenario, self._options
-        demand = options.demand or typical_demand(world.book.prompt, world.book.output, options.batch)
+        demand = options.demand or typical_demand(world.book.prompt, world.book.output, options.batch, options.kv_room)
         demand = replace(demand, kv_pages=demand.pages)
         assumed = scenario.assumptions
         times: dict[object, ReplicaTimes] = {}
@@ -87,6 +88,7 @@ class Spotjax:
         self._reconfigurer = Reconfigurer(
             world, planning, self._shapes, self._replicas, self._boundary, options, self._without
         )
+        self._fallback = Fallback(world, self, planning, options) if options.fallback else None
         self._reconfigurer.begin()
         world.at(world.now + options.look_seconds, self._look)
 
@@ -117,5 +119,10 @@ class Spotjax:
         self._reconfigurer.interrupted(f"{len(names)} lost", forced=forced)
 
     def _look(self) -> None:
+        if self._fallback is not None:
+            given_back = self._fallback.give_back(self._replicas.standing_on())
+            leaving = self._fallback.adapt(self._shapes.load(self._world.now))
+            if given_back or leaving:
+                self._reconfigurer.interrupted("on demand no more", forced=False)
         self._reconfigurer.look("load")
         self._world.at(self._world.now + self._options.look_seconds, self._look)

@@ -36,7 +36,10 @@ class SpotjaxOptions:
       backup_bandwidth: bytes per second of each instance for backups; 16 % of a g4dn.12xlarge's network.
       backup_lag_seconds: see ``Backups``; the server's rounds.
       expected_interruption_seconds: between two changes that are forced, before any was seen.
+      kv_room: KV pages of a replica, as a multiple of what ``batch`` typical requests fill: so there is room for the
+        sequences of replicas that are left.
       fallback: on-demand instances are requested when the fleet is too small for the load.
+      fallback_tie: see ``Goal.near_tie``; how much longer requests may take before an instance more is worth its price.
       most_on_demand: of these at the same time.
     """
 
@@ -49,7 +52,9 @@ class SpotjaxOptions:
     backup_bandwidth: float = 1e9
     backup_lag_seconds: float = 0.1
     expected_interruption_seconds: float = 600.0
+    kv_room: float = 2.0
     fallback: bool = False
+    fallback_tie: float = 0.2
     most_on_demand: int = 8
 
 

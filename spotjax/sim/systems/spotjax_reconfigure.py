@@ -37,6 +37,7 @@ class Underway:
       started: when it was planned.
       leaving: instances of the old mesh that were not ready then.
       needed: instances without which it cannot be done.
+      links: bandwidths of all that were there.
       moving: decoding has stopped, and there is no way back.
       waited: decoding went on after everything was prepared.
       copied: full pages of each request that are in place already.
@@ -48,6 +49,7 @@ class Underway:
     started: float
     leaving: frozenset[str]
     needed: frozenset[str]
+    links: Links
     moving: bool = False
     waited: bool = False
     copied: dict[int, int] = field(default_factory=dict)
@@ -140,7 +142,7 @@ class Reconfigurer:
             return
         standing = frozenset(device.instance for device in preparation.needs)
         needed = standing | sources(preparation.plan) | frozenset(left.backups.values())
-        change = Underway(preparation, reason, now, self._leaving(), needed)
+        change = Underway(preparation, reason, now, self._leaving(), needed, self._links())
         self._underway = change
         if self._without == "arranger":
             self._at_boundary(change, self._stop_early)
@@ -264,7 +266,7 @@ class Reconfigurer:
         plan = change.preparation.plan
         passed = plan.seconds(Phase.PRECOPY) if change.moving else self._world.now - change.started
         if self._without != "migration":
-            for device, arrays in received(plan, self._links(), passed, self._needs).items():
+            for device, arrays in received(plan, change.links, passed, self._needs).items():
                 if device.instance in self._world.instances:
                     self._held[device] = {**self._held.get(device, {}), **arrays}
         self._underway = None

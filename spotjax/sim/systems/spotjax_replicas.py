@@ -13,6 +13,7 @@ from spotjax.fleet.change import Live
 from spotjax.meshes.placement import Placement
 from spotjax.planner.holdings import KvCohort, LiveSequence
 from spotjax.reshard.transfer import Survivors
+from spotjax.sim.dispatch import least_loaded
 from spotjax.sim.replica import Progress
 from spotjax.sim.replica_continuous import ContinuousReplica
 from spotjax.sim.requests import RequestBook
@@ -70,7 +71,7 @@ class Replicas:
     def add(self, request: int) -> None:
         """Queues a request on the replica with the least load."""
         if self._running:
-            min(self._running, key=_load).add(request)
+            least_loaded(self._running).add(request)
         else:
             self.parked.append(request)
 
@@ -193,10 +194,6 @@ class Replicas:
         if member.stopped is not None:
             return [(request, computed) for request, computed in member.stopped]
         return [(request, computed) for request, _, computed in member.replica.remaining()]
-
-
-def _load(replica: ContinuousReplica) -> int:
-    return replica.load
 
 
 def survivors(members: Sequence[Member], alive: Container[str]) -> Survivors:

@@ -23,7 +23,7 @@ FEWEST_ARRIVALS = 16
 """Before so many requests came, the load is not known, and the mesh is the one of the highest throughput."""
 RATE_STEPS, ROUGH_STEPS = 1.1, 2.0
 """Rates, and all else, are rounded to powers of these."""
-LEAST_GAIN = 0.02
+LEAST_GAIN = 0.1
 """See ``Running``."""
 ANY_NUMBER = 1 << 20
 
@@ -50,17 +50,17 @@ class Scaled:
         return self._hops[tokens]
 
 
-def typical_demand(prompts: Sequence[int], outputs: Sequence[int], batch: int) -> Demand:
-    """What operators would configure: the mean request, and KV for ``batch`` of these or for the longest one.
+def typical_demand(prompts: Sequence[int], outputs: Sequence[int], batch: int, room: float) -> Demand:
+    """What operators would configure: the mean request, and KV for ``batch`` of these, ``room`` times, or the longest.
 
     Prompts and outputs are those of all requests to come; only their number over time is left to be observed.
     """
     if not prompts:
-        return Demand(batch)
+        return replace(Demand(batch), kv_pages=int(room * Demand(batch).pages))
     prompt, output = (max(1, round(sum(lengths) / len(lengths))) for lengths in (prompts, outputs))
     demand = Demand(batch, prompt, output)
     longest = max(map(sum, zip(prompts, outputs, strict=True)))
-    return replace(demand, kv_pages=max(demand.pages, -(-longest // demand.page_size)))
+    return replace(demand, kv_pages=max(int(room * demand.pages), -(-longest // demand.page_size)))
 
 
 @dataclass
