@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -21,6 +22,8 @@ from spotjax.models.orbax_manifest import MANIFEST, PARAMETERS, TOKENIZER, is_ur
 
 COPIED = 1 << 20
 """Bytes that are copied and checked at once."""
+_IMPORT = ".import-"
+"""Begins the name of a directory in the checkpoint that is unpacked to."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,11 @@ def unpack(source: Path, log: Path, checkpoint: str) -> Unpacked:
         for left in log.glob("import-*"):  # of an import that was killed
             shutil.rmtree(left)
         roots = {LOG: Path(undone.enter_context(tempfile.TemporaryDirectory(prefix="import-", dir=log)))}
+        if checkpoint:
+            _remove_abandoned(Path(checkpoint))
         if any(name.startswith(f"{CHECKPOINT}/") for name in names):
             Path(checkpoint).mkdir(mode=0o700, parents=True, exist_ok=True)
-            there = tempfile.TemporaryDirectory(prefix=".import-", dir=checkpoint)
-            roots[CHECKPOINT] = Path(undone.enter_context(there))
+            roots[CHECKPOINT] = undone.enter_context(_workplace(Path(checkpoint)))
         _extract(tar, bundle, roots, names)
         _require_told(roots[LOG] / LOG, bundle)
         if CHECKPOINT in roots:
@@ -70,6 +74,33 @@ def unpack(source: Path, log: Path, checkpoint: str) -> Unpacked:
         _install_log(roots[LOG] / LOG / DATABASE, log)
         lock.mark(bundle.service)
     return Unpacked(bundle, tuple(left_out))
+
+
+@contextmanager
+def _workplace(checkpoint: Path) -> Iterator[Path]:
+    """A directory to unpack to, removed in the end; that it is in use can be told by its lock."""
+    with tempfile.TemporaryDirectory(prefix=_IMPORT, dir=checkpoint) as place, _locked(Path(place)):
+        yield Path(place)
+
+
+def _remove_abandoned(checkpoint: Path) -> None:
+    """Removes what imports that were killed have left. Others may be unpacking to the same checkpoint."""
+    for left in checkpoint.glob(f"{_IMPORT}*"):
+        with _locked(left) as ours:
+            if ours:
+                shutil.rmtree(left)
+
+
+@contextmanager
+def _locked(place: Path) -> Iterator[bool]:
+    """Whether nobody else has the lock of a directory; then it is ours, until the end of the block or the process."""
+    with (place / "lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # or the file system knows no locks: then nobody removes anything
+            yield False
+        else:
+            yield True
 
 
 def _wanted(bundle: Bundle, checkpoint: Path | None) -> tuple[set[str], list[str]]:

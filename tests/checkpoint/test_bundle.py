@@ -6,6 +6,8 @@ import asyncio
 import hashlib
 import io
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -302,6 +304,34 @@ async def test_a_log_whose_requests_all_ended_is_replaced_with_nothing_of_it_lef
     await asyncio.to_thread(lambda: unpack(packed(tmp_path), tmp_path / "log", ""))
     assert [request.request_id for request in inspect_log(tmp_path / "log").requests] == ["a", "b", "done"]
     assert b"mine" not in b"".join(files_below(tmp_path / "log").values())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from spotjax.checkpoint import unpacking
+ends = signal.SIGKILL if sys.argv[4] == "killed" else signal.SIGSTOP
+unpacking._require_told = lambda *_: (print("unpacked", flush=True), os.kill(os.getpid(), ends))
+unpacking.unpack(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_an_import_removes_what_those_that_are_dead_left_in_the_checkpoint(
+    tmp_path: Path, service: str, how: str
+) -> None:
+    source, checkpoint = packed(tmp_path), tmp_path / "checkpoint"
+    command = [sys.executable, "-c", KILLED, source, tmp_path / "other-log", checkpoint, how]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "unpacked\n"
+        if how == "killed":
+            other.wait()
+        (left,) = checkpoint.glob(".import-*")
+        assert list(left.rglob("content"))
+        unpack(source, tmp_path / "log", str(checkpoint))
+        assert left.exists() is (how == "stopped")
+        other.kill()
+    assert newest(str(checkpoint), service) is not None
 
 
 def test_an_import_that_was_killed_is_cleaned_up_by_the_next(tmp_path: Path, service: str) -> None:
