@@ -18,6 +18,7 @@ from etils import epath
 
 from spotjax.checkpoint.kv_format import KvFormat
 from spotjax.checkpoint.kv_units import UnitBuffer
+from spotjax.checkpoint.saves import make_private
 from spotjax.checkpoint.unit_saver import UnitSaver
 from spotjax.errors import CheckpointError, ConfigError
 from spotjax.protocol.backup import BackupHeader
@@ -176,5 +177,5 @@ class KvWriter:
 
     def _first_number(self) -> int:
         """Behind what an earlier writer of that name has left, complete or not."""
-        self._directory.mkdir(parents=True, exist_ok=True)
+        make_private(self._directory)
         return 1 + max((int(path.name[:6]) for path in self._directory.iterdir() if path.name[:6].isdigit()), default=0)

@@ -3,7 +3,8 @@
     <checkpoint>/saves/<service>/<number>/             what every worker has saved, and ``saved.json`` when all have
     <checkpoint>/saves/<service>/<number>.generation   the requests with their tokens, where they were asked for
 
-A save without ``saved.json`` was cut off and is not used: what is in it may be of tokens that were never told.
+A save without ``saved.json`` was cut off and is not used: what is in it may be of tokens that were never told. KV is
+private, as prompts and outputs can be made out from it: no other user can reach into the directories.
 """
 
 from __future__ import annotations
@@ -92,6 +93,10 @@ def complete(
       CheckpointError: that cannot be written.
     """
     save = Save(path, service, model, epoch, replicas, dict(sequences), dict(digests))
+    try:
+        make_private(epath.Path(path))  # there is none if no worker had anything
+    except FAILURES as error:
+        raise CheckpointError(f"{path}: {SAVED} cannot be written: {error}") from error
     write_files(path, {SAVED: msgspec.json.encode(save)})
     return save
 
@@ -138,6 +143,19 @@ def open_save(path: str) -> Save | None:
     else:
         return msgspec.structs.replace(save, path=path)
     return None
+
+
+def make_private(directory: epath.Path) -> None:
+    """Makes a directory, and those above it that are missing, for their user alone; a bucket has rules of its own.
+
+    Raises OSError if that cannot be done.
+    """
+    if is_url(os.fspath(directory)):
+        directory.mkdir(parents=True, exist_ok=True)
+        return
+    for path in (*reversed(directory.parents), directory):  # a mode would only be that of the last
+        if not path.exists():
+            path.mkdir(mode=0o700, exist_ok=True)
 
 
 def discard(path: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from etils import epath
+from kv_cases import FORM, frame, pages_of
+from kv_cases import save as save_kv
 
 from spotjax.checkpoint import saves
 from spotjax.checkpoint.contents import StoredSave, contents_of
@@ -82,6 +86,22 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_named(tmp_path: Path) ->
             look(str(tmp_path), SERVICE)
     with pytest.raises(CheckpointError, match=r"saved\.json cannot be written"):
         complete(str(tmp_path / "saves" / SERVICE / "000001"), SERVICE, "weights", 1, 1, {})
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_saves_are_for_their_user_alone_whatever_the_umask(tmp_path: Path, written: bool) -> None:
+    path = Path(next_path(str(tmp_path), SERVICE))
+    before = os.umask(0)
+    try:
+        if written:
+            save_kv(path, frame((0, FORM.layers), pages_of(1, 9)))
+        complete(str(path), SERVICE, "weights", 1, 1, {1: 9})
+    finally:
+        os.umask(before)
+    names = {file.name for file in path.rglob("*") if file.is_file()}
+    assert SAVED in names and ("manifest.ocdbt" in names) is written
+    made = [path, path.parent, path.parent.parent, *([path / "w"] if written else [])]
+    assert {stat.S_IMODE(directory.stat().st_mode) for directory in made} == {0o700}
 
 
 def test_what_was_given_up_is_removed_and_what_cannot_be_is_left(
