@@ -1,9 +1,8 @@
 """A replica with continuous batching, as ``engine.scheduler`` decides it, in simulated time. No event per token.
 
-Sequences that decode advance together, so one counter of steps stands for all of them: a sequence with ``n`` tokens to
-go ends when the counter has grown by ``n``. Between two events (a sequence ends, a prompt begins or comes back) the
-counter grows evenly, so that only these events are simulated (fast-forward). ``tests/sim`` compares the outcome to the
-real scheduler, step by step.
+Between two events (a sequence ends, a prompt begins or comes back) sequences decode step after step and nothing is
+decided, so that only these events are simulated (fast-forward). ``tests/sim`` compares the outcome to the real
+scheduler, step by step.
 
 What is approximated:
   - A step takes what sequences of the mean context take, in the middle of what is fast-forwarded.
@@ -14,22 +13,19 @@ What is approximated:
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections import deque
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush
 from math import ceil, floor, inf
 
 from spotjax.sim.events import EventQueue
 from spotjax.sim.replica import Progress
+from spotjax.sim.replica_decoding import ROUNDING, DecodingSequences
 from spotjax.sim.requests import RequestBook
 from spotjax.sim.times import ReplicaTimes
 
 LONGEST_SEGMENT = 256
 """Steps after which the mean context is looked at again."""
-
-ROUNDING = 1e-6
-"""Counters of steps that differ by less are the same: with P > 1 they are sums of parts of a step."""
 
 Chunk = tuple[float, int, int, int, int]
 """Of a prompt: (when it comes out of the pipeline, request, positions computed before, computed then, wanted)."""
@@ -53,10 +49,9 @@ class ContinuousReplica:
     """
 
     __slots__ = (
-        "_adopted", "_allowance", "_at", "_base", "_book", "_decoding", "_entrance_free", "_event", "_finished",
-        "_gap_starts", "_gaps", "_holding", "_in_pipeline", "_joined_at", "_max_batch", "_most_pages", "_page_size",
-        "_pages", "_prefill_tokens", "_prefilled_last", "_prompts", "_queue", "_returning", "_round", "_round_at",
-        "_stages", "_starting", "_step", "_steps", "_steps_done", "_times", "_until", "_waiting", "load",
+        "_adopted", "_allowance", "_at", "_book", "_decoding", "_entrance_free", "_event", "_finished", "_holding",
+        "_in_pipeline", "_max_batch", "_most_pages", "_page_size", "_pages", "_prefill_tokens", "_prefilled_last",
+        "_prompts", "_queue", "_returning", "_stages", "_step", "_steps", "_times", "_until", "_waiting", "load",
     )  # fmt: skip
 
     def __init__(
@@ -76,31 +71,25 @@ class ContinuousReplica:
         self.load = 0
         self._event = 0  # number of the only event that is not out of date
         self._waiting: deque[int] = deque()
+        self._decoding = DecodingSequences(book)
         self._reset()
 
     def _reset(self) -> None:
         """Nothing runs."""
-        self._decoding: list[tuple[float, int, float]] = []  # heap of (counter at the end, request, decodes since)
+        self._decoding.clear()
         self._prompts: deque[tuple[int, int, int]] = deque()  # (request, positions computed, positions wanted)
         self._returning: deque[Chunk] = deque()  # in the pipeline
         self._adopted: list[int] = []  # decode from the next boundary on
-        self._starting: deque[tuple[float, int]] = deque()  # decode, but had no token here: (counter at it, request)
-        self._base = 0.0  # sum of prompt + output - end over those that decode: their contexts where the counter is 0
         self._most_pages = 0  # of those that run, if all generate all their tokens
         self._prefilled_last = False
         self._in_pipeline = 0  # prefill steps
         self._allowance = 0.0  # steps that others decode while a prefill step is in flight
         self._entrance_free = 0.0  # when the first stage can take the next one
         self._holding = False  # nobody decodes after ``_steps`` until ``_until``
-        self._until = inf  # when the segment ends that began at ``_at``, with the counter at ``_steps_done``
+        self._until = inf  # when the segment ends that began at ``_at``
         self._at = 0.0
         self._steps = 0.0  # of the segment
         self._step = 0.0  # seconds of each
-        self._steps_done = 0.0
-        self._round, self._round_at = 0.0, 0.0  # where the counter was, and when, at the last token of all
-        self._joined_at = 0.0  # when somebody had a first token later than that
-        self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
-        self._gaps: list[float] = []
 
     def add(self, request: int, computed: int = 0) -> None:
         """Queues a request, or takes it over at the next boundary if KV of its first positions is here and fits.
@@ -131,8 +120,9 @@ class ContinuousReplica:
         self._catch_up()
         self._advance(self._whole_steps())
         given_up = [Progress(request, 0) for request in self._waiting]
-        for end, request, since in self._decoding:
-            given_up.append(Progress(request, self._leave(end, request, since)))
+        for sequence in self._decoding.heap:
+            self._decoding.commit(sequence)
+            given_up.append(Progress(sequence.request, self._length(sequence.request) - 1))
         given_up += [Progress(request, start) for request, start, _ in self._prompts]
         given_up += [Progress(request, before) for _, request, before, _, _ in self._returning]
         given_up += [Progress(request, self._length(request) - 1) for request in self._adopted]
@@ -145,10 +135,10 @@ class ContinuousReplica:
     def remaining(self) -> list[tuple[int, int, int]]:
         """(Request, tokens to come, positions computed) of every sequence that runs, at this moment."""
         self._catch_up()
-        now = self._steps_done + self._whole_steps()
-        book, rows = self._book, list[tuple[int, int, int]]()
-        for end, request, _ in self._decoding:
-            left = ceil(end - now - ROUNDING)
+        steps, book = self._whole_steps(), self._book
+        rows = list[tuple[int, int, int]]()
+        for end, request, _ in self._decoding.heap:
+            left = self._decoding.left(end, steps)
             rows.append((request, left, book.prompt[request] + book.output[request] - left - 1))
         others = [(request, start) for request, start, _ in self._prompts]
         others += [(request, before) for _, request, before, _, _ in self._returning]
@@ -162,7 +152,7 @@ class ContinuousReplica:
             return 0.0
         if self._holding:
             return self._until - self._queue.now
-        return self._next_boundary()[0] - self._queue.now
+        return self._next_boundary(min(self._stages, len(self._decoding)))[0] - self._queue.now
 
     def pause(self, seconds: float) -> None:
         """Nothing advances for so long."""
@@ -181,20 +171,20 @@ class ContinuousReplica:
         """A segment ends: sequences end, come and go, and the next segment begins."""
         if event != self._event:
             return
-        at = self._until
-        self._advance(self._steps)
-        ended: list[int] = []
+        at, heap = self._until, self._decoding.heap
+        if self._steps:
+            self._advance(self._steps)
         back = self._pop_returned(at) if self._returning and self._returning[0][0] <= at else ()
-        if self._decoding and self._decoding[0][0] <= self._steps_done + ROUNDING:
-            self._end(at, ended)
+        ended = self._decoding.end(at) if heap and heap[0][0] <= self._decoding.steps + ROUNDING else []
         if back:
             self._take_back(back, ended)
+        for request in ended:
+            self._most_pages -= self._most(request)
         if self._waiting:
             self._admit()
         if self._adopted:
             for request in self._adopted:
-                self._decode(request, self._book.output[request] - self._book.generated[request], at)
-                self._starting.append((self._steps_done + 1, request))
+                self._decoding.resume(request, at)
             self._adopted.clear()
         self._begin(at)
         if ended:
@@ -202,26 +192,6 @@ class ContinuousReplica:
             if self._finished is not None:
                 for request in ended:
                     self._finished(request)
-
-    def _end(self, at: float, ended: list[int]) -> None:
-        """Sequences that have all their tokens leave."""
-        book, decoding, gaps = self._book, self._decoding, self._gaps
-        latest = self._steps_done + ROUNDING
-        while decoding and decoding[0][0] <= latest:
-            end, request, since = heappop(decoding)
-            prompt, output = book.prompt[request], book.output[request]
-            self._base -= prompt + output - end
-            self._most_pages -= -(-(prompt + output - 1) // self._page_size)
-            first = book.first_token[request]
-            if first > since:
-                since = first  # it began to decode without a token before
-            place = bisect_left(self._gap_starts, since)
-            gap = gaps[place] if place < len(gaps) else min(self._step, at - since)
-            if gap > book.largest_gap[request]:
-                book.largest_gap[request] = gap
-            book.finish[request] = book.last_token[request] = at
-            book.generated[request] = output
-            ended.append(request)
 
     def _pop_returned(self, at: float) -> list[Chunk]:
         """Chunks that are out of the pipeline by now."""
@@ -241,14 +211,13 @@ class ContinuousReplica:
             if computed < wanted:
                 self._compute(request, computed, wanted)
                 continue
-            self._first_token(request, token_at)
+            self._decoding.first_token(request, token_at)
             left = book.output[request] - book.generated[request] - 1
             if left:
-                self._decode(request, left, token_at)
+                self._decoding.add(request, left, token_at)
             else:
                 book.finish[request] = book.last_token[request] = token_at
                 book.generated[request] = book.output[request]
-                self._most_pages -= self._most(request)
                 ended.append(request)
 
     def _admit(self) -> None:
@@ -284,16 +253,14 @@ class ContinuousReplica:
             else:
                 self._reset()
             return
-        count, done = len(decoding), self._steps_done
-        steps = decoding[0][0] - done
+        steps = decoding.heap[0][0] - decoding.steps
         if self._prompts:
             steps = 1.0
         elif steps > LONGEST_SEGMENT:
             steps = LONGEST_SEGMENT
         if self._most_pages > self._pages:
             steps = self._steps_with_room(steps)
-        context = (self._base + count * (done + steps / 2)) / count
-        self._step = step = self._times.step(count, int(context))
+        self._step = step = self._times.step(len(decoding), decoding.context(steps / 2))
         until = at + steps * step
         self._prefilled_last = self._holding = False
         self._at, self._steps, self._until = at, steps, until
@@ -307,7 +274,7 @@ class ContinuousReplica:
         that are ahead of a prefill step still come out: all but the one whose place it takes, or one between two of
         them. The others are stuck behind it, stage by stage, until it is out.
         """
-        decoding, done = self._decoding, self._steps_done
+        decoding = self._decoding
         others = min(self._stages, len(decoding))
         most = max(-(-self._stages // 2), self._stages - others) if others else self._stages
         if self._prompts and self._in_pipeline < most and at >= self._entrance_free:
@@ -319,11 +286,11 @@ class ContinuousReplica:
             until = min(until, self._entrance_free)
         steps = 0.0
         if decoding and self._allowance > ROUNDING:
-            self._step = step = self._times.step(len(decoding), int(self._base / len(decoding) + done))
+            self._step = step = self._times.step(len(decoding), decoding.context(0.0))
             steps = min(self._allowance, (until - at) / step)
-            if decoding[0][0] - done <= steps:
-                steps = decoding[0][0] - done
-                until = at + steps * step
+            left = decoding.heap[0][0] - decoding.steps
+            if left <= steps:
+                steps, until = left, at + left * step
             self._allowance -= steps
         self._hold(at, until, steps)
 
@@ -388,33 +355,6 @@ class ContinuousReplica:
         else:
             self._adopted.append(request)
 
-    def _decode(self, request: int, left: int, since: float) -> None:
-        """A sequence decodes from now on, with ``left`` tokens to come."""
-        end, self._joined_at = self._steps_done + left, since
-        heappush(self._decoding, (end, request, since))
-        self._base += self._book.prompt[request] + self._book.output[request] - end
-
-    def _first_token(self, request: int, token_at: float) -> None:
-        """The first token that a request gets here."""
-        book = self._book
-        if book.first_token[request] != book.first_token[request]:  # nan
-            book.first_token[request] = token_at
-        else:
-            book.wait(request, token_at)
-
-    def _leave(self, end: float, request: int, since: float) -> int:
-        """Commits what a sequence that decodes has by now; returns how many positions of it are computed."""
-        book = self._book
-        left = ceil(end - self._steps_done - ROUNDING)
-        generated = book.output[request] - left
-        if generated > book.generated[request]:
-            book.generated[request] = generated
-            book.last_token[request] = max(since, self._round_at + (end - left - self._round) * self._step)
-            place = bisect_left(self._gap_starts, max(since, book.first_token[request]))
-            if place < len(self._gaps):
-                book.largest_gap[request] = max(book.largest_gap[request], self._gaps[place])
-        return book.prompt[request] + generated - 1
-
     def _wake(self) -> None:
         """Somebody came: the segment ends at the next boundary."""
         now = self._queue.now
@@ -428,7 +368,7 @@ class ContinuousReplica:
                 self._allowance += self._steps - steps
                 self._hold(self._at, until, steps)
             return
-        until, steps = self._next_boundary()
+        until, steps = self._next_boundary(self._stages)
         if until < self._until:
             self._until, self._steps = until, steps
             self._event += 1
@@ -445,69 +385,41 @@ class ContinuousReplica:
         while self._until <= self._queue.now + ROUNDING * self._step:
             self._boundary(self._event)
 
-    def _next_boundary(self) -> tuple[float, float]:
-        """While sequences decode: when their next step, or micro-batch, ends, and the segment's steps until then."""
-        parts, count = self._stages, len(self._decoding)
+    def _next_boundary(self, micro_batches: int) -> tuple[float, float]:
+        """While sequences decode: when the next step of a micro-batch ends, and the segment's steps until then."""
         steps = (self._queue.now - self._at) / self._step
-        if count >= parts:  # else there is room for another step right now
-            steps = min(self._steps, ceil(steps * parts - ROUNDING) / parts)
+        if len(self._decoding) >= micro_batches:  # else there is room for another step right now
+            steps = min(self._steps, ceil(steps * micro_batches - ROUNDING) / micro_batches)
         return self._at + steps * self._step, steps
 
     def _whole_steps(self) -> float:
-        """Steps of the segment that have ended by now."""
+        """Steps of the segment that have ended by now; with several stages, a part of the micro-batches' next ones."""
         if not self._steps or self._until == inf:
             return 0.0
-        parts = min(self._stages, len(self._decoding))
-        return min(self._steps, floor((self._queue.now - self._at) / self._step * parts + ROUNDING) / parts)
+        steps = (self._queue.now - self._at) / self._step
+        return min(self._steps, floor(steps + ROUNDING) if self._stages == 1 else steps)
 
     def _advance(self, steps: float) -> None:
         """So many steps of the segment are over."""
-        if not steps:
-            return
-        at, step, done = self._at, self._step, self._steps_done
-        while self._starting and self._starting[0][0] <= done + steps + ROUNDING:
-            first, request = self._starting.popleft()
-            self._first_token(request, min(at + (first - done) * step, self._until))
-        self._steps_done = done + steps
-        self._at = at + steps * step
-        self._steps -= steps
-        rest = self._round + 1 - done  # of the round that is under way
-        if steps < rest - ROUNDING:
-            return
-        token_at = at + rest * step
-        self._wait(self._round_at, token_at - self._round_at)
-        if self._joined_at > self._round_at:
-            self._wait(self._joined_at, token_at - self._joined_at)
-        rounds = rest + floor(steps - rest + ROUNDING)
-        self._round, self._round_at = done + rounds, at + rounds * step
-
-    def _wait(self, since: float, gap: float) -> None:
-        """All that decode waited for a token since then. Keeps a stack of falling gaps: the largest since any time."""
-        starts, gaps = self._gap_starts, self._gaps
-        while gaps and gaps[-1] <= gap:
-            gaps.pop()
-            starts.pop()
-        gaps.append(gap)
-        starts.append(since)
+        if steps:
+            self._decoding.advance(self._at, steps, self._step)
+            self._at += steps * self._step
+            self._steps -= steps
 
     # When there are fewer pages than all that run may come to need
 
     def _used(self, ahead: float = 0.0) -> int:
         """Pages taken now, or those that are needed once everybody has decoded so many steps more."""
-        book, size = self._book, self._page_size
-        done = self._steps_done + (ahead or self._whole_steps())
+        size = self._page_size
         taken = sum(-(-self._length(request) // size) for request in self._adopted)
-        taken += sum(-(-wanted // size) for _, _, wanted in self._prompts)
+        taken += sum(-(-wanted // size) for *_, wanted in self._prompts)
         taken += sum(-(-wanted // size) for *_, wanted in self._returning)
-        for end, request, _ in self._decoding:
-            computed = ceil(book.prompt[request] + book.output[request] - end + done - ROUNDING) - 1
-            taken += -(-computed // size)
-        return taken
+        return taken + self._decoding.pages(size, ahead or self._whole_steps())
 
     def _make_room(self) -> None:
         """Preempts the youngest until all others have the pages for their next step."""
         while self._decoding and self._used(1.0) > self._pages:
-            youngest = max(request for _, request, _ in self._decoding)
+            youngest = max(request for _, request, _ in self._decoding.heap)
             prompt = max(self._prompts, default=(-1, 0, 0))
             if prompt[0] > youngest:
                 self._prompts.remove(prompt)
@@ -515,12 +427,7 @@ class ContinuousReplica:
                 if not self._book.generated[youngest]:
                     self._book.recomputed[youngest] += prompt[1]
             else:
-                entry = next(entry for entry in self._decoding if entry[1] == youngest)
-                self._decoding.remove(entry)
-                heapify(self._decoding)
-                self._base -= self._book.prompt[youngest] + self._book.output[youngest] - entry[0]
-                self._leave(*entry)
-                self._starting = deque(starting for starting in self._starting if starting[1] != youngest)
+                self._decoding.remove(youngest)
             self._most_pages -= self._most(youngest)
             insort(self._waiting, youngest)
 
