@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from etils import epath
 from numpy.typing import NDArray
 
 from spotjax.errors import CheckpointError
@@ -142,8 +143,8 @@ class OrbaxCheckpoint:
 INCOMPLETE = "it is no checkpoint, or its conversion or saving was interrupted; do that again"
 
 
-def is_checkpoint(directory: Path) -> bool:
-    """Whether a directory is, or was to become, a checkpoint of this format."""
+def is_checkpoint(directory: Path | epath.Path) -> bool:
+    """Whether a directory, which may be in a bucket, is or was to become a checkpoint of this format."""
     return (directory / MANIFEST).is_file() or (directory / PARAMETERS).is_dir()
 
 

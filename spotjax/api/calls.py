@@ -43,4 +43,5 @@ def seconds_until(deadline: float | None) -> float | None:
 
 def until_deadline(wait: float, deadline: float | None) -> float:
     """Seconds of a wait that ends at the deadline."""
-    return wait if deadline is None else min(wait, max(0.0, deadline - time.monotonic()))
+    left = seconds_until(deadline)
+    return wait if left is None else min(wait, left)

@@ -1,7 +1,7 @@
 """``python -m spotjax.checkpoint.save_generation LOG CHECKPOINT``: saves what a commit log has as an Orbax checkpoint.
 
 A process of its own, because Orbax needs jax and the controller is to have none. The log may be in use: it is read as
-it is at one moment. Prints, as JSON, how many requests were saved.
+it is at one moment. Prints ``Done`` as JSON.
 """
 
 from __future__ import annotations

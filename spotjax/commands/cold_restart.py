@@ -88,7 +88,10 @@ def place_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> P
     Raises:
       ConfigError: they do not go together.
     """
+    from etils import epath
+
     from spotjax.engine.log_directory import default_directory
+    from spotjax.models.orbax_checkpoint import is_checkpoint
     from spotjax.models.orbax_manifest import is_url
 
     if arguments.with_parameters and arguments.export is None:
@@ -110,19 +113,10 @@ def place_of(arguments: argparse.Namespace, environment: Mapping[str, str]) -> P
         checkpoint = str(Path(checkpoint).expanduser().absolute())
     if mode(config) == "controller":
         config = msgspec.structs.replace(config, checkpoint=checkpoint)
-    if checkpoint and not named and has_parameters(checkpoint):
+    if checkpoint and not named and is_checkpoint(epath.Path(checkpoint)):
         config, named = msgspec.structs.replace(config, model=checkpoint), True
     log = Path(config.commit_log).expanduser() if config.commit_log else default_directory(config.address)
     return Place(config, named, log, checkpoint)
-
-
-def has_parameters(checkpoint: str) -> bool:
-    """Whether a checkpoint is one of parameters, complete or not."""
-    from etils import epath
-
-    from spotjax.models.orbax_manifest import MANIFEST, PARAMETERS
-
-    return any((epath.Path(checkpoint) / name).exists() for name in (MANIFEST, PARAMETERS))
 
 
 def show(arguments: argparse.Namespace, place: Place) -> int:

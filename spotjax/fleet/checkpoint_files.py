@@ -14,19 +14,14 @@ from typing import Protocol
 
 import msgspec
 
+from spotjax.checkpoint import save_generation
 from spotjax.checkpoint.saves import GENERATION
 from spotjax.errors import CheckpointError
 from spotjax.models.config import LlamaConfig
 
-PROGRAM = "spotjax.checkpoint.save_generation"
+PROGRAM = save_generation.__name__
 PROGRAM_SECONDS = 120.0
 """After which a child that writes generation state is given up: its disk hangs."""
-
-
-class _Done(msgspec.Struct):
-    """What that program prints."""
-
-    requests: int
 
 
 class TokenizerFiles(Protocol):
@@ -103,4 +98,4 @@ class CheckpointFiles:
         if child.returncode:
             said = errors.decode(errors="replace").strip().splitlines()
             raise CheckpointError(said[-1] if said else f"generation state: the program ended with {child.returncode}")
-        return msgspec.json.decode(output, type=_Done).requests
+        return msgspec.json.decode(output, type=save_generation.Done).requests
