@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 
 from spotjax.fleet.change import KvChange
@@ -81,9 +82,14 @@ class Boundary:
             for request, remaining, computed in self._replicas.members[number].replica.remaining()
         ]
         departures = [Departure(name, self.deadlines.get(name, now)) for name in sorted(leaving)]
-        arranged = arrange(now, departures, (), sequences, pace)
-        assert arranged is not None, "there are departures"
+        # What there is no time for is decided by the step under way; the stop also has time for a prompt before it.
+        longest = max(pace.in_flight_seconds, times.prefill(min(self._demand.prompt, self._demand.step_tokens))[0])
+        wanted = arrange(now, departures, (), sequences, replace(pace, in_flight_seconds=longest))
+        needed = arrange(now, departures, (), sequences, pace)
+        assert wanted is not None and needed is not None, "there are departures"
         bytes_of = {sequence.key: sequence.bytes for sequence in sequences}
-        too_late = frozenset(int(key) for key in arranged.recomputed if bytes_of.get(key))
-        steps = arranged.steps if self._late and arranged.saved is not Saved.SOME_KV else 0
+        too_late = frozenset(int(key) for key in needed.recomputed if bytes_of.get(key))
+        steps = wanted.steps
+        if not self._late or (wanted.saved is not Saved.KV and needed.saved is not Saved.TOKENS):
+            steps = 0
         return steps, step_seconds, too_late

@@ -187,21 +187,31 @@ class Reconfigurer:
         self._after(kv_seconds(kv, shares, self._links()), change, copied)
 
     def _arrange(self, change: Underway) -> None:
-        """Stops, or waits for the last boundary that fits."""
-        stopping = self._stopping(change)
-        steps = 0
-        if stopping and change.leaving:
-            kv = self._plan_kv(change)
-            left = self._left_to_move(change, kv)
-            seconds = kv_seconds(kv, left, self._links())
-            steps, step_seconds, change.too_late = self._boundary.arrange(stopping, change.leaving, kv, left, seconds)
+        """Stops, or waits for the last boundary that fits; looks again half-way, and copies what came since."""
+        steps, step_seconds = self._steps_left(change)
         if steps:
             change.waited = True
             self._after(max(1.0, steps / 2) * step_seconds, change, self._arrange)
         elif change.waited and self._without != "precopy":
-            self._copy_pages(change, lambda change: self._at_boundary(change, self._stop))
+            self._copy_pages(change, self._arrange_stop)
         else:
             self._at_boundary(change, self._stop)
+
+    def _arrange_stop(self, change: Underway) -> None:
+        self._steps_left(change)
+        self._at_boundary(change, self._stop)
+
+    def _steps_left(self, change: Underway) -> tuple[int, float]:
+        """Until the stop, and seconds of one; finds out for whose KV there is no time."""
+        stopping = self._stopping(change)
+        if not stopping or not change.leaving:
+            return 0, 0.0
+        change.too_late = frozenset()
+        kv = self._plan_kv(change)
+        left = self._left_to_move(change, kv)
+        seconds = kv_seconds(kv, left, self._links())
+        steps, step_seconds, change.too_late = self._boundary.arrange(stopping, change.leaving, kv, left, seconds)
+        return steps, step_seconds
 
     def _at_boundary(self, change: Underway, then: Callable[[Underway], None]) -> None:
         self._after(self._replicas.boundary_seconds(self._stopping(change)), change, then)
