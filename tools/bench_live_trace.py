@@ -36,6 +36,7 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.models.catalog import open_model
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cost import memory_need
+from spotjax.planner.demand import Demand
 from spotjax.sizing import planning_for, resolve_limits
 from spotjax.tools.bench_failover import machine
 from spotjax.tools.cpu_limits import cpu_limits
@@ -50,7 +51,7 @@ from spotjax.tools.live_trace import (
     parse_trace,
     questions,
 )
-from spotjax.tools.race_results import Summary, advantage, document, summary, table
+from spotjax.tools.race_results import DTYPE_BYTES, Summary, advantage, document, summary, table
 from spotjax.tools.random_model import random_config, write_random_model
 
 GOAL = 2.4
@@ -62,8 +63,8 @@ console = Console(width=None if sys.stdout.isatty() else 200)
 async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Happening]) -> dict[str, Any]:
     """The whole race, as JSON."""
     a = arguments
-    vocab = open_model(str(setup.model)).checkpoint.spec.config.vocab
-    asked = questions(a.questions, (a.prompt[0], a.prompt[1]), (a.output[0], a.output[1]), vocab, a.seed)
+    model = open_model(str(setup.model)).checkpoint.spec.config
+    asked = questions(a.questions, (a.prompt[0], a.prompt[1]), (a.output[0], a.output[1]), model.vocab, a.seed)
     workloads = [
         Workload.drawn(kind, arrival_times(kind, a.rate, a.seconds, a.cv, a.seed), asked, a.seed) for kind in a.arrivals
     ]
@@ -95,7 +96,18 @@ async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Hap
                 f"{workload.arrivals}: P99 is {times:.2f} times lower than the best baseline's; {GOAL} {verdict}"
             )
     console.print(facts)
-    return document(facts, shape, trace, setup.grace, workloads, runs, summaries, measured, measured_profile)
+    demand = planned_demand(setup.model, setup.max_batch, setup.max_positions)
+    return document(
+        facts, model, setup.memory, demand, shape, trace, setup.grace, workloads, runs, summaries, measured,
+        measured_profile,
+    )  # fmt: skip
+
+
+def planned_demand(model: Path, max_batch: int, positions: int) -> Demand:
+    """What the server plans with."""
+    spec = ModelSpec(open_model(str(model)).checkpoint.spec.config, dtype_bytes=DTYPE_BYTES)
+    config = ServeConfig(max_batch=max_batch, max_model_len=positions, prefill_tokens=PREFILL_TOKENS)
+    return planning_for(config, spec, resolve_limits(config, spec)[0]).demand
 
 
 def instance_memory(model: Path, max_batch: int, positions: int, stages: int) -> int:
@@ -104,9 +116,8 @@ def instance_memory(model: Path, max_batch: int, positions: int, stages: int) ->
     Raises:
       ConfigError: fewer would.
     """
-    spec = ModelSpec(open_model(str(model)).checkpoint.spec.config, dtype_bytes=4)
-    config = ServeConfig(max_batch=max_batch, max_model_len=positions, prefill_tokens=PREFILL_TOKENS)
-    demand = planning_for(config, spec, resolve_limits(config, spec)[0]).demand
+    spec = ModelSpec(open_model(str(model)).checkpoint.spec.config, dtype_bytes=DTYPE_BYTES)
+    demand = planned_demand(model, max_batch, positions)
     enough, fewer = (
         memory_need(spec, MeshShape(1, p, 1), split_layers(spec.config.layers, p), demand).total
         for p in (stages, max(1, stages - 1))

@@ -103,10 +103,16 @@ def instance_seconds(trace: Sequence[Happening], grace: float, until: float) -> 
 
 
 def spot_trace(trace: Sequence[Happening], grace: float, duration: float) -> SpotTrace:
-    """The same for the simulator, which is told when instances go; which of them had notice is in the trace."""
-    changes = [SpotEvent(one.seconds, added=(one.name,)) for one in trace if one.what == "join"]
-    changes += [SpotEvent(seconds, removed=(name,)) for name, seconds in ends(trace, grace).items()]
-    return SpotTrace("live", tuple(sorted(e for e in changes if e.seconds <= duration)), duration)
+    """The same for the simulator: those that are killed have no notice."""
+    taken = ends(trace, grace)
+    changes = [
+        SpotEvent(one.seconds, added=(one.name,))
+        if one.what == "join"
+        else SpotEvent(taken[one.name], removed=(one.name,), notice=grace if one.what == "leave" else 0.0)
+        for one in trace
+    ]
+    happened = sorted((event for event in changes if event.seconds <= duration), key=lambda event: event.seconds)
+    return SpotTrace("live", tuple(happened), duration)
 
 
 def arrival_times(kind: Arrivals, rate: float, duration: float, cv: float, seed: int) -> NDArray[np.float64]:

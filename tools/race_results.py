@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,22 @@ from typing import Any
 from rich.table import Table
 
 from spotjax.errors import ConfigError
+from spotjax.meshes.instance import InstanceType
+from spotjax.meshes.instance_types import VIRTUAL_CPU
+from spotjax.meshes.shape import MeshShape
+from spotjax.models.config import LlamaConfig
+from spotjax.models.spec import ModelSpec
+from spotjax.planner.demand import Demand
 from spotjax.planner.profile import MeasuredProfile
+from spotjax.sim.assumptions import Assumptions
 from spotjax.sim.workload import RequestTrace, SpotTrace
+from spotjax.sim.world import Scenario
 from spotjax.tools.live_race import Answer, Run, wrong_tokens
 from spotjax.tools.live_trace import Happening, Workload, instance_seconds, spot_trace
 
 FORMAT = 1
 """Version of the JSON."""
+DTYPE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -133,32 +142,53 @@ def table(summaries: Sequence[Summary]) -> Table:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a race was run on, as a simulator takes it.
+    """What a race was run on, as a simulator takes it; ``scenario`` puts it together.
 
     Attributes:
+      spec: the model.
+      kind: what the planner is told of an instance.
+      demand: typical requests, and what a replica can do at once, as the server plans with them.
       requests: by kind of arrivals.
-      spot: what happened to the instances; ``announced`` names those that had notice.
+      spot: what happened to the instances.
       profile: latencies of a stage on an instance; None if none was measured.
-      announced: instances that were given notice of ``grace`` seconds.
-      grace: seconds.
       start_seconds: median time from the start of a process until it joined; None if none did.
-      load_bandwidth: bytes of parameters per second read from the model's files, all instances together, median of
-        the changes that read some; None if none did.
+      load_bandwidth: bytes of parameters per second that an instance reads from the model's files, median of the
+        changes that read some; None if none did.
       shape: the first mesh, such as 2x2x1.
     """
 
+    spec: ModelSpec
+    kind: InstanceType
+    demand: Demand
     requests: Mapping[str, RequestTrace]
     spot: SpotTrace
     profile: MeasuredProfile | None
-    announced: tuple[str, ...]
-    grace: float
     start_seconds: float | None
     load_bandwidth: float | None
     shape: str
 
 
+def scenario(inputs: Inputs, arrivals: str) -> Scenario:
+    """The race with one kind of arrivals, to be simulated.
+
+    Raises:
+      ConfigError: no profile was measured, or no such arrivals ran.
+    """
+    if inputs.profile is None or arrivals not in inputs.requests:
+        raise ConfigError(f"a race with {arrivals} arrivals and a profile is needed to simulate it")
+    measured = {"start_seconds": inputs.start_seconds, "checkpoint_bandwidth": inputs.load_bandwidth}
+    known = {name: value for name, value in measured.items() if value is not None}
+    assumptions = replace(Assumptions(), announced_seconds=0.0, engine_start_seconds=0.0, switch_seconds=0.0, **known)
+    name = f"live race, {arrivals}"
+    requests = inputs.requests[arrivals]
+    return Scenario(name, inputs.spec, inputs.profile, inputs.kind, inputs.spot, requests, assumptions)
+
+
 def document(
     facts: Mapping[str, Any],
+    config: LlamaConfig,
+    memory: int,
+    demand: Demand,
     shape: str,
     trace: Sequence[Happening],
     grace: float,
@@ -172,6 +202,7 @@ def document(
 
     Args:
       facts: machine, versions, settings.
+      config, memory, demand: the model, bytes of an instance, and what the server plans with.
       shape: of the first mesh.
       trace, grace: what happened to instances.
       workloads: of all kinds of arrivals.
@@ -180,8 +211,8 @@ def document(
       profile: seconds of a stage.
     """
     starts = [seconds for run in runs for seconds in run.starts.values()]
-    loads = [
-        float(e.fields["bytes_loaded"]) / float(e.fields["seconds"])
+    loads = [  # of all instances of the mesh at once
+        float(e.fields["bytes_loaded"]) / float(e.fields["seconds"]) / MeshShape.parse(shape).devices
         for run in runs
         for e in run.events
         if e.kind == "precopy" and e.time > 0 and e.fields.get("bytes_loaded")
@@ -189,6 +220,9 @@ def document(
     return {
         "format": FORMAT,
         "facts": dict(facts),
+        "model": asdict(config),
+        "memory": memory,
+        "demand": asdict(demand),
         "shape": shape,
         "grace": grace,
         "duration": max((run.seconds for run in runs), default=0.0),
@@ -231,10 +265,15 @@ def read_race(path: Path) -> Inputs:
         }
         profile, measured = content["profile"], content["measured"]
         return Inputs(
-            requests, spot_trace(trace, content["grace"], content["duration"]),
-            MeasuredProfile.from_json(json.dumps(profile)) if profile is not None else None,
-            tuple(one.name for one in trace if one.what == "leave"), content["grace"], measured["start_seconds"],
-            measured["load_bandwidth"], content["shape"],
-        )  # fmt: skip
+            spec=ModelSpec(LlamaConfig(**content["model"]), dtype_bytes=DTYPE_BYTES),
+            kind=replace(VIRTUAL_CPU, memory_bytes=content["memory"]),
+            demand=Demand(**content["demand"]),
+            requests=requests,
+            spot=spot_trace(trace, content["grace"], content["duration"]),
+            profile=MeasuredProfile.from_json(json.dumps(profile)) if profile is not None else None,
+            start_seconds=measured["start_seconds"],
+            load_bandwidth=measured["load_bandwidth"],
+            shape=content["shape"],
+        )
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise ConfigError(f"{path} is not the JSON of a race: {problem!r}") from problem

@@ -107,12 +107,14 @@ class SpotEvent(NamedTuple):
       added: names of those that come: granted by the market, ready after the simulation's start-up time.
       removed: names of those that go; the notice comes the simulation's notice time before.
       on_demand: those that come are rented at the on-demand price.
+      notice: seconds of notice that those that go have; None for the simulation's notice time.
     """
 
     seconds: float
     added: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     on_demand: bool = False
+    notice: float | None = None
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ class World:
                 wait = assumed.on_demand_start_seconds if event.on_demand else assumed.start_seconds
                 self._schedule(system, event.added, event.on_demand, event.seconds, event.seconds + wait)
             if event.removed:
-                self._schedule_removal(system, event.removed, event.seconds)
+                self._schedule_removal(system, event.removed, event.seconds, event.notice)
         self.queue.run(spot.duration, self.book.arrival, system.arrived)
         for name in list(self._since):
             self._pay(name)
@@ -191,7 +191,9 @@ class World:
         self.at(told_at, system.coming, names, ready_at)
         self.at(ready_at, ready)
 
-    def _schedule_removal(self, system: System, names: tuple[str, ...], seconds: float) -> None:
+    def _schedule_removal(
+        self, system: System, names: tuple[str, ...], seconds: float, notice_seconds: float | None
+    ) -> None:
         """Gives notice of instances, and takes them."""
 
         def notice() -> None:
@@ -208,8 +210,10 @@ class World:
             if there:
                 system.lost(there)
 
-        if self.scenario.assumptions.notice_seconds > 0:
-            self.at(max(self.now, seconds - self.scenario.assumptions.notice_seconds), notice)
+        if notice_seconds is None:
+            notice_seconds = self.scenario.assumptions.notice_seconds
+        if notice_seconds > 0:
+            self.at(max(self.now, seconds - notice_seconds), notice)
         self.at(seconds, take)
 
     def _grant(self, names: Sequence[str], on_demand: bool, state: InstanceState) -> None:

@@ -16,6 +16,7 @@ from spotjax.errors import ConfigError
 from spotjax.fleet.status import FleetEvent
 from spotjax.models.catalog import open_model
 from spotjax.models.spec import ModelSpec
+from spotjax.planner.demand import Demand
 from spotjax.planner.latency import Stage, Work
 from spotjax.planner.profile import MeasuredProfile, Sample
 from spotjax.tools.bench_live_trace import instance_memory
@@ -33,7 +34,7 @@ from spotjax.tools.live_trace import (
     questions,
     spot_trace,
 )
-from spotjax.tools.race_results import advantage, document, longest_gap, percentile, read_race, summary, table
+from spotjax.tools.race_results import advantage, document, longest_gap, percentile, read_race, scenario, summary, table
 from spotjax.tools.random_model import random_config, write_random_model
 
 TRACE = parse_trace("0 join a\n0 join b  # a comment\n\n5 kill a\n6 join c\n8 leave b\n")
@@ -65,6 +66,10 @@ def test_a_trace_says_who_is_there_when() -> None:
     assert ends(TRACE, GRACE) == {"a": 5.0, "b": 10.0}
     assert instance_seconds(TRACE, GRACE, until=9.0) == 5 + 9 + 3
     assert spot_trace(TRACE, GRACE, 20.0).counts() == [(0, 2), (5, 1), (6, 2), (10, 1)]
+    assert {e.removed: e.notice for e in spot_trace(TRACE, GRACE, 20.0).events if e.removed} == {
+        ("a",): 0,
+        ("b",): GRACE,
+    }
     assert spot_trace(TRACE, GRACE, 9.0).counts() == [(0, 2), (5, 1), (6, 2)]
 
 
@@ -189,14 +194,29 @@ def test_what_was_written_is_read_again_as_the_simulators_inputs(tmp_path: Path,
     workload = Workload.drawn("poisson", [0.5, 1.5], questions(3, (3, 9), (2, 5), 100, 0), 0)
     runs = [run_of()]
     summaries = [summary(run, EXPECTED, TRACE, GRACE, 1.0) for run in runs]
-    written = document({"seed": 0}, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile)
+    config, demand = random_config(128, 5), Demand(batch=4, kv_pages=32)
+    written = document(
+        {"seed": 0}, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile
+    )
+        {"seed": 0}, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile
+    )
     (tmp_path / "race.json").write_text(json.dumps(written))
     inputs = read_race(tmp_path / "race.json")
     assert inputs.requests["poisson"].prompt.tolist() == workload.request_trace().prompt.tolist()
     assert inputs.spot == spot_trace(TRACE, GRACE, 10.0)
     assert inputs.profile == profile
-    assert (inputs.announced, inputs.grace, inputs.shape) == (("b",), GRACE, "2x3x1")
-    assert (inputs.start_seconds, inputs.load_bandwidth) == (1.5, 200.0)
+    assert (inputs.start_seconds, inputs.load_bandwidth, inputs.shape) == (1.5, 200.0 / 6, "2x3x1")
+    assert (inputs.spec.config, inputs.spec.dtype_bytes, inputs.kind.memory_bytes) == (config, 4, 10**8)
+    assert inputs.demand == demand
+    if not profiled:
+        with pytest.raises(ConfigError, match="a profile is needed"):
+            scenario(inputs, "poisson")
+        return
+    one = scenario(inputs, "poisson")
+    assert (one.requests.name, one.spot, one.latency) == ("poisson", inputs.spot, profile)
+    assert (one.assumptions.start_seconds, one.assumptions.checkpoint_bandwidth) == (1.5, 200.0 / 6)
+    with pytest.raises(ConfigError, match="bursty"):
+        scenario(inputs, "bursty")
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": 99}', '{"format": 1}', "[1]"])
