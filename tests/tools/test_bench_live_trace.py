@@ -198,8 +198,6 @@ def test_what_was_written_is_read_again_as_the_simulators_inputs(tmp_path: Path,
     written = document(
         {"seed": 0}, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile
     )
-        {"seed": 0}, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile
-    )
     (tmp_path / "race.json").write_text(json.dumps(written))
     inputs = read_race(tmp_path / "race.json")
     assert inputs.requests["poisson"].prompt.tolist() == workload.request_trace().prompt.tolist()
