@@ -6,9 +6,9 @@ scheduler, step by step.
 
 What is approximated:
   - A step takes what sequences of the mean context take, in the middle of what is fast-forwarded.
-  - Prompts that share a step take the time of one prompt of all their tokens.
-  - With P > 1 stages, a prompt holds up all others for as long as it keeps the slowest stage, and sequences may be in
-    different parts of the round of the P micro-batches, which is not tracked exactly for waits between tokens.
+  - Prompts that share a step take the time of one prompt of all their tokens, whatever shapes steps are padded to.
+  - With P > 1 stages, micro-batches are not told apart: sequences are anywhere in the round of the micro-batches, and
+    those behind a prompt in the pipeline wait until it is out (see ``_pipeline``). Waits between tokens are estimates.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ from math import ceil, floor, inf
 from spotjax.sim.events import EventQueue
 from spotjax.sim.replica import Progress
 from spotjax.sim.replica_decoding import ROUNDING, DecodingSequences
+from spotjax.sim.replica_prompts import Chunk, Prompts
 from spotjax.sim.requests import RequestBook
 from spotjax.sim.times import ReplicaTimes
 
 LONGEST_SEGMENT = 256
 """Steps after which the mean context is looked at again."""
-
-Chunk = tuple[float, int, int, int, int]
-"""Of a prompt: (when it comes out of the pipeline, request, positions computed before, computed then, wanted)."""
 
 
 class ContinuousReplica:
@@ -49,9 +47,9 @@ class ContinuousReplica:
     """
 
     __slots__ = (
-        "_adopted", "_allowance", "_at", "_book", "_decoding", "_entrance_free", "_event", "_finished", "_holding",
-        "_in_pipeline", "_max_batch", "_most_pages", "_page_size", "_pages", "_prefill_tokens", "_prefilled_last",
-        "_prompts", "_queue", "_returning", "_stages", "_step", "_steps", "_times", "_until", "_waiting", "load",
+        "_adopted", "_allowance", "_at", "_book", "_decoding", "_event", "_finished", "_holding", "_max_batch",
+        "_most_pages", "_page_size", "_pages", "_prefilled_last", "_prompts", "_queue", "_stages", "_step", "_steps",
+        "_times", "_until", "_waiting", "load",
     )  # fmt: skip
 
     def __init__(
@@ -66,25 +64,22 @@ class ContinuousReplica:
         prefill_tokens: int = 512,
     ) -> None:
         self._times, self._max_batch, self._pages, self._page_size = times, max_batch, pages - 1, page_size
-        self._book, self._queue, self._finished, self._prefill_tokens = book, queue, finished, prefill_tokens
+        self._book, self._queue, self._finished = book, queue, finished
         self._stages = times.shape.stage
         self.load = 0
         self._event = 0  # number of the only event that is not out of date
         self._waiting: deque[int] = deque()
-        self._decoding = DecodingSequences(book)
+        self._prompts, self._decoding = Prompts(times, prefill_tokens, book), DecodingSequences(book)
         self._reset()
 
     def _reset(self) -> None:
         """Nothing runs."""
+        self._prompts.clear()
         self._decoding.clear()
-        self._prompts: deque[tuple[int, int, int]] = deque()  # (request, positions computed, positions wanted)
-        self._returning: deque[Chunk] = deque()  # in the pipeline
         self._adopted: list[int] = []  # decode from the next boundary on
         self._most_pages = 0  # of those that run, if all generate all their tokens
         self._prefilled_last = False
-        self._in_pipeline = 0  # prefill steps
         self._allowance = 0.0  # steps that others decode while a prefill step is in flight
-        self._entrance_free = 0.0  # when the first stage can take the next one
         self._holding = False  # nobody decodes after ``_steps`` until ``_until``
         self._until = inf  # when the segment ends that began at ``_at``
         self._at = 0.0
@@ -123,8 +118,7 @@ class ContinuousReplica:
         for sequence in self._decoding.heap:
             self._decoding.commit(sequence)
             given_up.append(Progress(sequence.request, self._length(sequence.request) - 1))
-        given_up += [Progress(request, start) for request, start, _ in self._prompts]
-        given_up += [Progress(request, before) for _, request, before, _, _ in self._returning]
+        given_up += [Progress(request, computed) for request, computed in self._prompts.computed()]
         given_up += [Progress(request, self._length(request) - 1) for request in self._adopted]
         self._event += 1
         self._waiting.clear()
@@ -140,10 +134,9 @@ class ContinuousReplica:
         for end, request, _ in self._decoding.heap:
             left = self._decoding.left(end, steps)
             rows.append((request, left, book.prompt[request] + book.output[request] - left - 1))
-        others = [(request, start) for request, start, _ in self._prompts]
-        others += [(request, before) for _, request, before, _, _ in self._returning]
+        others = self._prompts.computed()
         others += [(request, self._length(request) - 1) for request in self._adopted]
-        return rows + [(request, book.output[request] - book.generated[request], start) for request, start in others]
+        return rows + [(request, book.output[request] - book.generated[request], there) for request, there in others]
 
     def boundary_seconds(self) -> float:
         """Until a step or a chunk of a prompt ends, 0 when nothing runs."""
@@ -161,8 +154,8 @@ class ContinuousReplica:
         self._advance(self._whole_steps())
         if self._until < inf:
             until = self._until if self._holding else self._at  # what is done of the step under way counts
-        self._returning = deque((chunk[0] + seconds, *chunk[1:]) for chunk in self._returning)
-        self._entrance_free = until = max(now, until + seconds)
+        until = max(now, until + seconds)
+        self._prompts.delay(seconds, until)
         self._hold(now, until)
 
     # What happens at boundaries
@@ -174,7 +167,7 @@ class ContinuousReplica:
         at, heap = self._until, self._decoding.heap
         if self._steps:
             self._advance(self._steps)
-        back = self._pop_returned(at) if self._returning and self._returning[0][0] <= at else ()
+        back = self._prompts.take_back(at) if self._prompts.in_flight else ()
         ended = self._decoding.end(at) if heap and heap[0][0] <= self._decoding.steps + ROUNDING else []
         if back:
             self._take_back(back, ended)
@@ -193,20 +186,11 @@ class ContinuousReplica:
                 for request in ended:
                     self._finished(request)
 
-    def _pop_returned(self, at: float) -> list[Chunk]:
-        """Chunks that are out of the pipeline by now."""
-        returning, back = self._returning, list[Chunk]()
-        while returning and returning[0][0] <= at:
-            if not back or back[-1][0] < returning[0][0]:
-                self._in_pipeline -= 1
-            back.append(returning.popleft())
-        if self._in_pipeline and self._decoding:
-            self._allowance = 1 / min(self._stages, len(self._decoding))
-        return back
-
     def _take_back(self, back: list[Chunk], ended: list[int]) -> None:
         """Chunks of prompts came out of the pipeline; the last one of a prompt gives a token."""
         book = self._book
+        if self._prompts.steps and self._decoding:
+            self._allowance = 1 / min(self._stages, len(self._decoding))
         for token_at, request, _, computed, wanted in back:
             if computed < wanted:
                 self._compute(request, computed, wanted)
@@ -237,24 +221,24 @@ class ContinuousReplica:
 
     def _begin(self, at: float) -> None:
         """The next segment: a prefill step, or decode steps; these two alternate when both have work."""
-        decoding = self._decoding
+        decoding, prompts = self._decoding, self._prompts
         if self._stages == 1:
-            if self._prompts and not (decoding and self._prefilled_last):
+            if prompts.queued and not (decoding and self._prefilled_last):
                 self._prefill(at)
                 return
-        elif self._prompts or self._returning:
-            self._pipeline_prompts(at)
+        elif prompts.queued or prompts.in_flight:
+            self._pipeline(at)
             return
         if decoding and self._most_pages > self._pages:
             self._make_room()
         if not decoding:
-            if self._prompts:
+            if prompts.queued:
                 self._prefill(at)
             else:
                 self._reset()
             return
         steps = decoding.heap[0][0] - decoding.steps
-        if self._prompts:
+        if prompts.queued:
             steps = 1.0
         elif steps > LONGEST_SEGMENT:
             steps = LONGEST_SEGMENT
@@ -267,23 +251,29 @@ class ContinuousReplica:
         self._event += 1
         self._queue.at(until, self._boundary, self._event)
 
-    def _pipeline_prompts(self, at: float) -> None:
+    def _prefill(self, at: float) -> None:
+        """A prefill step of a single stage: nobody decodes meanwhile."""
+        self._prompts.begin(at)
+        self._prefilled_last = True
+        self._hold(at, self._prompts.next_back)
+
+    def _pipeline(self, at: float) -> None:
         """Prompts in a pipeline of several stages: the next prefill step, if there is room for it, and what decodes.
 
         Half of the steps in flight are prefill steps while others decode, since the two alternate. The micro-batches
         that are ahead of a prefill step still come out: all but the one whose place it takes, or one between two of
         them. The others are stuck behind it, stage by stage, until it is out.
         """
-        decoding = self._decoding
-        others = min(self._stages, len(decoding))
-        most = max(-(-self._stages // 2), self._stages - others) if others else self._stages
-        if self._prompts and self._in_pipeline < most and at >= self._entrance_free:
-            if not self._in_pipeline and others:
-                self._allowance = min(1.0, (self._stages - 1) / others)
-            self._prefill(at)
-        until = self._returning[0][0] if self._returning else inf
-        if self._prompts and self._in_pipeline < most:
-            until = min(until, self._entrance_free)
+        decoding, prompts, stages = self._decoding, self._prompts, self._stages
+        others = min(stages, len(decoding))
+        most = max(-(-stages // 2), stages - others) if others else stages
+        if prompts.queued and prompts.steps < most and at >= prompts.entrance_free:
+            if not prompts.steps and others:
+                self._allowance = min(1.0, (stages - 1) / others)
+            prompts.begin(at)
+        until = prompts.next_back
+        if prompts.queued and prompts.steps < most:
+            until = min(until, prompts.entrance_free)
         steps = 0.0
         if decoding and self._allowance > ROUNDING:
             self._step = step = self._times.step(len(decoding), decoding.context(0.0))
@@ -294,44 +284,12 @@ class ContinuousReplica:
             self._allowance -= steps
         self._hold(at, until, steps)
 
-    def _prefill(self, at: float) -> None:
-        """One prefill step: chunks of as many prompts as fit."""
-        prompts, prefill, book = self._prompts, self._times.prefill, self._book
-        most, tokens = self._prefill_tokens, 0
-        chunks: list[tuple[int, int, int, int]] = []
-        later = latest = 0.0  # attention to positions of earlier chunks
-        while prompts:
-            request, start, stop = prompts[0]
-            length = min(stop - start, most)
-            if chunks and tokens + length > most:
-                break
-            prompts.popleft()
-            tokens += length
-            chunks.append((request, start, start + length, stop))
-            if start:
-                with_it, before, alone = prefill(start + length), prefill(start), prefill(length)
-                later += max(0.0, with_it[0] - before[0] - alone[0])
-                latest += max(0.0, with_it[1] - before[1] - alone[1])
-            if book.generated[request]:
-                known = book.prompt[request] + book.generated[request] - 1
-                book.recomputed[request] += max(0, min(start + length, known) - start)
-        whole, slowest = prefill(tokens)
-        back = at + whole + later
-        if self._returning:
-            back = max(back, self._returning[-1][0] + slowest + latest)  # no overtaking in the pipeline
-        for chunk in chunks:
-            self._returning.append((back, *chunk))
-        self._in_pipeline += 1
-        self._entrance_free = at + slowest + latest
-        self._prefilled_last = True
-        if self._stages == 1:
-            self._hold(at, back)
-
     # Parts of it
 
     @property
     def _running(self) -> int:
-        return len(self._decoding) + len(self._prompts) + len(self._returning) + len(self._adopted)
+        prompts = self._prompts
+        return len(self._decoding.heap) + len(prompts.queued) + len(prompts.in_flight) + len(self._adopted)
 
     def _length(self, request: int) -> int:
         return self._book.prompt[request] + self._book.generated[request]
@@ -351,7 +309,7 @@ class ContinuousReplica:
     def _compute(self, request: int, computed: int, length: int) -> None:
         """Missing positions of a sequence are computed; it decodes if that is one, which is the same."""
         if length - computed > 1:
-            self._prompts.append((request, computed, length))
+            self._prompts.queued.append((request, computed, length))
         else:
             self._adopted.append(request)
 
@@ -362,8 +320,8 @@ class ContinuousReplica:
             self._hold(now, now)
             return
         if self._holding:
-            until = max(now, self._entrance_free)
-            if self._stages > 1 and len(self._decoding) + self._in_pipeline < self._stages and until < self._until:
+            until = max(now, self._prompts.entrance_free)
+            if 1 < self._stages > len(self._decoding) + self._prompts.steps and until < self._until:
                 steps = min(self._steps, (until - self._at) / self._step) if self._steps else 0.0
                 self._allowance += self._steps - steps
                 self._hold(self._at, until, steps)
@@ -412,21 +370,15 @@ class ContinuousReplica:
         """Pages taken now, or those that are needed once everybody has decoded so many steps more."""
         size = self._page_size
         taken = sum(-(-self._length(request) // size) for request in self._adopted)
-        taken += sum(-(-wanted // size) for *_, wanted in self._prompts)
-        taken += sum(-(-wanted // size) for *_, wanted in self._returning)
-        return taken + self._decoding.pages(size, ahead or self._whole_steps())
+        return taken + self._prompts.pages(size) + self._decoding.pages(size, ahead or self._whole_steps())
 
     def _make_room(self) -> None:
         """Preempts the youngest until all others have the pages for their next step."""
         while self._decoding and self._used(1.0) > self._pages:
-            youngest = max(request for _, request, _ in self._decoding.heap)
-            prompt = max(self._prompts, default=(-1, 0, 0))
-            if prompt[0] > youngest:
-                self._prompts.remove(prompt)
-                youngest = prompt[0]
-                if not self._book.generated[youngest]:
-                    self._book.recomputed[youngest] += prompt[1]
-            else:
+            latest = max(request for _, request, _ in self._decoding.heap)
+            youngest = self._prompts.remove_youngest(latest)
+            if youngest < 0:
+                youngest = latest
                 self._decoding.remove(youngest)
             self._most_pages -= self._most(youngest)
             insort(self._waiting, youngest)
