@@ -85,7 +85,6 @@ async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Hap
             )
     facts = machine(a.seed) | {
         "jaxlib": version("jaxlib"),
-        "cores_per_instance": a.cores if setup.limits is not None else None,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
     }
     console.print(table(summaries))
@@ -97,8 +96,9 @@ async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Hap
             )
     console.print(facts)
     demand = planned_demand(setup.model, setup.max_batch, setup.max_positions)
+    cores = a.cores if setup.limits is not None else None
     return document(
-        facts, model, setup.memory, demand, shape, trace, setup.grace, workloads, runs, summaries, measured,
+        facts, cores, model, setup.memory, demand, shape, trace, setup.grace, workloads, runs, summaries, measured,
         measured_profile,
     )  # fmt: skip
 

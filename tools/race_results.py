@@ -150,7 +150,8 @@ class Inputs:
       demand: typical requests, and what a replica can do at once, as the server plans with them.
       requests: by kind of arrivals.
       spot: what happened to the instances.
-      profile: latencies of a stage on an instance; None if none was measured.
+      profile: latencies of a stage on one core; None if none was measured.
+      cores: of an instance; None where all shared those of the machine.
       start_seconds: median time from the start of a process until it joined; None if none did.
       load_bandwidth: bytes of parameters per second that an instance reads from the model's files, median of the
         changes that read some; None if none did.
@@ -163,6 +164,7 @@ class Inputs:
     requests: Mapping[str, RequestTrace]
     spot: SpotTrace
     profile: MeasuredProfile | None
+    cores: float | None
     start_seconds: float | None
     load_bandwidth: float | None
     shape: str
@@ -178,7 +180,10 @@ def scenario(inputs: Inputs, arrivals: str) -> Scenario:
         raise ConfigError(f"a race with {arrivals} arrivals and a profile is needed to simulate it")
     measured = {"start_seconds": inputs.start_seconds, "checkpoint_bandwidth": inputs.load_bandwidth}
     known = {name: value for name, value in measured.items() if value is not None}
-    assumptions = replace(Assumptions(), announced_seconds=0.0, engine_start_seconds=0.0, switch_seconds=0.0, **known)
+    assumptions = replace(
+        Assumptions(), announced_seconds=0.0, engine_start_seconds=0.0, switch_seconds=0.0,
+        scale=1 / inputs.cores if inputs.cores is not None else 1.0, **known,
+    )  # fmt: skip
     name = f"live race, {arrivals}"
     requests = inputs.requests[arrivals]
     return Scenario(name, inputs.spec, inputs.profile, inputs.kind, inputs.spot, requests, assumptions)
@@ -186,6 +191,7 @@ def scenario(inputs: Inputs, arrivals: str) -> Scenario:
 
 def document(
     facts: Mapping[str, Any],
+    cores: float | None,
     config: LlamaConfig,
     memory: int,
     demand: Demand,
@@ -202,7 +208,8 @@ def document(
 
     Args:
       facts: machine, versions, settings.
-      config, memory, demand: the model, bytes of an instance, and what the server plans with.
+      cores, memory: of an instance; cores are None where all shared those of the machine.
+      config, demand: the model, and what the server plans with.
       shape: of the first mesh.
       trace, grace: what happened to instances.
       workloads: of all kinds of arrivals.
@@ -220,6 +227,7 @@ def document(
     return {
         "format": FORMAT,
         "facts": dict(facts),
+        "cores_per_instance": cores,
         "model": asdict(config),
         "memory": memory,
         "demand": asdict(demand),
@@ -271,6 +279,7 @@ def read_race(path: Path) -> Inputs:
             requests=requests,
             spot=spot_trace(trace, content["grace"], content["duration"]),
             profile=MeasuredProfile.from_json(json.dumps(profile)) if profile is not None else None,
+            cores=content["cores_per_instance"],
             start_seconds=measured["start_seconds"],
             load_bandwidth=measured["load_bandwidth"],
             shape=content["shape"],

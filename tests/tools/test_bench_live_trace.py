@@ -196,7 +196,19 @@ def test_what_was_written_is_read_again_as_the_simulators_inputs(tmp_path: Path,
     summaries = [summary(run, EXPECTED, TRACE, GRACE, 1.0) for run in runs]
     config, demand = random_config(128, 5), Demand(batch=4, kv_pages=32)
     written = document(
-        {"seed": 0}, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}], profile
+        {"seed": 0},
+        0.25,
+        config,
+        10**8,
+        demand,
+        "2x3x1",
+        TRACE,
+        GRACE,
+        [workload],
+        runs,
+        summaries,
+        [{"batch": 1}],
+        profile,
     )
     (tmp_path / "race.json").write_text(json.dumps(written))
     inputs = read_race(tmp_path / "race.json")
@@ -213,6 +225,7 @@ def test_what_was_written_is_read_again_as_the_simulators_inputs(tmp_path: Path,
     one = scenario(inputs, "poisson")
     assert (one.requests.name, one.spot, one.latency) == ("poisson", inputs.spot, profile)
     assert (one.assumptions.start_seconds, one.assumptions.checkpoint_bandwidth) == (1.5, 200.0 / 6)
+    assert one.assumptions.scale == 4.0, "of what takes one core a second"
     with pytest.raises(ConfigError, match="bursty"):
         scenario(inputs, "bursty")
 
