@@ -31,7 +31,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
-class LlamaConfig:
+class DecoderConfig:
     """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Covers Llama 2 and 3, SmolLM2, TinyLlama, Mistral without sliding window, and dense Qwen2 and Qwen3.

@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata as a LlamaConfig, tensors de-quantized to float32. ``gguf_tokenizer.py`` does the rest."""
+"""Reads GGUF files: metadata as a DecoderConfig, tensors de-quantized to float32. ``gguf_tokenizer.py`` does the rest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
 from spotjax.models.checkpoint import check_tensors, read_array, tensor_names
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.spec import ModelSpec
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -175,7 +175,7 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
     return tuple(int(extent) for extent in reversed(tensor.shape))
 
 
-def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> LlamaConfig:
+def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> DecoderConfig:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"general.architecture {architecture!r} is not supported, only {', '.join(ARCHITECTURES)}")
@@ -187,7 +187,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) ->
     _refuse_unsupported(values)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
-    return LlamaConfig(
+    return DecoderConfig(
         vocab=_shape(tensors["token_embd.weight"])[0],
         width=values.width,
         layers=values.layers,

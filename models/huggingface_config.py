@@ -1,4 +1,4 @@
-"""Reads Hugging Face's ``config.json`` as a LlamaConfig; what Spotjax cannot compute exactly is refused by name."""
+"""Reads Hugging Face's ``config.json`` as a DecoderConfig; what Spotjax cannot compute exactly is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type`` that are read; SmolLM2, TinyLlama and others say ``llama``."""
@@ -64,7 +64,7 @@ class ConfigFile(msgspec.Struct):
     quantization_config: dict[str, Any] | None = None
 
 
-def read_config(path: Path) -> LlamaConfig:
+def read_config(path: Path) -> DecoderConfig:
     """The model that a ``config.json`` describes.
 
     Raises:
@@ -84,12 +84,12 @@ def read_config(path: Path) -> LlamaConfig:
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _model(file: ConfigFile) -> LlamaConfig:
+def _model(file: ConfigFile) -> DecoderConfig:
     _refuse_unsupported(file)
     rope_base, rope_scaling = _rope(file)
     llama, qwen2, qwen3 = (file.model_type == name for name in ("llama", "qwen2", "qwen3"))
     biased = file.attention_bias and (llama or qwen3)
-    return LlamaConfig(
+    return DecoderConfig(
         vocab=file.vocab_size,
         width=file.hidden_size,
         layers=file.num_hidden_layers,

@@ -18,7 +18,7 @@ import numpy as np
 import xxhash
 
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ArraySpec, ModelSpec
 
 FORMAT = 1
@@ -78,7 +78,7 @@ class Manifest(msgspec.Struct, frozen=True):
       tokenizer: XXH3 of each file in ``tokenizer/``, hexadecimal.
     """
 
-    config: LlamaConfig
+    config: DecoderConfig
     dtype: str
     parts: dict[str, Part]
     tokenizer: dict[str, str]
@@ -160,7 +160,7 @@ def decode(content: bytes, where: str) -> Manifest:
     return manifest
 
 
-def check_parts(config: LlamaConfig, dtype: str, parts: Mapping[str, Part], where: str) -> None:
+def check_parts(config: DecoderConfig, dtype: str, parts: Mapping[str, Part], where: str) -> None:
     """Checks that all parts of the model are there, each with its arrays in their shapes.
 
     Raises:

@@ -12,7 +12,7 @@ originals. What they call LLaMA-30B is a GPT of that size.
 from __future__ import annotations
 
 from spotjax.errors import ConfigError
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.spec import ModelSpec
 
 _LLAMA3_SCALING = RopeScaling("llama3", factor=8.0, original_positions=8192)
@@ -20,7 +20,7 @@ _LLAMA3_SCALING = RopeScaling("llama3", factor=8.0, original_positions=8192)
 
 def _gpt(layers: int, width: int, heads: int, vocab: int) -> ModelSpec:
     mlp = -(-8 * width // (3 * heads)) * heads
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab=vocab,
         width=width,
         layers=layers,
@@ -34,7 +34,7 @@ def _gpt(layers: int, width: int, heads: int, vocab: int) -> ModelSpec:
 
 
 def _llama3(layers: int, width: int, heads: int, mlp: int) -> ModelSpec:
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab=128_256,
         width=width,
         layers=layers,

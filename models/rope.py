@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 
 
-def frequencies(config: LlamaConfig) -> tuple[np.ndarray, float]:
+def frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
     """Angular frequency of every rotated pair, and the scale of the rotated vectors.
 
     Returns: ((H / 2,) float32 radians per position, attention scale).
@@ -39,7 +39,7 @@ def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return stretched.astype(np.float32)
 
 
-def _yarn(base: np.ndarray, scaling: RopeScaling, config: LlamaConfig) -> tuple[np.ndarray, float]:
+def _yarn(base: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> tuple[np.ndarray, float]:
     """Interpolates the dimensions that turn seldom over the original context, keeps those that turn often."""
     pairs = len(base)
 
@@ -58,7 +58,7 @@ def _yarn(base: np.ndarray, scaling: RopeScaling, config: LlamaConfig) -> tuple[
     return scaled.astype(np.float32), attention
 
 
-def rotations(config: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rotations(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines for ``positions``.
 
     Args:

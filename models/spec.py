@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 
 Axes = tuple[str, ...]
 """Logical axis names: ``vocab embed heads kv_heads head_size mlp pages page_slot kv``."""
@@ -41,7 +41,7 @@ class ArraySpec:
 class ModelSpec:
     """Shapes and logical axes of a model."""
 
-    config: LlamaConfig
+    config: DecoderConfig
     dtype_bytes: int = 4
 
     @cached_property

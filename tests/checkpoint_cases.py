@@ -14,11 +14,11 @@ from spotjax.checkpoint.completion import complete
 from spotjax.checkpoint.parameters import ParameterWriter
 from spotjax.models.catalog import Model
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.models.tokenizer import Tokenizer
 
-MANY_CHUNKS = LlamaConfig(vocab=911, width=96, layers=2, heads=12, kv_heads=4, head_size=32, mlp=366)
+MANY_CHUNKS = DecoderConfig(vocab=911, width=96, layers=2, heads=12, kv_heads=4, head_size=32, mlp=366)
 """Several chunks of most arrays, the last ones shorter."""
 
 
@@ -28,7 +28,7 @@ def words(count: int) -> Tokenizer:
     return Tokenizer(bpe, frozenset({1}))
 
 
-def random_model(config: LlamaConfig) -> Model:
+def random_model(config: DecoderConfig) -> Model:
     """Random weights and as many words."""
     return Model("random", RandomCheckpoint(config), words(config.vocab))  # type: ignore[arg-type]
 

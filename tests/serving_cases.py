@@ -24,7 +24,7 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh
 from spotjax.meshes.slices import Index
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import Buckets
@@ -36,7 +36,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 PAGES, PAGE_SIZE, POSITIONS = 33, 8, 64
 BUCKETS = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_positions=POSITIONS)
-SHARED_HEADS = LlamaConfig(
+SHARED_HEADS = DecoderConfig(
     vocab=97, width=24, layers=3, heads=12, kv_heads=4, head_size=4, mlp=50, max_positions=POSITIONS
 )
 """Vocabulary and feed-forward width that split unevenly, kv heads that 3 and 6 shards share irregularly."""
@@ -54,7 +54,7 @@ class Letters:
 class RandomCheckpoint:
     """Normal weights of variance 1 / fan-in, sharpened so that greedy choices are clear."""
 
-    def __init__(self, config: LlamaConfig, seed: int = 0) -> None:
+    def __init__(self, config: DecoderConfig, seed: int = 0) -> None:
         self.spec = ModelSpec(config)
         self._seed = seed
         self._arrays: dict[str, np.ndarray] = {}

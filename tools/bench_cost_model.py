@@ -28,7 +28,7 @@ from rich.table import Table
 
 from spotjax.meshes.instance import InstanceType
 from spotjax.models.catalog import open_model
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cost import Roofline
 from spotjax.planner.latency import LatencyModel, Stage
@@ -37,8 +37,8 @@ from spotjax.tools.record_profile import measure_stage, record
 
 MODELS = {
     "tiny": ModelSpec(open_model("tiny").checkpoint.spec.config),
-    "11M": ModelSpec(LlamaConfig(4096, 256, 8, 8, 4, 32, 1024, tied_embeddings=True)),
-    "58M": ModelSpec(LlamaConfig(13_056, 640, 10, 10, 5, 64, 1920, tied_embeddings=True)),
+    "11M": ModelSpec(DecoderConfig(4096, 256, 8, 8, 4, 32, 1024, tied_embeddings=True)),
+    "58M": ModelSpec(DecoderConfig(13_056, 640, 10, 10, 5, 64, 1920, tied_embeddings=True)),
 }
 """The shipped model, and Llama decoders of other sizes. All in float32 with random parameters: only shapes matter."""
 

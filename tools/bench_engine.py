@@ -33,7 +33,7 @@ from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
 from spotjax.meshes.slices import whole
 from spotjax.models.catalog import Model, open_model
-from spotjax.models.llama import embed, logits
+from spotjax.models.decoder import embed, logits
 from spotjax.models.rope import rotations
 from spotjax.runtime.functions import bind, layer_graph
 from spotjax.runtime.pipeline import LocalPipeline
@@ -50,7 +50,7 @@ class ContiguousStore:
         self.keys, self.values, self._position = keys, values, position
 
     def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See ``models.llama.KeyValueStore``."""
+        """See ``models.decoder.KeyValueStore``."""
         at = self._position
         self.keys = jax.lax.dynamic_update_slice(self.keys, keys.transpose(0, 2, 3, 1)[:, None], (0, 0, 0, 0, at))
         self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3)[:, None], (0, 0, 0, at, 0))

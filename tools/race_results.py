@@ -16,7 +16,7 @@ from spotjax.errors import ConfigError
 from spotjax.meshes.instance import InstanceType
 from spotjax.meshes.instance_types import VIRTUAL_CPU
 from spotjax.meshes.shape import MeshShape
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.demand import Demand
 from spotjax.planner.profile import MeasuredProfile
@@ -192,7 +192,7 @@ def scenario(inputs: Inputs, arrivals: str) -> Scenario:
 def document(
     facts: Mapping[str, Any],
     cores: float | None,
-    config: LlamaConfig,
+    config: DecoderConfig,
     memory: int,
     demand: Demand,
     shape: str,
@@ -273,7 +273,7 @@ def read_race(path: Path) -> Inputs:
         }
         profile, measured = content["profile"], content["measured"]
         return Inputs(
-            spec=ModelSpec(LlamaConfig(**content["model"]), dtype_bytes=DTYPE_BYTES),
+            spec=ModelSpec(DecoderConfig(**content["model"]), dtype_bytes=DTYPE_BYTES),
             kind=replace(VIRTUAL_CPU, memory_bytes=content["memory"]),
             demand=Demand(**content["demand"]),
             requests=requests,

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spotjax.models.catalog import open_model
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.tools.tiny_directory import save_weights, settings
 
 HEAD = 64
 
 
-def random_config(width: int, layers: int) -> LlamaConfig:
+def random_config(width: int, layers: int) -> DecoderConfig:
     """Shapes like those of small models, with the shipped model's vocabulary."""
     tiny = open_model("tiny").checkpoint.spec.config
     heads = width // HEAD
@@ -27,7 +27,7 @@ def random_config(width: int, layers: int) -> LlamaConfig:
     )  # fmt: skip
 
 
-def write_random_model(directory: Path, config: LlamaConfig, seed: int) -> None:
+def write_random_model(directory: Path, config: DecoderConfig, seed: int) -> None:
     """Writes a Hugging Face directory, float16, with the shipped model's tokenizer."""
     tokenizer, spec = open_model("tiny").tokenizer, ModelSpec(config)
     draw = np.random.default_rng(seed)

@@ -17,7 +17,7 @@ import numpy as np
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.sharding import array_sharding, stacked_shape, stage_mesh
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.latency import Stage as StageKind
 from spotjax.planner.latency import Work
@@ -112,7 +112,7 @@ def measure_stage(spec: ModelSpec, devices: Devices, kind: StageKind, dtype: str
         model.executables.close()
 
 
-def _with_layers(config: LlamaConfig, layers: int) -> LlamaConfig:
+def _with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
 
     return replace(config, layers=layers)
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from spotjax.models.checkpoint import tensor_names
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import LAYER_PREFIX, TENSOR_NAMES
 from spotjax.models.spec import ModelSpec
 from spotjax.tools.tiny_corpus import END, END_ID, REQUIREMENT, SHA256
@@ -59,7 +59,7 @@ class Figures:
     samples: Mapping[str, str]
 
 
-def save_weights(config: LlamaConfig, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
+def save_weights(config: DecoderConfig, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
     """Writes ``model.safetensors``: float16, matrices (out, in), named as transformers names them."""
     spec = ModelSpec(config)
     names = tensor_names(spec, TENSOR_NAMES, LAYER_PREFIX)
@@ -76,14 +76,14 @@ def save_weights(config: LlamaConfig, arrays: Mapping[str, NDArray[np.float32]],
     path.chmod(0o644)  # safetensors lets only the owner read
 
 
-def save_settings(config: LlamaConfig, tokenizer: Tokenizer, directory: Path) -> None:
+def save_settings(config: DecoderConfig, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes tokenizer and configuration."""
     tokenizer.save(str(directory / "tokenizer.json"))
     for name, content in settings(config, END_ID).items():
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def settings(config: LlamaConfig, end: int) -> dict[str, dict[str, Any]]:
+def settings(config: DecoderConfig, end: int) -> dict[str, dict[str, Any]]:
     """The JSON files of a Hugging Face directory, by name."""
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     return {
@@ -124,7 +124,7 @@ def settings(config: LlamaConfig, end: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def card(config: LlamaConfig, figures: Figures) -> str:
+def card(config: DecoderConfig, figures: Figures) -> str:
     """The model card: what the model is, where it comes from, how good it is, what it says and cannot do."""
     parameters = sum(array.size for array in ModelSpec(config).parameters)
     busy, clock = figures.cpu / 60, figures.wall / 60

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
-from spotjax.models.config import LlamaConfig
-from spotjax.models.llama import Llama
+from spotjax.models.config import DecoderConfig
+from spotjax.models.decoder import Decoder
 from spotjax.tools.tiny_corpus import (
     END,
     END_ID,
@@ -40,7 +40,7 @@ from spotjax.tools.tiny_corpus import (
 )
 from spotjax.tools.tiny_directory import Figures, card, save_settings, save_weights
 
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab=2048,
     width=192,
     layers=4,
@@ -106,9 +106,9 @@ def sequences(tokens: Tokens, length: int, batch: int, rng: np.random.Generator)
 class Trainer:
     """The model, its optimizer, and the compiled functions over both."""
 
-    def __init__(self, config: LlamaConfig, recipe: Recipe) -> None:
+    def __init__(self, config: DecoderConfig, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.graph, self.state = nnx.split(Llama(config, rngs=nnx.Rngs(recipe.seed)))
+        self.graph, self.state = nnx.split(Decoder(config, rngs=nnx.Rngs(recipe.seed)))
         # Residual branches start small (GPT-2), so that the depth does not raise the variance of the stream.
         for layer in self.state["layers"].values():
             for kernel in (layer["attention"]["output"], layer["mlp"]["down"]):

@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore as ts
 
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_manifest import (
     MANIFEST,
@@ -71,7 +71,7 @@ def drop_record(location: str, part: str) -> None:
 
 
 def complete(
-    location: str, config: LlamaConfig, dtype: str, tokenizer: Mapping[str, bytes], expected: str = ""
+    location: str, config: DecoderConfig, dtype: str, tokenizer: Mapping[str, bytes], expected: str = ""
 ) -> Manifest:
     """Writes tokenizer and manifest: from then on the directory is a checkpoint.
 

@@ -21,7 +21,7 @@ from spotjax.checkpoint.completion import check_incomplete, drop_record, find_re
 from spotjax.errors import CheckpointError, SliceUnavailable
 from spotjax.meshes.layout import shard_index
 from spotjax.meshes.slices import Index, intersect, relative, remainder
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.fingerprint import sample_digest, sample_index
 from spotjax.models.orbax_manifest import (
     DTYPES,
@@ -60,7 +60,7 @@ class ParameterWriter:
       CheckpointError: there is a complete checkpoint already, or the type is another.
     """
 
-    def __init__(self, location: str, config: LlamaConfig, dtype: str) -> None:
+    def __init__(self, location: str, config: DecoderConfig, dtype: str) -> None:
         if dtype not in DTYPES:
             raise CheckpointError(f"parameters can be stored as {' or '.join(DTYPES)}, not as {dtype}")
         check_incomplete(location)

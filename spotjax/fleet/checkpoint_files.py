@@ -17,7 +17,7 @@ import msgspec
 from spotjax.checkpoint import save_generation
 from spotjax.checkpoint.saves import GENERATION
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 
 PROGRAM = save_generation.__name__
 PROGRAM_SECONDS = 120.0
@@ -44,7 +44,7 @@ class CheckpointFiles:
     """
 
     def __init__(
-        self, config: LlamaConfig, dtype: str, model: str, tokenizer: TokenizerFiles, log: Path | None
+        self, config: DecoderConfig, dtype: str, model: str, tokenizer: TokenizerFiles, log: Path | None
     ) -> None:
         self._config, self._dtype, self._model, self._tokenizer, self._log = config, dtype, model, tokenizer, log
 

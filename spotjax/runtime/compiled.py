@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from spotjax.meshes.layout import kv_heads_per_shard
 from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, own, replicated, stacked_shape, stage_mesh
-from spotjax.models.llama import TensorShard
+from spotjax.models.decoder import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant, controls_width

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spotjax.models.config import LlamaConfig
-from spotjax.models.llama import DecoderLayer, TensorShard, embed, logits
+from spotjax.models.config import DecoderConfig
+from spotjax.models.decoder import DecoderLayer, TensorShard, embed, logits
 from spotjax.models.rope import rotations
 from spotjax.models.spec import ModelSpec
 from spotjax.runtime.kv import LayerPages, PagedStore, StepInput
@@ -21,7 +21,7 @@ LayerArrays = Mapping[str, jax.Array]
 """Parameters of one decoder layer by their name within the layer, e.g. ``attention.query``."""
 
 
-def layer_graph(config: LlamaConfig) -> nnx.GraphDef[DecoderLayer]:
+def layer_graph(config: DecoderConfig) -> nnx.GraphDef[DecoderLayer]:
     """The structure of a decoder layer without its arrays; all layers of a model share it."""
     abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
     graph, _ = nnx.split(abstract)

@@ -62,7 +62,7 @@ class LayerPages(NamedTuple, Generic[A]):
 
 
 class PagedStore:
-    """One layer's pages during one step; see ``models.llama.KeyValueStore``."""
+    """One layer's pages during one step; see ``models.decoder.KeyValueStore``."""
 
     def __init__(self, pages: LayerPages[jax.Array], step: StepInput) -> None:
         self.pages = pages

@@ -179,7 +179,7 @@ from pathlib import Path
 from checkpoint_cases import words
 from spotjax.checkpoint.convert import convert
 from spotjax.models.catalog import Model
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 
 class Generated:
@@ -191,10 +191,10 @@ class Generated:
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-tiny = LlamaConfig(128, 32, 1, 2, 2, 16, 64)
+tiny = DecoderConfig(128, 32, 1, 2, 2, 16, 64)
 convert(Model("tiny", Generated(tiny), words(128)), sys.argv[1] + "/tiny")
 before = peak()
-large = LlamaConfig(32000, 1024, 4, 8, 8, 128, 4096)
+large = DecoderConfig(32000, 1024, 4, 8, 8, 128, 4096)
 layer = sum(array.size * 4 for array in ModelSpec(large).parameters if array.layer == 0)
 done = convert(Model("large", Generated(large), words(128)), sys.argv[1] + "/large")
 print(layer, done.bytes, peak() - before)

@@ -24,14 +24,14 @@ from spotjax.meshes.layout import shard_index, split_layers, stage_holds, tensor
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh
 from spotjax.meshes.slices import ArraySlice, whole
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.models.spec import ModelSpec
 from spotjax.reshard.shards import Shard
 
 FLOAT32 = np.dtype(np.float32)
-UNEVEN = LlamaConfig(vocab=8191, width=384, layers=2, heads=12, kv_heads=4, head_size=32, mlp=1366)
+UNEVEN = DecoderConfig(vocab=8191, width=384, layers=2, heads=12, kv_heads=4, head_size=32, mlp=1366)
 """41 MB whose vocabulary and feed-forward width split evenly nowhere, kv heads shared irregularly by 3 and 6 shards."""
 WORDS = words(SHARED_HEADS.vocab).files()
 
@@ -193,7 +193,7 @@ def test_parts_of_another_type_or_model_are_not_completed(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"arrays of embedding are not those .* in bfloat16"):
         complete(str(tmp_path), SHARED_HEADS, "bfloat16", WORDS)
     with pytest.raises(CheckpointError, match=r"arrays of embedding are not those"):
-        complete(str(tmp_path), LlamaConfig(61, 24, 3, 12, 4, 4, 50), "float32", WORDS)
+        complete(str(tmp_path), DecoderConfig(61, 24, 3, 12, 4, 4, 50), "float32", WORDS)
 
 
 def test_nothing_is_written_into_a_complete_checkpoint(from_mesh: OrbaxCheckpoint) -> None:

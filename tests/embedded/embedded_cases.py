@@ -19,9 +19,9 @@ from spotjax.engine.request import FinishReason, Logprobs, SamplingParams
 from spotjax.errors import NoSpareDevices, UnknownInstance
 from spotjax.meshes.instance import InstanceState
 from spotjax.models.catalog import Model
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 
-CONFIG = LlamaConfig(vocab=61, width=24, layers=5, heads=6, kv_heads=3, head_size=4, mlp=50, max_positions=64)
+CONFIG = DecoderConfig(vocab=61, width=24, layers=5, heads=6, kv_heads=3, head_size=4, mlp=50, max_positions=64)
 """Five layers split unevenly over stages, and two shards share the middle kv head."""
 INSTANCES = [f"instance-{number}" for number in range(4)]
 LARGE_MEMORY = 1 << 30

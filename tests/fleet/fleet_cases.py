@@ -25,7 +25,7 @@ from spotjax.fleet.membership import Membership
 from spotjax.fleet.saving import Saves
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, InstanceType
 from spotjax.meshes.placement import Placement
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.demand import Demand
 from spotjax.planner.holdings import Needs
@@ -33,7 +33,7 @@ from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivo
 
 LETTERS = Letters()
 PAGE_SIZE = 4
-SPEC = ModelSpec(LlamaConfig(vocab=64, width=16, layers=4, heads=4, kv_heads=2, head_size=4, mlp=32))
+SPEC = ModelSpec(DecoderConfig(vocab=64, width=16, layers=4, heads=4, kv_heads=2, head_size=4, mlp=32))
 TIGHT = SPEC.parameter_bytes
 """Memory of a device with which two devices hold the model and its KV, and one does not."""
 

@@ -16,14 +16,14 @@ from spotjax.meshes.layout import (
 )
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import ArraySlice
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 6))
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab=draw(st.integers(1, 17)),
         width=draw(st.integers(1, 8)),
         layers=draw(st.integers(1, 7)),
@@ -117,7 +117,7 @@ def test_replicas_hold_the_same_parameters(spec: ModelSpec) -> None:
 
 
 def test_three_tensor_shards_of_six_heads_and_two_kv_heads_share_the_kv_heads() -> None:
-    spec = ModelSpec(LlamaConfig(vocab=7, width=4, layers=1, heads=6, kv_heads=2, head_size=2, mlp=8))
+    spec = ModelSpec(DecoderConfig(vocab=7, width=4, layers=1, heads=6, kv_heads=2, head_size=2, mlp=8))
     assert [tensor_range(6, "heads", spec, 3, m) for m in range(3)] == [(0, 2), (2, 4), (4, 6)]
     assert [tensor_range(2, "kv_heads", spec, 3, m) for m in range(3)] == [(0, 2), (0, 2), (0, 2)]
     assert [tensor_range(7, "vocab", spec, 3, m) for m in range(3)] == [(0, 3), (3, 6), (6, 7)]
@@ -125,6 +125,6 @@ def test_three_tensor_shards_of_six_heads_and_two_kv_heads_share_the_kv_heads() 
 
 
 def test_tensor_degree_that_does_not_divide_the_heads_is_refused() -> None:
-    spec = ModelSpec(LlamaConfig(vocab=7, width=4, layers=1, heads=6, kv_heads=2, head_size=2, mlp=8))
+    spec = ModelSpec(DecoderConfig(vocab=7, width=4, layers=1, heads=6, kv_heads=2, head_size=2, mlp=8))
     with pytest.raises(ValueError, match="4 must divide the 6 query heads"):
         shard_index(spec.parameters[0], spec, 4, 0)

@@ -2,10 +2,10 @@ import pytest
 
 from spotjax.meshes.layout import TENSOR_AXES
 from spotjax.meshes.rules import DEFAULT_RULES, AxisRules
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 
-FULL = LlamaConfig(
+FULL = DecoderConfig(
     vocab=10,
     width=8,
     layers=2,

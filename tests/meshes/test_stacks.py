@@ -5,13 +5,13 @@ from spotjax.meshes.layout import slices_at, split_layers
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import ArraySlice
 from spotjax.meshes.stacks import arrays_in, depth, in_stack, stack_of, stacks_at
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 
 
 @given(st.integers(1, 5), st.integers(1, 3), st.sampled_from((1, 2, 4)), st.booleans())
 def test_stacks_at_a_position_hold_exactly_the_arrays_that_belong_there(layers, stages, tensor, tied) -> None:
-    spec = ModelSpec(LlamaConfig(11, 4, layers, 4, 2, 2, 7, tied_embeddings=tied))
+    spec = ModelSpec(DecoderConfig(11, 4, layers, 4, 2, 2, 7, tied_embeddings=tied))
     shape = MeshShape(2, min(stages, layers), tensor)
     ranges = split_layers(layers, shape.stage)
     for position in shape.positions():

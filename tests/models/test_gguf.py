@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.gguf import LAYER_PREFIX, TENSOR_NAMES, GgufCheckpoint
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.spec import ArraySpec
@@ -26,7 +26,7 @@ Q8_0 = GGMLQuantizationType.Q8_0
 Change = Callable[[GGUFWriter], None]
 
 
-def published(array: ArraySpec, values: np.ndarray, c: LlamaConfig, interleave: bool) -> np.ndarray:
+def published(array: ArraySpec, values: np.ndarray, c: DecoderConfig, interleave: bool) -> np.ndarray:
     """An array of ours as a converter writes it: (out, in), heads merged, rotary pairs interleaved for llama."""
     name = array.name.rsplit(".", 1)[-1]
     if name in ("query", "key", "value"):

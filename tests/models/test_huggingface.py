@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.spec import ArraySpec
 
@@ -42,7 +42,7 @@ def stored_tensors(case: str) -> dict[str, np.ndarray]:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def expected(array: ArraySpec, c: LlamaConfig, tensors: dict[str, np.ndarray]) -> np.ndarray:
+def expected(array: ArraySpec, c: DecoderConfig, tensors: dict[str, np.ndarray]) -> np.ndarray:
     """The array as the published names and the transformers source say, written out one by one."""
     if array.layer is None:
         return {

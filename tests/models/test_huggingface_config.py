@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.huggingface_config import read_config
 
 CONFIG: dict[str, Any] = {
@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def config_of(tmp_path: Path, **changes: Any) -> LlamaConfig:
+def config_of(tmp_path: Path, **changes: Any) -> DecoderConfig:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value for key, value in (CONFIG | changes).items() if value != "absent"}))
     return read_config(path)

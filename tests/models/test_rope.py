@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spotjax.models.config import LlamaConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.rope import frequencies, rotate, rotations
 
-CONFIG = LlamaConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, head_size=16, mlp=8, rope_base=1000.0)
+CONFIG = DecoderConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, head_size=16, mlp=8, rope_base=1000.0)
 LLAMA3 = RopeScaling("llama3", factor=8.0, original_positions=256, low_frequency=1.0, high_frequency=4.0)
 YARN = RopeScaling("yarn", factor=4.0, original_positions=256, beta_fast=8.0, beta_slow=1.0)
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from spotjax.models import catalog
 from spotjax.models.catalog import Model, open_model
-from spotjax.models.llama import Llama
+from spotjax.models.decoder import Decoder
 
 Logits = Callable[[Sequence[int]], NDArray[np.float32]]
 
@@ -101,7 +101,7 @@ def logits(model: Model) -> Logits:
     """What the reference decoder computes from the shipped weights: tokens to (T, V) logits."""
     spec = model.checkpoint.spec
     shapes = {array.name: array.shape for array in spec.parameters}
-    llama = Llama(spec.config, rngs=nnx.Rngs(0))
+    llama = Decoder(spec.config, rngs=nnx.Rngs(0))
     for path, parameter in nnx.to_flat_state(nnx.state(llama)):
         name = ".".join(map(str, path))
         parameter[...] = jnp.asarray(model.checkpoint.read(name, tuple((0, extent) for extent in shapes.pop(name))))

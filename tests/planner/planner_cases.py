@@ -12,7 +12,7 @@ from spotjax.meshes.instance import Instance, InstanceState, InstanceType
 from spotjax.meshes.layout import split_layers, tensor_degrees
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts
 from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, needs_of
@@ -40,13 +40,13 @@ def fleet(*devices: int, memory: int = 2**40) -> list[Instance]:
 
 def llama(heads: int = 6, kv_heads: int = 2, layers: int = 5, **changes: int) -> ModelSpec:
     shapes = {"vocab": 11, "width": 4, "head_size": 2, "mlp": 7} | changes
-    return ModelSpec(LlamaConfig(layers=layers, heads=heads, kv_heads=kv_heads, **shapes))
+    return ModelSpec(DecoderConfig(layers=layers, heads=heads, kv_heads=kv_heads, **shapes))
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 3))
-    config = LlamaConfig(
+    config = DecoderConfig(
         vocab=draw(st.integers(2, 9)),
         width=draw(st.integers(1, 4)),
         layers=draw(st.integers(1, 4)),

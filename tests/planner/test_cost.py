@@ -8,7 +8,7 @@ from planner_cases import fleet, kind, llama, shapes, specs
 from spotjax.meshes.layout import shard_shape, slices_at, split_layers
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cost import (
     CALL_SECONDS,
@@ -21,7 +21,7 @@ from spotjax.planner.cost import (
 )
 from spotjax.planner.demand import Demand
 
-LARGE = ModelSpec(LlamaConfig(vocab=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, mlp=11_008), 2)
+LARGE = ModelSpec(DecoderConfig(vocab=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, mlp=11_008), 2)
 
 
 @given(st.data())

@@ -17,7 +17,7 @@ pytest.importorskip("optax", reason="training needs the train extra")
 from rich.console import Console
 
 from spotjax.errors import CheckpointError
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.tokenizer import Tokenizer
 from spotjax.tools import tiny_corpus
@@ -26,7 +26,7 @@ from spotjax.tools.tiny_directory import Figures, card, save_settings, save_weig
 from spotjax.tools.train_tiny import Recipe, Trainer, sequences, train
 
 WORK = "".join(f"KING.\nLine {number} of the play, my lord.\n\n" for number in range(200))
-CONFIG = LlamaConfig(
+CONFIG = DecoderConfig(
     vocab=300, width=24, layers=1, heads=4, kv_heads=2, head_size=8, mlp=32, max_positions=64, tied_embeddings=True
 )
 RECIPE = Recipe(steps=40, batch=64, context=16, long_context=16)

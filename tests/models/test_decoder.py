@@ -16,23 +16,23 @@ from serving_cases import CASES, SHARED_HEADS, RandomCheckpoint, checkpoint, gol
 from spotjax.meshes.slices import whole
 from spotjax.models.attention import as_one_page, attend, causal
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import HuggingFaceCheckpoint
-from spotjax.models.llama import Llama
+from spotjax.models.decoder import Decoder
 from spotjax.models.spec import ModelSpec
 
 EVERYTHING = replace(SHARED_HEADS, attention_bias=True, output_bias=True, mlp_bias=True, qk_norm=True)
 
 
-def abstract(config: LlamaConfig) -> dict[str, nnx.Param[jax.Array]]:
+def abstract(config: DecoderConfig) -> dict[str, nnx.Param[jax.Array]]:
     """Every parameter of the model by the name that ModelSpec gives it, without content."""
-    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     return {".".join(map(str, path)): value for path, value in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
 def logits(weights: Checkpoint, tokens: np.ndarray) -> np.ndarray:
     """Logits (T, V) of one sequence."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(weights.spec.config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(weights.spec.config, rngs=nnx.Rngs(0))))
     shapes = {array.name: array.shape for array in weights.spec.parameters}
     for path, parameter in (flat := nnx.to_flat_state(state)):
         name = ".".join(map(str, path))
@@ -81,13 +81,13 @@ def test_logits_equal_those_of_installed_transformers(tmp_path: Path) -> None:
     "config",
     [*(pytest.param(checkpoint(case).spec.config, id=case) for case in CASES), pytest.param(EVERYTHING, id="biases")],
 )
-def test_parameters_are_exactly_those_of_the_spec(config: LlamaConfig) -> None:
+def test_parameters_are_exactly_those_of_the_spec(config: DecoderConfig) -> None:
     found = {name: (value.shape, value.get_metadata("logical_axes")) for name, value in abstract(config).items()}
     assert found == {array.name: (array.shape, array.axes) for array in ModelSpec(config).parameters}
 
 
 def test_biases_start_at_zero_and_norms_at_one() -> None:
-    model = nnx.jit(lambda: Llama(replace(EVERYTHING, layers=1), rngs=nnx.Rngs(3)))()
+    model = nnx.jit(lambda: Decoder(replace(EVERYTHING, layers=1), rngs=nnx.Rngs(3)))()
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = str(path[-1])
         if name.endswith("bias"):

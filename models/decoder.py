@@ -15,7 +15,7 @@ from flax import nnx
 
 from spotjax.meshes.layout import kv_heads_per_shard
 from spotjax.models.attention import as_one_page, attend, causal
-from spotjax.models.config import LlamaConfig
+from spotjax.models.config import DecoderConfig
 from spotjax.models.rope import rotate, rotations
 from spotjax.models.spec import Axes, ModelSpec
 
@@ -70,7 +70,7 @@ def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, fan_in: int |
 class RMSNorm(nnx.Module):
     """Scales vectors to unit mean square (Zhang and Sennrich 2019)."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.epsilon = config.norm_epsilon
         self.scale = _parameter(rngs, (config.width,), ("embed",), None)
 
@@ -106,7 +106,7 @@ class Attention(nnx.Module):
     query_norm: Parameter  # (H,)
     key_norm: Parameter  # (H,)
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         for name, (shape, axes) in _module_arrays(config, "attention").items():
             scaled = name in ("query", "key", "value", "output")
@@ -155,7 +155,7 @@ class FeedForward(nnx.Module):
     up_bias: Parameter  # (F,)
     down_bias: Parameter  # (D,)
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.biased = config.mlp_bias
         for name, (shape, axes) in _module_arrays(config, "mlp").items():
             setattr(self, name, _parameter(rngs, shape, axes, shape[0] if len(shape) > 1 else None))
@@ -172,7 +172,7 @@ class FeedForward(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, each normalised before and added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.attention_norm = RMSNorm(config, rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = RMSNorm(config, rngs=rngs)
@@ -195,7 +195,7 @@ def embed(embedding: jax.Array, tokens: jax.Array, shard: TensorShard = WHOLE) -
 
 
 def logits(
-    config: LlamaConfig, x: jax.Array, scale: jax.Array, head: jax.Array, shard: TensorShard = WHOLE
+    config: DecoderConfig, x: jax.Array, scale: jax.Array, head: jax.Array, shard: TensorShard = WHOLE
 ) -> jax.Array:
     """Final norm and output projection.
 
@@ -218,10 +218,10 @@ class _NoStore:
         return *as_one_page(keys, values), causal(keys.shape[0], keys.shape[1])
 
 
-class Llama(nnx.Module):
+class Decoder(nnx.Module):
     """The whole model on whole sequences, for training and as the reference that serving is checked against."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embedding = _parameter(rngs, (config.vocab, config.width), ("vocab", "embed"), config.width)
         self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
@@ -242,7 +242,7 @@ class Llama(nnx.Module):
         return flat.reshape(batch, length, -1)
 
 
-def _module_arrays(config: LlamaConfig, module: str) -> dict[str, tuple[tuple[int, ...], Axes]]:
+def _module_arrays(config: DecoderConfig, module: str) -> dict[str, tuple[tuple[int, ...], Axes]]:
     """Shape and axes of the arrays of one module of a layer, from the one list in ``spec``."""
     prefix = module + "."
     arrays = ModelSpec(config).layer_arrays
