@@ -85,17 +85,15 @@ def shard_shape(array: ArraySpec, spec: ModelSpec, tensor: int) -> tuple[int, ..
 
 
 def stage_holds(array: ArraySpec, spec: ModelSpec, ranges: LayerRanges, stage: int) -> bool:
-    """Whether a stage needs the array: its layers' arrays; the embedding first; norm and head last.
+    """Whether a stage needs the array: its layers' arrays; the first stage the inputs, the last one the outputs.
 
-    A tied embedding is needed by the first and by the last stage.
+    A tied embedding is both.
     """
-    last = len(ranges) - 1
     if array.layer is not None:
         start, stop = ranges[stage]
         return start <= array.layer < stop
-    if array.name == "embedding":
-        return stage == 0 or (stage == last and spec.config.tied_embeddings)
-    return stage == last
+    last = len(ranges) - 1
+    return (stage == 0 and array.name in spec.inputs) or (stage == last and array.name in spec.outputs)
 
 
 def slices_at(

@@ -12,6 +12,7 @@ MESH_AXES = ("data", "stage", "tensor")
 _DEFAULT: Mapping[str, str | None] = MappingProxyType(
     {
         "vocab": "tensor",
+        "positions": None,
         "embed": None,
         "heads": "tensor",
         "kv_heads": "tensor",

@@ -8,13 +8,13 @@ are stacks of their own without that axis. Owns names and indices, no bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import inf
 
 from spotjax.meshes.layout import LayerRanges, shard_index, stage_holds
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice, Index
-from spotjax.models.spec import ArraySpec, ModelSpec
+from spotjax.models.spec import INPUTS, ArraySpec, ModelSpec
 
 _NUMBERED = re.compile(r"(layers|kv)\.(\d+)(.*)", re.DOTALL)
 
@@ -47,11 +47,11 @@ def arrays_in(piece: ArraySlice) -> Iterator[ArraySlice]:
 
 
 def depth(array: str) -> float:
-    """How far along the model an array is: its layer; the embedding before, norm and head after all layers."""
+    """How far along the model an array is: its layer; what comes before or after all layers is below 0 or infinite."""
     layer = stack_of(array)[1]
     if layer is not None:
         return layer
-    return -1 if array == "embedding" else inf
+    return -1 if array in INPUTS else inf
 
 
 def stacks_at(spec: ModelSpec, shape: MeshShape, ranges: LayerRanges, position: Position) -> dict[str, Index]:
@@ -63,11 +63,6 @@ def stacks_at(spec: ModelSpec, shape: MeshShape, ranges: LayerRanges, position: 
     }
     return stacks | {
         array.name: shard_index(array, spec, shape.tensor, position.tensor)
-        for array in outside_layers(spec.parameters)
+        for array in spec.edges
         if stage_holds(array, spec, ranges, position.stage)
     }
-
-
-def outside_layers(arrays: Iterable[ArraySpec]) -> list[ArraySpec]:
-    """Embedding, final norm and head."""
-    return [array for array in arrays if array.layer is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -28,10 +29,13 @@ class Sampled(Protocol):
 def fingerprint(checkpoint: Checkpoint | Sampled, dtype: np.dtype) -> str:
     """A hash of the configuration, the dtype that it is served at, all vectors and the first row of every matrix.
 
-    The samples count as they are served: weights that round to the same are the same.
+    The samples count as they are served: weights that round to the same are the same. Fields of the configuration count
+    where they differ from their defaults, so that fields which are added later change no fingerprint.
     """
     spec = checkpoint.spec
-    digest = hashlib.sha256(repr((spec.config, dtype.name)).encode())
+    values = ((field.name, getattr(spec.config, field.name), field.default) for field in fields(spec.config))
+    chosen = sorted((name, value) for name, value, default in values if value != default)
+    digest = hashlib.sha256(repr((chosen, dtype.name)).encode())
     for array in spec.parameters:
         if isinstance(checkpoint, Sampled):
             sample = checkpoint.sample_digest(array.name, dtype)

@@ -1,7 +1,7 @@
 """What a checkpoint directory of Spotjax consists of, and the manifest that says so. Reads and writes no parameters.
 
     manifest.json        written last: a directory without it is incomplete
-    parameters/<part>/   one Orbax checkpoint (OCDBT, zarr3) for the embedding, each layer, and norm and head together
+    parameters/<part>/   one Orbax checkpoint (OCDBT, zarr3) for what is before the layers, each layer, and what is after
     tokenizer/           what ``Tokenizer.from_directory`` reads
 
 All is reached through tensorstore's key-value stores, so a directory may as well be in a bucket.
@@ -19,7 +19,7 @@ import xxhash
 
 from spotjax.errors import CheckpointError
 from spotjax.models.config import DecoderConfig
-from spotjax.models.spec import ArraySpec, ModelSpec
+from spotjax.models.spec import INPUTS, ArraySpec, ModelSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -116,7 +116,7 @@ def place_of(array: ArraySpec) -> tuple[str, str]:
     if array.layer is not None:
         part = f"layers.{array.layer}"
         return part, array.name.removeprefix(f"{part}.")
-    return ("embedding" if array.name == "embedding" else "output"), array.name
+    return ("embedding" if array.name in INPUTS else "output"), array.name
 
 
 def is_url(location: str) -> bool:

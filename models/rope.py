@@ -10,15 +10,19 @@ import numpy as np
 
 from spotjax.models.config import DecoderConfig, RopeScaling
 
+Rotation = tuple[jax.Array, jax.Array]
+"""Cosines and sines of the angles by which pairs of elements are rotated: two (B, T, 1, R / 2) float32 arrays."""
+
 
 def frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
     """Angular frequency of every rotated pair, and the scale of the rotated vectors.
 
-    Returns: ((H / 2,) float32 radians per position, attention scale).
+    Returns: ((R / 2,) float32 radians per position, attention scale), with R the rotated part of a head.
 
     Source: Su et al. 2021; ``llama3`` as in Meta's Llama 3.1 release; ``yarn`` Peng et al. 2023, section 3.
     """
-    exponents = np.arange(0, config.head_size, 2, dtype=np.float32) / np.float32(config.head_size)
+    size = config.rotary_size or config.head_size
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     base = (1.0 / np.float32(config.rope_base) ** exponents).astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
@@ -41,15 +45,15 @@ def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
 
 def _yarn(base: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> tuple[np.ndarray, float]:
     """Interpolates the dimensions that turn seldom over the original context, keeps those that turn often."""
-    pairs = len(base)
+    pairs, size = len(base), 2 * len(base)
 
     def pair_of(turns: float) -> float:
         original = scaling.original_positions
         ratio = math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
-        return config.head_size * ratio
+        return size * ratio
 
     low = max(math.floor(pair_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(pair_of(scaling.beta_slow)), config.head_size - 1)
+    high = min(math.ceil(pair_of(scaling.beta_slow)), size - 1)
     ramp = np.clip((np.arange(pairs, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
     scaled = base / scaling.factor * ramp + base * (1 - ramp)
     attention = scaling.attention_factor
@@ -58,21 +62,19 @@ def _yarn(base: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> tupl
     return scaled.astype(np.float32), attention
 
 
-def rotations(config: DecoderConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for ``positions``.
-
-    Args:
-      positions: (B, T) int32.
-
-    Returns: two (B, T, 1, H / 2) float32 arrays.
-    """
+def rotations(config: DecoderConfig, positions: jax.Array) -> Rotation | None:
+    """How queries and keys at ``positions``, (B, T) int32, are rotated; None where the model rotates none."""
+    if config.positions != "rotary":
+        return None
     speed, scale = frequencies(config)
     angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(speed)[None, None, None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of (B, T, heads, H) by the given angles; the same dtype comes back."""
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates pairs (i, i + R/2) of (B, T, heads, H) by the given angles, elements from R on are kept; same dtype."""
     cos, sin = rotation
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    size = 2 * cos.shape[-1]
+    first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([turned, x[..., size:]], axis=-1) if size < x.shape[-1] else turned

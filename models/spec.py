@@ -1,6 +1,7 @@
 """A model without its weights: every parameter's name, shape and logical axes. Enough to plan and to simulate; no jax.
 
-Arrays are named ``embedding``, ``layers.<n>.<module>.<array>``, ``norm.scale`` and ``head``; KV of layer n ``kv.<n>``.
+Arrays are named ``layers.<n>.<module>.<array>``; before the layers ``embedding``, ``positions``, ``input_projection``;
+after them ``norm.scale``, ``norm.bias``, ``output_projection``, ``head``. KV of layer n is ``kv.<n>``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from math import prod
 from spotjax.models.config import DecoderConfig
 
 Axes = tuple[str, ...]
-"""Logical axis names: ``vocab embed heads kv_heads head_size mlp pages page_slot kv``."""
+"""Logical axis names: ``vocab positions embed heads kv_heads head_size mlp pages page_slot kv``."""
+
+Arrays = dict[str, tuple[tuple[int, ...], Axes]]
+"""Shapes and axes by name."""
+
+INPUTS = frozenset({"embedding", "positions", "input_projection"})
+"""Names of all arrays that any model may have before its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +30,7 @@ class ArraySpec:
       name: unique in the model.
       shape: extents, in elements, of the whole array whatever the mesh.
       axes: logical name of every axis.
-      layer: the decoder layer that it belongs to; None for embedding, final norm and head.
+      layer: the decoder layer that it belongs to; None before the layers and after them.
     """
 
     name: str
@@ -45,49 +52,51 @@ class ModelSpec:
     dtype_bytes: int = 4
 
     @cached_property
-    def layer_arrays(self) -> dict[str, tuple[tuple[int, ...], Axes]]:
+    def layer_arrays(self) -> Arrays:
         """Shape and axes of each parameter of one decoder layer, by name within the layer."""
+        return self._norm("attention_norm") | self._attention() | self._norm("mlp_norm") | self._feed_forward()
+
+    @cached_property
+    def inputs(self) -> dict[str, ArraySpec]:
+        """What turns tokens into the first layer's input, by name."""
         c = self.config
-        arrays: dict[str, tuple[tuple[int, ...], Axes]] = {
-            "attention_norm.scale": ((c.width,), ("embed",)),
-            "attention.query": ((c.width, c.heads, c.head_size), ("embed", "heads", "head_size")),
-            "attention.key": ((c.width, c.kv_heads, c.head_size), ("embed", "kv_heads", "head_size")),
-            "attention.value": ((c.width, c.kv_heads, c.head_size), ("embed", "kv_heads", "head_size")),
-            "attention.output": ((c.heads, c.head_size, c.width), ("heads", "head_size", "embed")),
-            "mlp_norm.scale": ((c.width,), ("embed",)),
-            "mlp.gate": ((c.width, c.mlp), ("embed", "mlp")),
-            "mlp.up": ((c.width, c.mlp), ("embed", "mlp")),
-            "mlp.down": ((c.mlp, c.width), ("mlp", "embed")),
-        }
-        if c.attention_bias:
-            arrays["attention.query_bias"] = ((c.heads, c.head_size), ("heads", "head_size"))
-            arrays["attention.key_bias"] = ((c.kv_heads, c.head_size), ("kv_heads", "head_size"))
-            arrays["attention.value_bias"] = ((c.kv_heads, c.head_size), ("kv_heads", "head_size"))
-        if c.output_bias:
-            arrays["attention.output_bias"] = ((c.width,), ("embed",))
-        if c.qk_norm:
-            arrays["attention.query_norm"] = ((c.head_size,), ("head_size",))
-            arrays["attention.key_norm"] = ((c.head_size,), ("head_size",))
-        if c.mlp_bias:
-            arrays["mlp.gate_bias"] = ((c.mlp,), ("mlp",))
-            arrays["mlp.up_bias"] = ((c.mlp,), ("mlp",))
-            arrays["mlp.down_bias"] = ((c.width,), ("embed",))
-        return arrays
+        arrays = [ArraySpec("embedding", (c.vocab, c.embedding_width or c.width), ("vocab", "embed"))]
+        if c.positions == "learned":
+            arrays.append(ArraySpec("positions", (c.max_positions, c.width), ("positions", "embed")))
+        if c.embedding_width is not None:
+            arrays.append(ArraySpec("input_projection", (c.embedding_width, c.width), ("embed", "embed")))
+        return {array.name: array for array in arrays}
+
+    @cached_property
+    def outputs(self) -> dict[str, ArraySpec]:
+        """What turns the last layer's output into logits, by name; a tied embedding is an input as well."""
+        c = self.config
+        arrays: list[ArraySpec] = []
+        if c.norm_place == "before":
+            arrays += [ArraySpec(name, shape, axes) for name, (shape, axes) in self._norm("norm").items()]
+        if c.embedding_width is not None:
+            arrays.append(ArraySpec("output_projection", (c.width, c.embedding_width), ("embed", "embed")))
+        if c.tied_embeddings:
+            arrays.append(self.inputs["embedding"])
+        else:
+            arrays.append(ArraySpec("head", (c.embedding_width or c.width, c.vocab), ("embed", "vocab")))
+        return {array.name: array for array in arrays}
+
+    @cached_property
+    def edges(self) -> tuple[ArraySpec, ...]:
+        """Every parameter outside the layers, once: inputs first."""
+        return tuple((self.inputs | self.outputs).values())
 
     @cached_property
     def parameters(self) -> tuple[ArraySpec, ...]:
-        """Every parameter: embedding first, then layer by layer, final norm and head last."""
-        c = self.config
-        arrays = [ArraySpec("embedding", (c.vocab, c.width), ("vocab", "embed"))]
-        for layer in range(c.layers):
-            arrays += [
-                ArraySpec(f"layers.{layer}.{name}", shape, axes, layer)
-                for name, (shape, axes) in self.layer_arrays.items()
-            ]
-        arrays.append(ArraySpec("norm.scale", (c.width,), ("embed",)))
-        if not c.tied_embeddings:
-            arrays.append(ArraySpec("head", (c.width, c.vocab), ("embed", "vocab")))
-        return tuple(arrays)
+        """Every parameter: inputs first, then layer by layer, outputs last."""
+        layers = (
+            ArraySpec(f"layers.{layer}.{name}", shape, axes, layer)
+            for layer in range(self.config.layers)
+            for name, (shape, axes) in self.layer_arrays.items()
+        )
+        outputs = (array for name, array in self.outputs.items() if name not in self.inputs)
+        return (*self.inputs.values(), *layers, *outputs)
 
     def kv_array(self, layer: int, pages: int, page_size: int) -> ArraySpec:
         """Keys (0) and values (1) of one layer, in ``pages`` pages of ``page_size`` positions each."""
@@ -104,3 +113,37 @@ class ModelSpec:
         """Bytes of keys and values of one token position, all layers together."""
         c = self.config
         return 2 * c.layers * c.kv_heads * c.head_size * self.dtype_bytes
+
+    def _norm(self, module: str) -> Arrays:
+        """A norm over D; LayerNorm has a bias."""
+        names = ("scale", "bias") if self.config.norm == "layer" else ("scale",)
+        return {f"{module}.{name}": ((self.config.width,), ("embed",)) for name in names}
+
+    def _attention(self) -> Arrays:
+        c = self.config
+        arrays: Arrays = {
+            "attention.query": ((c.width, c.heads, c.head_size), ("embed", "heads", "head_size")),
+            "attention.key": ((c.width, c.kv_heads, c.head_size), ("embed", "kv_heads", "head_size")),
+            "attention.value": ((c.width, c.kv_heads, c.head_size), ("embed", "kv_heads", "head_size")),
+            "attention.output": ((c.heads, c.head_size, c.width), ("heads", "head_size", "embed")),
+        }
+        if c.attention_bias:
+            arrays["attention.query_bias"] = ((c.heads, c.head_size), ("heads", "head_size"))
+            arrays["attention.key_bias"] = ((c.kv_heads, c.head_size), ("kv_heads", "head_size"))
+            arrays["attention.value_bias"] = ((c.kv_heads, c.head_size), ("kv_heads", "head_size"))
+        if c.output_bias:
+            arrays["attention.output_bias"] = ((c.width,), ("embed",))
+        if c.qk_norm:
+            arrays["attention.query_norm"] = ((c.head_size,), ("head_size",))
+            arrays["attention.key_norm"] = ((c.head_size,), ("head_size",))
+        return arrays
+
+    def _feed_forward(self) -> Arrays:
+        c = self.config
+        into = ("gate", "up") if c.gated_mlp else ("up",)
+        arrays: Arrays = {f"mlp.{name}": ((c.width, c.mlp), ("embed", "mlp")) for name in into}
+        arrays["mlp.down"] = ((c.mlp, c.width), ("mlp", "embed"))
+        if c.mlp_bias:
+            arrays |= {f"mlp.{name}_bias": ((c.mlp,), ("mlp",)) for name in into}
+            arrays["mlp.down_bias"] = ((c.width,), ("embed",))
+        return arrays

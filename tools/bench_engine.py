@@ -50,7 +50,7 @@ class ContiguousStore:
         self.keys, self.values, self._position = keys, values, position
 
     def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """See ``models.decoder.KeyValueStore``."""
+        """See ``models.layers.KeyValueStore``."""
         at = self._position
         self.keys = jax.lax.dynamic_update_slice(self.keys, keys.transpose(0, 2, 3, 1)[:, None], (0, 0, 0, 0, at))
         self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3)[:, None], (0, 0, 0, at, 0))
@@ -71,19 +71,20 @@ class BareLoop:
             {name: arrays[f"layers.{layer}.{name}"] for name in spec.layer_arrays}
             for layer in range(spec.config.layers)
         ]
-        self._ends = (arrays["embedding"], arrays["norm.scale"], arrays["head" if "head" in arrays else "embedding"])
+        self._ends = tuple({name: arrays[name] for name in ends} for ends in (spec.inputs, spec.outputs))
         graph = layer_graph(spec.config)
 
         def step(layers: Any, ends: Any, kv: Any, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-            embedding, scale, head = ends
-            positions = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-            rotation = rotations(self._config, jnp.broadcast_to(positions, tokens.shape))
-            hidden, extended = embed(embedding, tokens), []
+            inputs, outputs = ends
+            steps = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+            positions = jnp.broadcast_to(steps, tokens.shape)
+            rotation = rotations(self._config, positions)
+            hidden, extended = embed(self._config, inputs, tokens, positions), []
             for layer, (keys, values) in zip(layers, kv, strict=True):
                 store = ContiguousStore(keys, values, position)
                 hidden = bind(graph, layer)(hidden, rotation, store)
                 extended.append((store.keys, store.values))
-            scores = logits(self._config, hidden[:, -1], scale, head)
+            scores = logits(self._config, outputs, hidden[:, -1])
             return jnp.argmax(scores, axis=-1).astype(jnp.int32), extended
 
         self._step = jax.jit(step, donate_argnums=2)

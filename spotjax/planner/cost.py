@@ -53,12 +53,16 @@ def layer_elements(spec: ModelSpec, tensor: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _edge_elements(spec: ModelSpec, tensor: int, layers: LayerRanges, stage: int) -> int:
-    """Parameters outside the decoder layers (embedding, final norm, head) on one device of a stage."""
+    """Parameters before and after the decoder layers (embedding, final norm, head) on one device of a stage."""
     return sum(
-        prod(shard_shape(array, spec, tensor))
-        for array in (spec.parameters[0], *spec.parameters[-2:])
-        if array.layer is None and stage_holds(array, spec, layers, stage)
+        prod(shard_shape(array, spec, tensor)) for array in spec.edges if stage_holds(array, spec, layers, stage)
     )
+
+
+@lru_cache(maxsize=4096)
+def _head_elements(spec: ModelSpec, tensor: int) -> int:
+    """Elements of the matrices that make logits of a hidden vector, on one device."""
+    return sum(prod(shard_shape(array, spec, tensor)) for array in spec.outputs.values() if len(array.shape) > 1)
 
 
 def parameter_bytes(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage: int) -> int:
@@ -85,7 +89,8 @@ def _stage_memory(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage:
     c = spec.config
     start, stop = layers[stage]
     page = 2 * demand.page_size * kv_heads_per_shard(c.heads, c.kv_heads, shape.tensor) * c.head_size * spec.dtype_bytes
-    # Alive at once: residual stream and its norm, gate and up, queries and their output; logits in float32.
+    # Alive at once: residual stream and its norm, gate and up (or up before and after its activation), queries and
+    # their output; logits in float32.
     per_token = 2 * c.width + 2 * -(-c.mlp // shape.tensor) + 2 * c.heads // shape.tensor * c.head_size
     logits = 4 * demand.batch * c.vocab if stage == shape.stage - 1 else 0
     return MemoryNeed(
@@ -105,7 +110,7 @@ class Roofline:
     def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
         """One call of one stage: roofline, collectives, overhead."""
         c, kind = self.spec.config, self.kind
-        head = c.width * -(-c.vocab // tensor) if stage.last else 0
+        head = _head_elements(self.spec, tensor) if stage.last else 0
         weights = stage.layers * layer_elements(self.spec, tensor)
         attention = 4 * stage.layers * work.pairs * c.heads // tensor * c.head_size
         flops = 2 * work.tokens * weights + 2 * work.sequences * head + attention

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, remainder
-from spotjax.meshes.stacks import is_layered
+from spotjax.meshes.stacks import depth, is_layered
 from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
 from spotjax.planner.links import Link, Links
 from spotjax.planner.plan import MemoryUse, MigrationPlan, Phase, Transfer
 
 Bytes = NDArray[np.int64]
-"""Bytes by layer (row) and device (column); row 0 is the embedding, the last one norm and head."""
+"""Bytes by layer (row) and device (column); row 0 is what comes before the layers, the last one what comes after."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _by_layer(transfer: Transfer) -> list[tuple[int, Transfer]]:
             for layer in range(*piece.index[0]):
                 rows[layer + 1].append(ArraySlice(piece.name, ((layer, layer + 1), *piece.index[1:])))
         else:
-            rows[0 if piece.name == "embedding" else 1 << 30].append(piece)
+            rows[0 if depth(piece.name) < 0 else 1 << 30].append(piece)
     return [
         (row, replace(transfer, pieces=tuple(pieces), bytes=element_bytes * sum(piece.size for piece in pieces)))
         for row, pieces in rows.items()
@@ -160,7 +160,7 @@ def _given_up(
                     start, stop = box[0]
                     table[start + 1 : stop + 1, number] += size // (stop - start)
                 else:
-                    table[0 if stack == "embedding" else layers, number] += size
+                    table[0 if depth(stack) < 0 else layers, number] += size
     return table
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, Boxes, Index, intersect, remainder, subtract
-from spotjax.meshes.stacks import is_layered
+from spotjax.meshes.stacks import depth, is_layered
 from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
 from spotjax.planner.plan import Phase
 from spotjax.planner.reuse import Classes, parameters_held
@@ -232,5 +232,5 @@ def _runs(part: Part, run: int, alone: bool) -> Iterator[Part]:
 def order(part: Part) -> tuple[bool, bool, float, str, Index, DeviceRef]:
     """Sorts what moves before the stop, parameters before KV, and front layers, hence stages, first."""
     name, index = part.pieces[0]
-    depth = index[0][0] if is_layered(name) else -1 if name == "embedding" else inf
-    return part.phase is Phase.FINAL, cohort_of(name) is not None, depth, name, index, part.target
+    along = index[0][0] if is_layered(name) else depth(name)
+    return part.phase is Phase.FINAL, cohort_of(name) is not None, along, name, index, part.target

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from spotjax.meshes.layout import kv_heads_per_shard
 from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, own, replicated, stacked_shape, stage_mesh
-from spotjax.models.decoder import TensorShard
+from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant, controls_width
@@ -72,7 +72,7 @@ class CompiledModel:
         return self._calls.setdefault(devices, threading.Lock())
 
     def embed(self, devices: Devices, rows: int, span: int) -> Call:
-        """``(embedding, rows) -> hidden``."""
+        """``(inputs, rows) -> hidden``."""
         return self.executables.get(
             ("embed", len(devices), rows, span), devices, partial(self._lower_embed, rows, span)
         )
@@ -91,7 +91,7 @@ class CompiledModel:
         return self.executables.get(("layers", len(devices), shape, 1), devices, partial(self._lower_layers, shape, 1))
 
     def logits(self, devices: Devices, rows: int, span: int) -> Call:
-        """``(scale, head, hidden, rows) -> logits``."""
+        """``(outputs, hidden, rows) -> logits``."""
         return self.executables.get(
             ("logits", len(devices), rows, span), devices, partial(self._lower_logits, rows, span)
         )
@@ -144,6 +144,9 @@ class CompiledModel:
     def _abstract_layer(self, mesh: Mesh) -> Mapping[str, Any]:
         return {name: self._abstract_array(self._arrays[f"layers.0.{name}"], mesh) for name in self.spec.layer_arrays}
 
+    def _abstract_edge(self, arrays: Mapping[str, ArraySpec], mesh: Mesh) -> Mapping[str, Any]:
+        return {name: self._abstract_array(array, mesh) for name, array in arrays.items()}
+
     def _abstract_rows(self, rows: int, span: int, mesh: Mesh) -> Any:
         return self._abstract((rows, 2 + span), replicated(mesh), jnp.int32)
 
@@ -171,7 +174,7 @@ class CompiledModel:
 
     def _lower_embed(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        arguments = [self._abstract_array(self._arrays["embedding"], mesh), self._abstract_rows(rows, span, mesh)]
+        arguments = [self._abstract_edge(self.spec.inputs, mesh), self._abstract_rows(rows, span, mesh)]
         return self._lower(self._functions(mesh).embed, arguments, replicated(mesh), mesh)
 
     def _lower_layers(self, shape: StepShape, layers: int, devices: Devices) -> jax.stages.Lowered:
@@ -188,10 +191,8 @@ class CompiledModel:
 
     def _lower_logits(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        head = self._arrays["embedding" if self.spec.config.tied_embeddings else "head"]
         arguments = [
-            self._abstract_array(self._arrays["norm.scale"], mesh),
-            self._abstract_array(head, mesh),
+            self._abstract_edge(self.spec.outputs, mesh),
             self._abstract_hidden(rows, span, mesh),
             self._abstract_rows(rows, span, mesh),
         ]

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from spotjax.models.config import DecoderConfig
-from spotjax.models.decoder import DecoderLayer, TensorShard, embed, logits
+from spotjax.models.decoder import EdgeArrays, embed, logits
+from spotjax.models.layers import DecoderLayer
 from spotjax.models.rope import rotations
+from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ModelSpec
-from spotjax.runtime.kv import LayerPages, PagedStore, StepInput
+from spotjax.runtime.kv import LayerPages, PagedStore, StepInput, positions_of
 
 LayerArrays = Mapping[str, jax.Array]
 """Parameters of one decoder layer by their name within the layer, e.g. ``attention.query``."""
@@ -45,9 +47,9 @@ class StageFunctions:
         self._config, self._shard = spec.config, shard
         self._graph = layer_graph(spec.config)
 
-    def embed(self, embedding: jax.Array, rows: jax.Array) -> jax.Array:
+    def embed(self, inputs: EdgeArrays, rows: jax.Array) -> jax.Array:
         """The step's rows (B, 2 + T) to hidden vectors (B, T, D)."""
-        return embed(embedding, rows[:, 2:], self._shard)
+        return embed(self._config, inputs, rows[:, 2:], positions_of(rows), self._shard)
 
     def layers(
         self, layers: Sequence[LayerArrays], pages: Sequence[LayerPages[jax.Array]], hidden: jax.Array, step: StepInput
@@ -64,8 +66,8 @@ class StageFunctions:
             extended.append(store.pages)
         return hidden, tuple(extended)
 
-    def logits(self, scale: jax.Array, head: jax.Array, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    def logits(self, outputs: EdgeArrays, hidden: jax.Array, rows: jax.Array) -> jax.Array:
         """Logits (B, V) float32 at the last valid position of every row."""
         last = jnp.maximum(rows[:, 1] - 1, 0)
         vectors = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return logits(self._config, vectors, scale, head, self._shard)
+        return logits(self._config, outputs, vectors, self._shard)

@@ -43,8 +43,13 @@ class StepInput(NamedTuple):
     @property
     def positions(self) -> jax.Array:
         """(B, T) position of every token; meaningless beyond ``length``."""
-        steps = jnp.arange(self.tokens.shape[1], dtype=jnp.int32)
-        return self.start[:, None] + steps[None, :]
+        return positions_of(self.rows)
+
+
+def positions_of(rows: jax.Array) -> jax.Array:
+    """``StepInput.positions`` where there are only the rows."""
+    steps = jnp.arange(rows.shape[1] - 2, dtype=jnp.int32)
+    return rows[:, :1] + steps[None, :]
 
 
 class LayerPages(NamedTuple, Generic[A]):
@@ -62,7 +67,7 @@ class LayerPages(NamedTuple, Generic[A]):
 
 
 class PagedStore:
-    """One layer's pages during one step; see ``models.decoder.KeyValueStore``."""
+    """One layer's pages during one step; see ``models.layers.KeyValueStore``."""
 
     def __init__(self, pages: LayerPages[jax.Array], step: StepInput) -> None:
         self.pages = pages

@@ -15,9 +15,6 @@ from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.kv import LayerPages, StepInput
 
-TIED_HEAD = "embedding"
-
-
 class Stage:
     """Runs decoder layers ``layers`` on M devices; the first stage also embeds, the last computes logits.
 
@@ -57,10 +54,8 @@ class Stage:
         self._layers = tuple(
             {name: parameters[f"layers.{layer}.{name}"] for name in model.spec.layer_arrays} for layer in range(*layers)
         )
-        self._embedding = parameters["embedding"] if first else None
-        self._scale = parameters["norm.scale"] if last else None
-        tied = model.spec.config.tied_embeddings
-        self._head = parameters[TIED_HEAD if tied else "head"] if last else None
+        self._inputs = {name: parameters[name] for name in model.spec.inputs} if first else {}
+        self._outputs = {name: parameters[name] for name in model.spec.outputs} if last else {}
 
     def empty_pages(self) -> LayerPages[jax.Array]:
         """Fresh KV pages for one layer."""
@@ -110,7 +105,7 @@ class Stage:
 
     def _run(self, shape: StepShape, step: StepInput, hidden: jax.Array | np.ndarray | None) -> jax.Array:
         if self.first:
-            begun = self._model.embed(self.devices, shape.rows, shape.span)(self._embedding, step.rows)
+            begun = self._model.embed(self.devices, shape.rows, shape.span)(self._inputs, step.rows)
         else:
             assert hidden is not None, "only the first stage begins without"
             begun = self._take_over(hidden)
@@ -118,7 +113,7 @@ class Stage:
         if not self.last:
             return out
         compute_logits = self._model.logits(self.devices, shape.rows, shape.span)
-        logits: jax.Array = compute_logits(self._scale, self._head, out, step.rows)
+        logits: jax.Array = compute_logits(self._outputs, out, step.rows)
         return logits
 
     def _take_over(self, hidden: jax.Array | np.ndarray) -> jax.Array:
