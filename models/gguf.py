@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
-from spotjax.models.checkpoint import check_tensors, read_array, tensor_names
 from spotjax.models.config import DecoderConfig, RopeScaling
 from spotjax.models.spec import ModelSpec
+from spotjax.models.storage import TensorLayout, check_tensors, storages
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """Values of ``general.architecture`` that are read."""
 
-TENSOR_NAMES = {
+NAMES = {
     "embedding": "token_embd.weight",
     "norm.scale": "output_norm.weight",
     "head": "output.weight",
@@ -46,7 +46,7 @@ TENSOR_NAMES = {
     "mlp.up_bias": "ffn_up.bias",
     "mlp.down_bias": "ffn_down.bias",
 }
-LAYER_PREFIX = "blk.{}."
+LAYOUT = TensorLayout(NAMES, "blk.{}.")
 ROPE_FACTORS = "rope_freqs.weight"
 """Per frequency, what Llama 3's scaling divides it by; converters write this instead of its parameters."""
 
@@ -110,10 +110,9 @@ class GgufCheckpoint:
             self._spec = ModelSpec(_config(self.metadata, self._tensors))
         except (msgspec.ValidationError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-        self._arrays = {array.name: array for array in self._spec.parameters}
-        self._names = tensor_names(self._spec, TENSOR_NAMES, LAYER_PREFIX)
+        self._storages = storages(self._spec, LAYOUT)
         shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
-        check_tensors(self._spec, self._names, shapes, path, ignored=(ROPE_FACTORS,))
+        check_tensors(self._storages.values(), shapes, path, ignored=(ROPE_FACTORS,))
         self._check_types(path)
         self._interleaved = self.metadata["general.architecture"] == "llama"
 
@@ -132,9 +131,9 @@ class GgufCheckpoint:
 
     def read(self, name: str, index: Index) -> NDArray[np.float32]:
         """See ``Checkpoint.read``."""
-        if name not in self._arrays:
+        if name not in self._storages:
             raise CheckpointError(f"the model has no array {name!r}")
-        tensor = self._tensors[self._names[name]]
+        tensor = self._tensors[self._storages[name].tensor]
         module, array = name.rsplit(".", 1) if "." in name else ("", name)
         rotated = module.endswith("attention") and array in ("query", "key", "query_bias", "key_bias")
 
@@ -142,7 +141,7 @@ class GgufCheckpoint:
             block = _read_tensor(tensor, ranges)
             return _half_split(block, self._spec.config.head_size) if rotated and self._interleaved else block
 
-        return read_array(self._arrays[name], index, read_tensor)
+        return self._storages[name].read(index, read_tensor)
 
     def close(self) -> None:
         """Unmaps the file."""

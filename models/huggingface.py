@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,35 +17,14 @@ from safetensors import SafetensorError, safe_open
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index
-from spotjax.models.checkpoint import check_tensors, read_array, tensor_names
 from spotjax.models.huggingface_config import read_config
 from spotjax.models.spec import ModelSpec
+from spotjax.models.storage import TensorLayout, check_tensors, storages
 
-TENSOR_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attention_norm.scale": "input_layernorm.weight",
-    "attention.query": "self_attn.q_proj.weight",
-    "attention.key": "self_attn.k_proj.weight",
-    "attention.value": "self_attn.v_proj.weight",
-    "attention.output": "self_attn.o_proj.weight",
-    "attention.query_bias": "self_attn.q_proj.bias",
-    "attention.key_bias": "self_attn.k_proj.bias",
-    "attention.value_bias": "self_attn.v_proj.bias",
-    "attention.output_bias": "self_attn.o_proj.bias",
-    "attention.query_norm": "self_attn.q_norm.weight",
-    "attention.key_norm": "self_attn.k_norm.weight",
-    "mlp_norm.scale": "post_attention_layernorm.weight",
-    "mlp.gate": "mlp.gate_proj.weight",
-    "mlp.up": "mlp.up_proj.weight",
-    "mlp.down": "mlp.down_proj.weight",
-    "mlp.gate_bias": "mlp.gate_proj.bias",
-    "mlp.up_bias": "mlp.up_proj.bias",
-    "mlp.down_bias": "mlp.down_proj.bias",
-}
-LAYER_PREFIX = "model.layers.{}."
 DTYPES = ("F32", "F16", "BF16")
+
+CONSTANTS = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$")
+"""Rotary frequencies and causal masks, which older versions of transformers saved."""
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,16 +39,18 @@ class HuggingFaceCheckpoint:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._spec = ModelSpec(read_config(directory / "config.json"))
-        self._arrays = {array.name: array for array in self._spec.parameters}
-        self._names = tensor_names(self._spec, TENSOR_NAMES, LAYER_PREFIX)
+        config, layout = read_config(directory / "config.json")
+        self._spec = ModelSpec(config)
+        self._storages = storages(self._spec, layout)
         self._tensors: dict[str, Any] = {}
         with ExitStack() as files:
             for path in _safetensors_files(directory):
                 self._map(path, files)
+            self._tensors = _with_prefix(self._tensors, layout)
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in self._tensors.items()}
-            check_tensors(self._spec, self._names, shapes, directory, _unneeded(shapes, self._spec))
-            for name in self._names.values():
+            unneeded = _unneeded(shapes, layout.names["head"] if config.tied_embeddings else "")
+            check_tensors(self._storages.values(), shapes, directory, unneeded)
+            for name in dict.fromkeys(storage.tensor for storage in self._storages.values()):
                 if (dtype := self._tensors[name].get_dtype()) not in DTYPES:
                     raise CheckpointError(f"{directory}: tensor {name} is {dtype}, only {', '.join(DTYPES)} are read")
             self._files = files.pop_all()
@@ -87,15 +69,15 @@ class HuggingFaceCheckpoint:
 
     def read(self, name: str, index: Index) -> NDArray[np.float32]:
         """See ``Checkpoint.read``."""
-        if name not in self._arrays:
+        if name not in self._storages:
             raise CheckpointError(f"the model has no array {name!r}")
-        tensor = self._tensors[self._names[name]]
+        tensor = self._tensors[self._storages[name].tensor]
 
         def read_tensor(ranges: Index) -> NDArray[np.float32]:
             block: NDArray[np.float32] = tensor[tuple(slice(*pair) for pair in ranges)].astype(np.float32, copy=False)
             return block
 
-        return read_array(self._arrays[name], index, read_tensor)
+        return self._storages[name].read(index, read_tensor)
 
     def close(self) -> None:
         """Unmaps the files."""
@@ -116,7 +98,14 @@ def _safetensors_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory / INDEX} is not a safetensors index: {error}") from error
 
 
-def _unneeded(names: Iterable[str], spec: ModelSpec) -> set[str]:
-    """Tensors that some checkpoints carry and nobody needs: rotary tables, and the head where it is the embedding."""
-    tables = {name for name in names if name.endswith("rotary_emb.inv_freq")}
-    return tables | {TENSOR_NAMES["head"]} if spec.config.tied_embeddings else tables
+def _with_prefix(tensors: dict[str, Any], layout: TensorLayout) -> dict[str, Any]:
+    """Tensors named as in a language model, where they were saved as the decoder alone: GPT-2 was published so."""
+    prefix = layout.layer_prefix.partition(".")[0] + "."
+    if any(name.startswith(prefix) for name in tensors):
+        return tensors
+    return {name if name == layout.names["head"] else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _unneeded(names: Iterable[str], head: str) -> set[str]:
+    """Tensors that some checkpoints carry and nobody needs: tables of constants, and a head that is the embedding."""
+    return {name for name in names if name == head or CONSTANTS.search(name)}

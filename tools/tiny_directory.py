@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
-from spotjax.models.checkpoint import tensor_names
 from spotjax.models.config import DecoderConfig
-from spotjax.models.huggingface import LAYER_PREFIX, TENSOR_NAMES
+from spotjax.models.huggingface_llama import LAYOUT
 from spotjax.models.spec import ModelSpec
+from spotjax.models.storage import storages
 from spotjax.tools.tiny_corpus import END, END_ID, REQUIREMENT, SHA256
 
 # A play, line by line: a system message is a stage direction, every other message a speech, and the answer is KING's.
@@ -62,7 +62,7 @@ class Figures:
 def save_weights(config: DecoderConfig, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
     """Writes ``model.safetensors``: float16, matrices (out, in), named as transformers names them."""
     spec = ModelSpec(config)
-    names = tensor_names(spec, TENSOR_NAMES, LAYER_PREFIX)
+    stored = storages(spec, LAYOUT)
     tensors: dict[str, NDArray[np.float16]] = {}
     for array in spec.parameters:
         value = arrays[array.name]
@@ -70,7 +70,7 @@ def save_weights(config: DecoderConfig, arrays: Mapping[str, NDArray[np.float32]
             # Only the attention output takes in two axes, (heads, head size); the others give out all but the first.
             inputs = array.size // value.shape[-1] if array.name.endswith("attention.output") else value.shape[0]
             value = value.reshape(inputs, -1).T
-        tensors[names[array.name]] = np.ascontiguousarray(value, np.float16)
+        tensors[stored[array.name].tensor] = np.ascontiguousarray(value, np.float16)
     path = directory / "model.safetensors"
     save_file(tensors, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors lets only the owner read

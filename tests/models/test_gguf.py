@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
 from spotjax.models.config import DecoderConfig, RopeScaling
-from spotjax.models.gguf import LAYER_PREFIX, TENSOR_NAMES, GgufCheckpoint
+from spotjax.models.gguf import LAYOUT, GgufCheckpoint
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.spec import ArraySpec
 
@@ -66,7 +66,7 @@ def write_gguf(path: Path, case: str, change: Change = lambda _: None, skip: str
     change(writer)
     for array in source.spec.parameters:
         local = array.name if array.layer is None else array.name.split(".", 2)[2]
-        name = ("" if array.layer is None else LAYER_PREFIX.format(array.layer)) + TENSOR_NAMES[local]
+        name = ("" if array.layer is None else LAYOUT.layer_prefix.format(array.layer)) + LAYOUT.names[local]
         values = published(array, source.read(array.name, whole(array.shape)), c, architecture == "llama")
         if name == skip:
             continue

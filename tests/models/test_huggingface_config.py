@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
 def config_of(tmp_path: Path, **changes: Any) -> DecoderConfig:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value for key, value in (CONFIG | changes).items() if value != "absent"}))
-    return read_config(path)
+    return read_config(path)[0]
 
 
 LLAMA3 = {
@@ -96,7 +96,7 @@ def test_each_architecture_has_its_biases_and_norms(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' is not supported, only llama, mistral, qwen2, qwen3"),
+        ({"model_type": "bloom"}, r"'bloom' is not supported, only llama, mistral, qwen2, qwen3, opt, gpt_neox, gpt2"),
         ({"model_type": "absent"}, r"None is not supported"),
         ({"vocab_size": "absent"}, "vocab_size"),
         ({"hidden_size": "wide"}, "hidden_size"),

@@ -1,0 +1,164 @@
+"""How the tensors of published checkpoints relate to the arrays of a ModelSpec. Owns no file format and no names.
+
+Published checkpoints keep a projection as (out, in) with the heads merged into one axis, some also several projections
+in one tensor; Spotjax keeps it as (in, out) with the heads apart. All importers read through the functions here, so
+this is said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spotjax.errors import CheckpointError
+from spotjax.meshes.slices import Index
+from spotjax.models.checkpoint import check_index
+from spotjax.models.spec import ArraySpec, Axes, ModelSpec
+
+
+PART = -1
+"""In ``StorageAxes`` the axis along which a tensor joins several arrays of the same shape."""
+
+StorageAxes = tuple[tuple[int, ...], ...]
+"""For every axis of a published tensor, which axes of our array it is the product of, major first."""
+
+Part = tuple[int, int]
+"""Which of the arrays that a tensor joins is ours, from 0, and how many there are."""
+
+STORAGE_AXES: dict[Axes, StorageAxes] = {
+    ("vocab", "embed"): ((0,), (1,)),
+    ("positions", "embed"): ((0,), (1,)),
+    ("embed", "embed"): ((1,), (0,)),
+    ("embed", "vocab"): ((1,), (0,)),
+    ("embed", "heads", "head_size"): ((1, 2), (0,)),
+    ("embed", "kv_heads", "head_size"): ((1, 2), (0,)),
+    ("heads", "head_size", "embed"): ((2,), (0, 1)),
+    ("embed", "mlp"): ((1,), (0,)),
+    ("mlp", "embed"): ((1,), (0,)),
+    ("heads", "head_size"): ((0, 1),),
+    ("kv_heads", "head_size"): ((0, 1),),
+    ("embed",): ((0,),),
+    ("mlp",): ((0,),),
+    ("head_size",): ((0,),),
+}
+"""By the logical axes of our array, unless a layout says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """How checkpoints of a family keep their arrays.
+
+    Attributes:
+      names: published name of each array outside of the layers, and of each array within a layer.
+      layer_prefix: format of what stands before the latter, given the layer's number.
+      axes: of arrays, named as in ``names``, that are not kept as ``STORAGE_AXES`` says.
+      parts: of arrays that share a tensor with others.
+      skipped: leading rows of tensors that are no part of our arrays.
+    """
+
+    names: Mapping[str, str]
+    layer_prefix: str
+    axes: Mapping[str, StorageAxes] = field(default_factory=dict)
+    parts: Mapping[str, Part] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Where an array is in a checkpoint.
+
+    Attributes:
+      array: ours.
+      tensor: name of the published tensor.
+      axes: of the tensor.
+      part: which of the arrays in the tensor ours is.
+      skipped: leading rows of the tensor that are no part of our array.
+    """
+
+    array: ArraySpec
+    tensor: str
+    axes: StorageAxes
+    part: Part = (0, 1)
+    skipped: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        extents = (*self.array.shape, self.part[1])
+        rows, *others = (prod(extents[axis] for axis in axes) for axes in self.axes)
+        return self.skipped + rows, *others
+
+    def read(self, index: Index, read_tensor: Callable[[Index], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """The part of the array that ``index`` covers.
+
+        Args:
+          index: index ranges of the array; where several axes are merged in the tensor, all of the minor ones are read.
+          read_tensor: reads index ranges of the tensor.
+
+        Raises:
+          ValueError: ``index`` reaches outside the array.
+        """
+        check_index(self.array, index)
+        shape = tuple(stop - start for start, stop in index)
+        if 0 in shape:
+            return np.empty(shape, np.float32)
+        # Seen as one of several arrays along a last axis, of which one index is read.
+        number, parts = self.part
+        extents, wanted = (*self.array.shape, parts), (*index, (number, number + 1))
+        groups = [tuple(axis % len(extents) for axis in group) for group in self.axes]
+        ranges, stored = [], []
+        for major, *minor in groups:
+            (start, stop), inner = wanted[major], [extents[axis] for axis in minor]
+            ranges.append((start * prod(inner), stop * prod(inner)))
+            stored += [stop - start, *inner]
+        ranges[0] = (ranges[0][0] + self.skipped, ranges[0][1] + self.skipped)
+        order = [axis for group in groups for axis in group]
+        if parts == 1:
+            order, stored = [*order, len(index)], [*stored, 1]
+        block = read_tensor(tuple(ranges)).reshape(stored).transpose(np.argsort(order))
+        majors = {group[0] for group in groups}
+        picks = tuple(slice(None) if axis in majors else slice(*wanted[axis]) for axis in range(len(index)))
+        return np.ascontiguousarray(block[(*picks, 0 if len(index) in majors else number)], np.float32)
+
+
+def storages(spec: ModelSpec, layout: TensorLayout) -> dict[str, Storage]:
+    """Where every array of the model is in a checkpoint of that layout."""
+    found = {}
+    for array in spec.parameters:
+        name, prefix = array.name, ""
+        if array.layer is not None:
+            name = name.removeprefix(f"layers.{array.layer}.")
+            prefix = layout.layer_prefix.format(array.layer)
+        axes = layout.axes.get(name, STORAGE_AXES[array.axes])
+        part, skipped = layout.parts.get(name, (0, 1)), layout.skipped.get(name, 0)
+        found[array.name] = Storage(array, prefix + layout.names[name], axes, part, skipped)
+    return found
+
+
+def check_tensors(
+    storages: Iterable[Storage], stored: Mapping[str, tuple[int, ...]], where: object, ignored: Iterable[str] = ()
+) -> None:
+    """Checks that exactly the tensors of a model are there, each in its shape.
+
+    Args:
+      storages: of all arrays of the model.
+      stored: name and shape of every tensor of the checkpoint.
+      where: the checkpoint, for messages.
+      ignored: tensors that may be there and are not needed.
+
+    Raises:
+      CheckpointError: a tensor is missing, has another shape, or is one that the model does not have.
+    """
+    needed = {storage.tensor: storage.shape for storage in storages}
+    for name, wanted in needed.items():
+        if name not in stored:
+            raise CheckpointError(f"{where}: tensor {name} {wanted} is missing")
+        if stored[name] != wanted:
+            raise CheckpointError(f"{where}: tensor {name} has shape {stored[name]}, the configuration says {wanted}")
+    if unknown := sorted(stored.keys() - needed.keys() - set(ignored)):
+        shown = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise CheckpointError(f"{where}: the model that the configuration describes has no tensor {shown}")
