@@ -36,10 +36,19 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
 PAGES, PAGE_SIZE, POSITIONS = 33, 8, 64
 BUCKETS = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_positions=POSITIONS)
+LONGER = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_positions=104)
+"""For the longest golden prompt and its continuation."""
 SHARED_HEADS = DecoderConfig(
     vocab=97, width=24, layers=3, heads=12, kv_heads=4, head_size=4, mlp=50, max_positions=POSITIONS
 )
 """Vocabulary and feed-forward width that split unevenly, kv heads that 3 and 6 shards share irregularly."""
+_GPT = replace(
+    SHARED_HEADS, kv_heads=12, norm="layer", gated_mlp=False, attention_bias=True, output_bias=True, mlp_bias=True
+)
+OPT = replace(_GPT, positions="learned", activation="relu", tied_embeddings=True)
+NEOX = replace(_GPT, rotary_size=2, parallel_residual=True, activation="gelu")
+POST_NORM = replace(OPT, norm_place="after", embedding_width=10)
+"""The other architectures, as small."""
 
 
 class Letters:
@@ -66,7 +75,8 @@ class RandomCheckpoint:
                 fan_in = np.prod(array.shape[:-1]) if array.name.endswith("output") else array.shape[0]
                 scale = 1.0 if len(array.shape) < 2 else 2.0 * float(fan_in) ** -0.5
                 content = generator.normal(0, scale, array.shape).astype(np.float32)
-                arrays[array.name] = 1 + content * np.float32(0.2) if "norm" in array.name else content
+                scales = array.name.endswith(("scale", "_norm"))
+                arrays[array.name] = 1 + content * np.float32(0.2) if scales else content
             self._arrays = arrays  # at once, because several threads read
         return self._arrays[name]
 
@@ -134,14 +144,14 @@ def build_stage(
 
 
 def build_pipelines(
-    model: CompiledModel, weights: Checkpoint, shape: MeshShape, *, fuse: bool = False
+    model: CompiledModel, weights: Checkpoint, shape: MeshShape, *, fuse: bool = False, buckets: Buckets = BUCKETS
 ) -> list[LocalPipeline]:
     """One pipeline per replica on the first D * P * M devices."""
     devices = iter(jax.devices())
     return [
         LocalPipeline(
             model,
-            BUCKETS,
+            buckets,
             [
                 build_stage(model, weights, [next(devices) for _ in range(shape.tensor)], shape.stage, p)
                 for p in range(shape.stage)

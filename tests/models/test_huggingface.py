@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from published_tensors import published
 from safetensors.numpy import load_file, save_file
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
-from spotjax.models.config import DecoderConfig
 from spotjax.models.huggingface import HuggingFaceCheckpoint
-from spotjax.models.spec import ArraySpec
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
@@ -42,49 +41,17 @@ def stored_tensors(case: str) -> dict[str, np.ndarray]:
     return {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
 
 
-def expected(array: ArraySpec, c: DecoderConfig, tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """The array as the published names and the transformers source say, written out one by one."""
-    if array.layer is None:
-        return {
-            "embedding": lambda: tensors["model.embed_tokens.weight"],
-            "norm.scale": lambda: tensors["model.norm.weight"],
-            "head": lambda: tensors["lm_head.weight"].T,
-        }[array.name]()
-    layer = f"model.layers.{array.layer}."
-    name = array.name.removeprefix(f"layers.{array.layer}.")
-    letters = {"query": ("q", c.heads), "key": ("k", c.kv_heads), "value": ("v", c.kv_heads)}
-    module, _, rest = name.partition(".")
-    if module == "attention":
-        base, _, kind = rest.partition("_")
-        if kind == "norm":
-            return tensors[f"{layer}self_attn.{letters[base][0]}_norm.weight"]
-        if rest == "output":
-            return tensors[f"{layer}self_attn.o_proj.weight"].T.reshape(c.heads, c.head_size, c.width)
-        if rest == "output_bias":
-            return tensors[f"{layer}self_attn.o_proj.bias"]
-        letter, heads = letters[base]
-        if kind == "bias":
-            return tensors[f"{layer}self_attn.{letter}_proj.bias"].reshape(heads, c.head_size)
-        return tensors[f"{layer}self_attn.{letter}_proj.weight"].T.reshape(c.width, heads, c.head_size)
-    if module == "mlp":
-        base, _, kind = rest.partition("_")
-        return tensors[f"{layer}mlp.{base}_proj.bias"] if kind else tensors[f"{layer}mlp.{base}_proj.weight"].T
-    return tensors[
-        layer + {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}[module] + ".weight"
-    ]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_array_is_the_published_tensor_in_our_layout(case: str) -> None:
     checkpoint, tensors = HuggingFaceCheckpoint(GOLDEN / case), stored_tensors(case)
     for array in checkpoint.spec.parameters:
         read = checkpoint.read(array.name, whole(array.shape))
         assert read.dtype == np.float32 and read.flags.c_contiguous and read.shape == array.shape
-        np.testing.assert_array_equal(read, expected(array, checkpoint.spec.config, tensors), err_msg=array.name)
+        np.testing.assert_array_equal(read, published(array, checkpoint.spec.config, tensors), err_msg=array.name)
     checkpoint.close()
 
 
-@pytest.fixture(scope="module", params=["llama-gqa-linear-bias", "qwen3"])
+@pytest.fixture(scope="module", params=["llama-gqa-linear-bias", "qwen3", "opt", "gpt-neox", "gpt2"])
 def checkpoint(request: pytest.FixtureRequest) -> HuggingFaceCheckpoint:
     return HuggingFaceCheckpoint(GOLDEN / request.param)
 

@@ -10,6 +10,7 @@ import pytest
 from serving_cases import (
     BUCKETS,
     CASES,
+    LONGER,
     build_pipelines,
     build_stage,
     checkpoint,
@@ -23,7 +24,7 @@ from serving_cases import (
 from spotjax.meshes.shape import MeshShape
 
 MESHES = [MeshShape(*degrees) for degrees in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)) if np.prod(degrees) <= 8]
-ON_ALL_MESHES = ("llama-gqa-linear-bias",)
+ON_ALL_MESHES = ("llama-gqa-linear-bias", "gpt-neox", "opt")
 ON_SOME_MESHES = [case for case in CASES if case not in ON_ALL_MESHES]
 SOME_MESHES = (MeshShape(2, 1, 3), MeshShape(1, 2, 3))
 
@@ -33,7 +34,8 @@ def check(case: str, mesh: MeshShape) -> None:
     expected = golden(case)
     prompts = [expected[f"prompt_{number}"] for number in range(3)]
     assert max(len(prompt) for prompt in prompts) > 2 * BUCKETS.prefill_tokens
-    found = generate(build_pipelines(compiled(case), checkpoint(case), mesh), [greedy(p, 24) for p in prompts])
+    pipelines = build_pipelines(compiled(case), checkpoint(case), mesh, buckets=LONGER)
+    found = generate(pipelines, [greedy(prompt, len(expected["greedy_0"])) for prompt in prompts])
     for number, state in enumerate(found):
         np.testing.assert_array_equal(state.tokens, expected[f"greedy_{number}"], err_msg=f"prompt {number}")
 
