@@ -1,15 +1,14 @@
 """Well-known models by name as shapes without weights: enough to plan for and to simulate, nothing to serve.
 
 ``llama-3-8b`` and ``llama-3-70b`` have the exact shapes of their published configurations, in two bytes per element.
-The other three are the models that SpotServe was measured with, GPT decoders in four bytes per element. Spotjax has no
-GPT decoder; here they are Llama shapes with the same layers, width, heads, vocabulary and parameters per layer: the
-gated feed-forward layer has three matrices of 8/3 width where theirs has two of 4 width. What is approximated by that:
-biases and learned positions (under 0.1 % of the bytes) are left out, and the feed-forward width is rounded up to a
-multiple of the heads. Bytes per layer, KV per token and the tensor degrees that divide the heads are those of the
-originals. What they call LLaMA-30B is a GPT of that size.
+The other three are the models that SpotServe was measured with, GPT decoders in four bytes per element: OPT-6.7B as
+published (learned positions, LayerNorm, ReLU, a feed-forward layer of 4 width), the others of that kind with GELU; with
+the vocabularies of the original's measurements. What they call LLaMA-30B is a GPT of that size.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 from spotjax.errors import ConfigError
 from spotjax.models.config import DecoderConfig, RopeScaling
@@ -18,8 +17,7 @@ from spotjax.models.spec import ModelSpec
 _LLAMA3_SCALING = RopeScaling("llama3", factor=8.0, original_positions=8192)
 
 
-def _gpt(layers: int, width: int, heads: int, vocab: int) -> ModelSpec:
-    mlp = -(-8 * width // (3 * heads)) * heads
+def _gpt(layers: int, width: int, heads: int, vocab: int, activation: Literal["relu", "gelu"]) -> ModelSpec:
     config = DecoderConfig(
         vocab=vocab,
         width=width,
@@ -27,8 +25,15 @@ def _gpt(layers: int, width: int, heads: int, vocab: int) -> ModelSpec:
         heads=heads,
         kv_heads=heads,
         head_size=width // heads,
-        mlp=mlp,
+        mlp=4 * width,
+        positions="learned",
+        norm="layer",
+        activation=activation,
+        gated_mlp=False,
         tied_embeddings=True,
+        attention_bias=True,
+        output_bias=True,
+        mlp_bias=True,
     )
     return ModelSpec(config, dtype_bytes=4)
 
@@ -50,9 +55,9 @@ def _llama3(layers: int, width: int, heads: int, mlp: int) -> ModelSpec:
 
 
 PRESETS = {
-    "opt-6.7b": _gpt(32, 4096, 32, 51_200),
-    "gpt-20b": _gpt(44, 6144, 48, 51_200),
-    "llama-30b": _gpt(48, 7168, 56, 50_304),
+    "opt-6.7b": _gpt(32, 4096, 32, 51_200, "relu"),
+    "gpt-20b": _gpt(44, 6144, 48, 51_200, "gelu"),
+    "llama-30b": _gpt(48, 7168, 56, 50_304, "gelu"),
     "llama-3-8b": _llama3(32, 4096, 32, 14_336),
     "llama-3-70b": _llama3(80, 8192, 64, 28_672),
 }
