@@ -52,7 +52,7 @@ class DecoderConfig:
       rope_scaling: stretch of the rotary frequencies, or None.
       norm: ``rms`` is RMSNorm, ``layer`` LayerNorm with a bias.
       norm_epsilon: added to the mean square or variance in norms.
-      norm_place: ``before`` attention and feed-forward, with a final norm; or ``after`` each of them, without (OPT-350M).
+      norm_place: ``before`` attention and feed-forward, with a final norm; or ``after`` them, without one (OPT-350M).
       parallel_residual: attention and feed-forward take the same input and are added at once (GPT-NeoX).
       activation: of the feed-forward layer; ``gelu_tanh`` is the approximation of ``gelu`` by tanh.
       gated_mlp: the activation of one projection gates another (SwiGLU).
@@ -107,4 +107,6 @@ class DecoderConfig:
             if self.head_size % 2:
                 raise ValueError(f"head_size must be even for rotary positions, got {self.head_size}")
         elif self.rotary_size % 2 or not 0 < self.rotary_size <= self.head_size:
-            raise ValueError(f"rotary_size must be even and from 2 to head_size {self.head_size}, got {self.rotary_size}")
+            raise ValueError(
+                f"rotary_size must be even and from 2 to head_size {self.head_size}, got {self.rotary_size}"
+            )

@@ -1,4 +1,4 @@
-"""Reads GGUF files: metadata as a DecoderConfig, tensors de-quantized to float32. ``gguf_tokenizer.py`` does the rest."""
+"""Reads GGUF files: metadata as a configuration, tensors de-quantized to float32. Tokenizers are read elsewhere."""
 
 from __future__ import annotations
 

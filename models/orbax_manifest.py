@@ -1,7 +1,7 @@
 """What a checkpoint directory of Spotjax consists of, and the manifest that says so. Reads and writes no parameters.
 
     manifest.json        written last: a directory without it is incomplete
-    parameters/<part>/   one Orbax checkpoint (OCDBT, zarr3) for what is before the layers, each layer, and what is after
+    parameters/<part>/   one Orbax checkpoint (OCDBT, zarr3) for what is before the layers, each layer, what is after
     tokenizer/           what ``Tokenizer.from_directory`` reads
 
 All is reached through tensorstore's key-value stores, so a directory may as well be in a bucket.

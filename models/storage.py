@@ -19,7 +19,6 @@ from spotjax.meshes.slices import Index
 from spotjax.models.checkpoint import check_index
 from spotjax.models.spec import ArraySpec, Axes, ModelSpec
 
-
 PART = -1
 """In ``StorageAxes`` the axis along which a tensor joins several arrays of the same shape."""
 

@@ -107,10 +107,15 @@ def compiled(case: str) -> CompiledModel:
 
 
 @cache
-def shared_heads() -> tuple[CompiledModel, RandomCheckpoint]:
-    """The model of ``SHARED_HEADS``, shared by all tests."""
-    weights = RandomCheckpoint(SHARED_HEADS)
+def random_weights(config: DecoderConfig) -> tuple[CompiledModel, RandomCheckpoint]:
+    """A model with random weights, shared by all tests."""
+    weights = RandomCheckpoint(config)
     return CompiledModel(weights.spec, PAGES, PAGE_SIZE, POSITIONS, jnp.float32), weights
+
+
+def shared_heads() -> tuple[CompiledModel, RandomCheckpoint]:
+    """The model of ``SHARED_HEADS``."""
+    return random_weights(SHARED_HEADS)
 
 
 def shard(weights: Checkpoint, array: ArraySpec, tensor: int, m: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.kv import LayerPages, StepInput
 
+
 class Stage:
     """Runs decoder layers ``layers`` on M devices; the first stage also embeds, the last computes logits.
 

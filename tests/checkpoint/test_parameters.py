@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import tensorstore as ts
 from checkpoint_cases import MANY_CHUNKS, rounded, save, words
-from serving_cases import BUCKETS, SHARED_HEADS, RandomCheckpoint, build_stage, shard, shared_heads
+from serving_cases import (
+    BUCKETS,
+    NEOX,
+    OPT,
+    POST_NORM,
+    SHARED_HEADS,
+    RandomCheckpoint,
+    build_stage,
+    random_weights,
+    shard,
+)
 
 from spotjax.checkpoint.completion import complete
 from spotjax.checkpoint.parameters import ParameterWriter, Source, shards_of, source_of
@@ -73,8 +83,8 @@ def save_from_mesh(weights: RandomCheckpoint, shape: MeshShape, directory: Path)
 
 def logits(weights: RandomCheckpoint | OrbaxCheckpoint, shape: MeshShape) -> np.ndarray:
     """Logits (D, V) of one prompt on every replica of a mesh."""
-    model, _ = shared_heads()
-    prompt = np.random.default_rng(7).integers(0, SHARED_HEADS.vocab, 13)
+    model, _ = random_weights(weights.spec.config)
+    prompt = np.random.default_rng(7).integers(0, weights.spec.config.vocab, 13)
     rows = np.zeros((1, 2 + 16), np.int32)
     rows[0, : 2 + len(prompt)] = (0, len(prompt), *prompt)
     pages = np.zeros((1, BUCKETS.max_pages), np.int32)
@@ -104,6 +114,16 @@ def test_restored_on_another_mesh_the_model_has_the_same_logits_bit_for_bit(
     assert found.shape == (mesh.data, SHARED_HEADS.vocab)
     assert np.ptp(expected) > 1 and not np.isnan(expected).any()
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("config", [OPT, POST_NORM, NEOX], ids=["opt", "post-norm", "neox"])
+def test_other_architectures_come_back_bit_for_bit_on_another_mesh(tmp_path: Path, config: DecoderConfig) -> None:
+    weights, mesh = random_weights(config)[1], MeshShape(1, 2, 3)
+    saved = save_from_mesh(weights, MeshShape(1, 2, 2), tmp_path / "saved")
+    assert fingerprint(saved, FLOAT32) == fingerprint(weights, FLOAT32)  # type: ignore[arg-type]
+    expected = logits(weights, mesh)
+    assert np.ptp(expected) > 1 and not np.isnan(expected).any()
+    assert logits(saved, mesh).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("tensor", [1, 3, 4, 6])

@@ -34,6 +34,13 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         tied_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
+        positions=draw(st.sampled_from(("rotary", "learned"))),
+        norm=draw(st.sampled_from(("rms", "layer"))),
+        norm_place=draw(st.sampled_from(("before", "after"))),
+        gated_mlp=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        embedding_width=draw(st.sampled_from((None, 3))),
+        max_positions=draw(st.integers(1, 9)),
     )
     return ModelSpec(config)
 

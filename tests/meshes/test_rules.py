@@ -17,6 +17,9 @@ FULL = DecoderConfig(
     output_bias=True,
     mlp_bias=True,
     qk_norm=True,
+    positions="learned",
+    norm="layer",
+    embedding_width=6,
 )
 
 

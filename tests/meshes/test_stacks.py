@@ -1,3 +1,5 @@
+from math import inf
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,3 +33,6 @@ def test_an_array_is_one_layer_of_its_stack() -> None:
 def test_depth_follows_the_model() -> None:
     names = ["head", "layers.10.mlp.up", "layers.9.mlp.up", "embedding"]
     assert sorted(names, key=depth) == list(reversed(names))
+    config = DecoderConfig(11, 4, 3, 4, 2, 2, 7, positions="learned", embedding_width=3, norm="layer")
+    depths = [depth(array.name) for array in ModelSpec(config).parameters]
+    assert depths == sorted(depths) and [depths.count(end) for end in (-1, inf)] == [3, 4]

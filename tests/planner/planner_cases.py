@@ -55,6 +55,12 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         head_size=2,
         mlp=draw(st.integers(1, 9)),
         tied_embeddings=draw(st.booleans()),
+        positions=draw(st.sampled_from(("rotary", "learned"))),
+        norm=draw(st.sampled_from(("rms", "layer"))),
+        norm_place=draw(st.sampled_from(("before", "after"))),
+        gated_mlp=draw(st.booleans()),
+        embedding_width=draw(st.sampled_from((None, 3))),
+        max_positions=draw(st.integers(1, 9)),
     )
     return ModelSpec(config, dtype_bytes=draw(st.sampled_from((2, 4))))
 

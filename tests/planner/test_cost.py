@@ -21,7 +21,9 @@ from spotjax.planner.cost import (
 )
 from spotjax.planner.demand import Demand
 
-LARGE = ModelSpec(DecoderConfig(vocab=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, mlp=11_008), 2)
+LARGE = ModelSpec(
+    DecoderConfig(vocab=32_000, width=4096, layers=32, heads=32, kv_heads=32, head_size=128, mlp=11_008), 2
+)
 
 
 @given(st.data())

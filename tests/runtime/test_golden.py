@@ -11,6 +11,9 @@ from serving_cases import (
     BUCKETS,
     CASES,
     LONGER,
+    NEOX,
+    POST_NORM,
+    SHARED_HEADS,
     build_pipelines,
     build_stage,
     checkpoint,
@@ -18,10 +21,11 @@ from serving_cases import (
     generate,
     golden,
     greedy,
-    shared_heads,
+    random_weights,
 )
 
 from spotjax.meshes.shape import MeshShape
+from spotjax.models.config import DecoderConfig
 
 MESHES = [MeshShape(*degrees) for degrees in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)) if np.prod(degrees) <= 8]
 ON_ALL_MESHES = ("llama-gqa-linear-bias", "gpt-neox", "opt")
@@ -53,14 +57,15 @@ def test_greedy_tokens_of_all_architectures_equal_hugging_face(case: str, mesh: 
 
 
 @pytest.mark.parametrize("tensor", [2, 3, 4, 6])
-def test_logits_of_shards_that_share_kv_heads_equal_those_of_one_device(tensor: int) -> None:
+@pytest.mark.parametrize("config", [SHARED_HEADS, POST_NORM, NEOX], ids=["llama", "opt", "neox"])
+def test_logits_of_shards_equal_those_of_one_device(config: DecoderConfig, tensor: int) -> None:
     prompt = np.random.default_rng(7).integers(0, 97, 13)
-    np.testing.assert_allclose(prefill_logits(tensor, prompt), prefill_logits(1, prompt), atol=2e-5)
+    np.testing.assert_allclose(prefill_logits(config, tensor, prompt), prefill_logits(config, 1, prompt), atol=4e-5)
 
 
-def prefill_logits(tensor: int, prompt: np.ndarray) -> np.ndarray:
+def prefill_logits(config: DecoderConfig, tensor: int, prompt: np.ndarray) -> np.ndarray:
     """Logits (V,) after ``prompt`` from a single stage of that tensor degree."""
-    model, weights = shared_heads()
+    model, weights = random_weights(config)
     stage = build_stage(model, weights, jax.devices()[:tensor], stages=1, number=0)
     rows = np.zeros((1, 2 + 16), np.int32)
     rows[0, : 2 + len(prompt)] = (0, len(prompt), *prompt)
