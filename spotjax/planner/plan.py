@@ -75,7 +75,7 @@ class MemoryUse:
       peak: the most bytes at once, for every target device; KV is not counted.
       excess: bytes by which the worst device passes its room, 0 or less if none does.
       deferred: bytes that could not be pre-copied beside what is held, and move after the stop.
-      layer_order: layers in the order in which those move; -1 is the embedding, the last number norm and head.
+      layer_order: layers in the order in which those move; -1 is what is before them, the last number what is after.
     """
 
     peak: Mapping[DeviceRef, int]
