@@ -241,7 +241,7 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 def _described(summary: LogSummary, save: Save | None, model_name: str, parameters: bool) -> Bundle:
     kv = len(save.sequences) if save is not None else 0
-    counts = len(summary.requests), len(summary.unfinished), kv
+    counts = len(summary.requests), len(summary.going_on), kv
     return Bundle(FORMAT, summary.identity, summary.model, model_name, summary.epoch, *counts, parameters, {})
 
 

@@ -39,6 +39,11 @@ class RequestSummary:
         """Choices that have not ended."""
         return self.ended.count(False)
 
+    @property
+    def goes_on(self) -> bool:
+        """See ``RecordedRequest.goes_on``."""
+        return self.resumable and self.unfinished > 0
+
 
 @dataclass(frozen=True)
 class LogSummary:
@@ -61,9 +66,9 @@ class LogSummary:
     bytes_on_disk: int
 
     @property
-    def unfinished(self) -> tuple[RequestSummary, ...]:
-        """Requests that would go on."""
-        return tuple(request for request in self.requests if request.unfinished)
+    def going_on(self) -> tuple[RequestSummary, ...]:
+        """Requests that go on when the log is opened."""
+        return tuple(request for request in self.requests if request.goes_on)
 
 
 def inspect_log(directory: Path) -> LogSummary:
