@@ -219,7 +219,7 @@ async def reference(
 async def profile(setup: Setup) -> MeasuredProfile:
     """Latencies of the model's stages on one whole core: what a simulator is fed with.
 
-    Not on the part of a core that an instance has: short calls would be over before the limit is felt.
+    Not on an instance's part of a core: short calls would be over before the limit is felt.
 
     Raises:
       SpotjaxError: it cannot be measured.
