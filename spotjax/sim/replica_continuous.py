@@ -152,8 +152,12 @@ class ContinuousReplica:
         self._catch_up()
         now = until = self._queue.now
         self._advance(self._whole_steps())
-        if self._until < inf:
-            until = self._until if self._holding else self._at  # what is done of the step under way counts
+        if self._holding:
+            until = self._until
+            self._allowance += self._steps
+        elif self._until < inf:
+            until = self._at  # what is done of the step under way counts,
+            self._prefilled_last = True  # and it comes before any prompt
         until = max(now, until + seconds)
         self._prompts.delay(seconds, until)
         self._hold(now, until)
