@@ -27,7 +27,7 @@ PUBLISHED = {
     ("spotserve", "3 on demand"): (141.482, 253.343), ("spotserve", "4 on demand"): (98.037, 175.346),
     ("spotserve", "6 on demand"): (29.146, 43.470), ("spotserve", "8 on demand"): (24.623, 34.450),
 }  # fmt: skip
-"""Seconds (average, P99) by system and trace: ``scripts_ae/tradeoff_plot.py`` of the artifact, before its corrections."""
+"""Seconds (average, P99) by system and trace: the artifact's ``tradeoff_plot.py``, before its corrections."""
 WITHIN = 0.15
 QUEUEING = ("spotserve", "spotserve-as-baselines", "spotserve-new-batching")
 """SpotServe with one batch ahead, as the public script says; with two, as its baselines; in the new batching."""
