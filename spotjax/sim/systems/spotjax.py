@@ -23,7 +23,7 @@ from spotjax.sim.systems.spotjax_shapes import Shapes, of_one_kind, typical_dema
 from spotjax.sim.times import ReplicaTimes
 from spotjax.sim.world import World
 
-TRANSFERS = 1024
+TRANSFERS = 256
 """Parts of a migration: layer by layer, where the server cuts down to single arrays."""
 
 
@@ -70,6 +70,7 @@ class Spotjax:
             latency=of_one_kind(scenario.latency, assumed.scale),
             checkpoint_bandwidth=assumed.checkpoint_bandwidth,
             transfers=TRANSFERS,
+            bounded=True,
             match=in_order if self._without == "matcher" else None,
         )
         self._world = world

@@ -8,7 +8,6 @@ is in place by then. Which boundary it is, is ``spotjax_boundary``'s to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from spotjax.errors import NoFeasibleShape
@@ -18,42 +17,13 @@ from spotjax.planner.holdings import Needs
 from spotjax.planner.links import Links
 from spotjax.planner.migration import Phase
 from spotjax.planner.optimizer import Decision
-from spotjax.reshard.transfer import Preparation
 from spotjax.sim.systems.spotjax_boundary import Boundary
 from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions
 from spotjax.sim.systems.spotjax_replicas import Replicas, survivors
 from spotjax.sim.systems.spotjax_shapes import Shapes
 from spotjax.sim.systems.spotjax_traffic import kv_seconds, received, sources
+from spotjax.sim.systems.spotjax_underway import Underway
 from spotjax.sim.world import Change, World
-
-
-@dataclass(eq=False)
-class Underway:
-    """A change that is being made.
-
-    Attributes:
-      preparation: its plan.
-      reason: one line.
-      started: when it was planned.
-      leaving: instances of the old mesh that were not ready then.
-      needed: instances without which it cannot be done.
-      links: bandwidths of all that were there.
-      moving: decoding has stopped, and there is no way back.
-      waited: decoding went on after everything was prepared.
-      copied: full pages of each request that are in place already.
-      too_late: requests for whose KV there is no time.
-    """
-
-    preparation: Preparation
-    reason: str
-    started: float
-    leaving: frozenset[str]
-    needed: frozenset[str]
-    links: Links
-    moving: bool = False
-    waited: bool = False
-    copied: dict[int, int] = field(default_factory=dict)
-    too_late: frozenset[int] = frozenset()
 
 
 class Reconfigurer:
@@ -168,17 +138,8 @@ class Reconfigurer:
 
     def _copy_pages(self, change: Underway, then: Callable[[Underway], None]) -> None:
         """One round of copying KV pages that are full and go to the heir of their replica, while decoding goes on."""
-        running, heirs = self._replicas.running(), change.preparation.heirs
-        kv = self._plan_kv(change)
-        size = self._planning.demand.page_size
-        shares: dict[str, float] = {}
-        full: dict[int, int] = {}
-        for cohort in kv.cohorts:
-            if cohort.old in running and heirs.get(cohort.old) == cohort.new:
-                new = {live.key: live.progress // size for live in cohort.sequences}
-                left = sum(pages - change.copied.get(key, 0) for key, pages in new.items())
-                shares[cohort.name] = left / cohort.pages
-                full |= new
+        kv, running = self._plan_kv(change), self._replicas.running()
+        shares, full = change.full_pages(kv, running, self._planning.demand.page_size)
 
         def copied(change: Underway) -> None:
             change.copied |= full
@@ -208,7 +169,7 @@ class Reconfigurer:
             return 0, 0.0
         change.too_late = frozenset()
         kv = self._plan_kv(change)
-        left = self._left_to_move(change, kv)
+        left = change.left_to_move(kv)
         seconds = kv_seconds(kv, left, self._links())
         steps, step_seconds, change.too_late = self._boundary.arrange(stopping, change.leaving, kv, left, seconds)
         return steps, step_seconds
@@ -221,7 +182,8 @@ class Reconfigurer:
         change.moving = True
         kv = self._plan_kv(change)
         change.needed |= sources(kv.plan)
-        seconds = kv_seconds(kv, self._left_to_move(change, kv), self._links())
+        seconds = kv_seconds(kv, change.left_to_move(kv), self._links())
+        seconds += change.preparation.plan.seconds(Phase.FINAL)  # parameters that found no room before
         if self._without == "migration":
             seconds += change.preparation.plan.seconds(Phase.PRECOPY)
         self._after(seconds + self._world.scenario.assumptions.switch_seconds, change, partial(self._switch, kv))
@@ -320,18 +282,6 @@ class Reconfigurer:
         }
         room = self._replicas.room(preparation.placement.shape.data, preparation.carried)
         return plan_kv(self._planning, preparation, self._replicas.placement, self._instances(), live, room)
-
-    def _left_to_move(self, change: Underway, kv: KvChange) -> dict[str, float]:
-        """By cohort, the share of its pages that is not in place yet."""
-        heirs = change.preparation.heirs
-        return {
-            cohort.name: sum(
-                live.pages - (change.copied.get(live.key, 0) if heirs.get(cohort.old) == cohort.new else 0)
-                for live in cohort.sequences
-            )
-            / cohort.pages
-            for cohort in kv.cohorts
-        }
 
     def _instances(self) -> Sequence[Instance]:
         return list(self._world.instances.values())
