@@ -64,9 +64,6 @@ class DecodingSequences:
         self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
         self._gaps: list[float] = []
 
-    def __len__(self) -> int:
-        return len(self.heap)
-
     def add(self, request: int, left: int, since: float) -> None:
         """A sequence that just had a token from its prompt decodes from now on, with ``left`` tokens to come."""
         self._joined_at = since
