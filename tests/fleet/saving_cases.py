@@ -29,6 +29,7 @@ class Remembered(Saves):
     Attributes:
       made: complete ones.
       given_up: paths of those that were removed.
+      newest: paths of those whose completion removes older ones.
       problem: why nothing can be saved.
       seconds: that looking for a path takes.
       completing: seconds that the end takes.
@@ -38,6 +39,7 @@ class Remembered(Saves):
         super().__init__(checkpoint, "service", "weights")
         self.made: list[Save] = []
         self.given_up: list[str] = []
+        self.newest: list[str] = []
         self.problem, self.seconds, self.completing = "", 0.0, 0.0
         self._paths = 0
 
@@ -53,6 +55,9 @@ class Remembered(Saves):
         sequences = {key: certain(state) for key, state in recorded.items()}
         self.made.append(Save(path, self.service, self.model, placement.epoch, placement.shape.data, sequences))
         return self.made[-1]
+
+    async def remove_older(self, path: str) -> None:
+        self.newest.append(path)
 
     async def discard(self, path: str) -> None:
         self.given_up.append(path)
