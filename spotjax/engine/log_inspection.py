@@ -55,7 +55,6 @@ class LogSummary:
       epoch: last that was recorded.
       requests: all that are not forgotten, in order of acceptance.
       damage: what is wrong with it, a line each; empty if it is intact.
-      bytes_on_disk: of the database and its write-ahead log.
     """
 
     identity: str
@@ -63,7 +62,6 @@ class LogSummary:
     epoch: int
     requests: tuple[RequestSummary, ...]
     damage: tuple[str, ...]
-    bytes_on_disk: int
 
     @property
     def going_on(self) -> tuple[RequestSummary, ...]:
@@ -95,7 +93,6 @@ def inspect_log(directory: Path) -> LogSummary:
             for _, recorded in contents.requests
         ),
         tuple(contents.damage),
-        sum(file.stat().st_size for file in directory.glob(f"{DATABASE}*") if not file.name.endswith("-shm")),
     )
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from checkpoint_cases import MANY_CHUNKS, random_model, save
+from checkpoint_cases import MANY_CHUNKS, random_model, save, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restart_cases import MODEL, Left, damage, files_below, fill, leave_log, leave_save
 
 from spotjax.checkpoint import bundle as packing
-from spotjax.checkpoint.bundle import BUNDLE, Member, pack, read_bundle
+from spotjax.checkpoint.bundle import BUNDLE, Bundle, Member, described_in, open_bundle, pack
 from spotjax.checkpoint.saves import newest
 from spotjax.checkpoint.unpacking import unpack
 from spotjax.engine.durable_log import DurableLog
@@ -82,7 +82,7 @@ def test_parameters_arrive_complete_and_are_not_written_twice(tmp_path: Path) ->
     assert read_bundle(source).parameters
     assert unpack(source, tmp_path / "log", str(tmp_path / "checkpoint")).left_out == ()
     arrived = OrbaxCheckpoint(tmp_path / "checkpoint")
-    arrived.verify()
+    verify(arrived)
     assert fingerprint(arrived, np.dtype(np.float32)) == print_of
     (note,) = unpack(source, tmp_path / "log-2", str(tmp_path / "checkpoint")).left_out
     assert "the same already" in note
@@ -380,6 +380,11 @@ def test_units_that_were_not_finished_are_left_out(tmp_path: Path, service: str)
     undone.mkdir()
     (undone / "content").write_bytes(b"half")
     assert not [name for name in members(packed(tmp_path)) if "orbax-checkpoint-tmp" in name]
+
+
+def read_bundle(source: Path) -> Bundle:
+    with open_bundle(source) as tar:
+        return described_in(tar, source)
 
 
 def members(source: Path) -> dict[str, Member]:
