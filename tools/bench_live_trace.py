@@ -80,9 +80,7 @@ async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Hap
             with console.status(f"{workload.arrivals}, {recovery}"):
                 runs.append(await race(setup, recovery, trace, workload, a.patience))
             summaries.append(summary(runs[-1], expected, trace, setup.grace, a.price))
-            console.log(
-                f"{workload.arrivals}, {recovery}: P99 {summaries[-1].p99:.2f} s, load {os.getloadavg()[0]:.1f}"
-            )
+            console.log(f"{workload.arrivals}, {recovery}: P99 {summaries[-1].p99:.2f} s, load {runs[-1].load:.1f}")
     facts = machine(a.seed) | {
         "jaxlib": version("jaxlib"),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},

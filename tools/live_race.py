@@ -104,6 +104,7 @@ class Run:
       seconds: from the start until the last request had ended, or was given up.
       events: what the service said, with seconds from the start.
       starts: by instance, seconds from the start of its process until it joined.
+      load: of the machine at the end, averaged over a minute: runs are comparable where it is about the same.
     """
 
     recovery: Recovery
@@ -112,6 +113,7 @@ class Run:
     seconds: float = 0.0
     events: list[FleetEvent] = field(default_factory=list)
     starts: dict[str, float] = field(default_factory=dict)
+    load: float = 0.0
 
 
 class LimitedFleet(LocalFleet):
@@ -176,7 +178,7 @@ async def race(
         ]
         last = max(workload.times, default=0.0)
         _, late = await asyncio.wait([*asking, market], timeout=last + patience)
-        run.seconds = time.monotonic() - started
+        run.seconds, run.load = time.monotonic() - started, os.getloadavg()[0]
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
