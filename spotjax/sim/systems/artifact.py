@@ -69,6 +69,7 @@ class ArtifactSystem:
         self.names: list[str] = []
         self.replicas: dict[StaticReplica, frozenset[str]] = {}
         self._noticed: set[str] = set()
+        self._ready_at: dict[str, float] = {}
         self._queue: list[tuple[float, int]] = []
         self._events: deque[FleetEvent] = deque()
         self._busy = False
@@ -180,6 +181,11 @@ class ArtifactSystem:
         there = self.world.instances
         added = [name for name in event.added if event.seconds > self.world.now or name in there]
         self.names = [name for name in (*self.names, *added) if name not in event.removed]
+        self._ready_at |= dict.fromkeys(added, event.seconds)
+
+    def there_at(self, names: Iterable[str]) -> float:
+        """When all of these are there that were announced: now or later."""
+        return max([self.world.now, *(self._ready_at.get(name, 0.0) for name in names)])
 
     def open(self, choice: OriginalChoice, names: Iterable[str]) -> StaticReplica:
         """A new replica of a shape on these instances, which has ended already if one of them is gone."""

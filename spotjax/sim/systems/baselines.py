@@ -41,7 +41,6 @@ class Reparallelization(ArtifactSystem):
             self.done()
             return
         left, dropped = set(range(len(self.replicas))), list[int]()
-        since = event.seconds if event.added else self.world.now
 
         def stopped(number: int, batch: Parked | None, waiting: list[int]) -> None:
             requests = [] if batch is None else batch.requests
@@ -49,10 +48,10 @@ class Reparallelization(ArtifactSystem):
             self.requeue([*waiting, *requests])
             left.discard(number)
             if not left:
-                self._restart(since, len(dropped))
+                self._restart(len(dropped))
 
         if not left:
-            self.world.at(since, self._restart, since, 0)
+            self.world.at(self.there_at(self.names), self._restart, 0)
         if event.removed:
             by, caution = event.seconds - STOP_SECONDS, CONSERVATIVE
         else:  # the artifact counts from when it begins, also where that is late
@@ -61,8 +60,8 @@ class Reparallelization(ArtifactSystem):
         for number, replica in enumerate(list(self.replicas)):
             replica.stop_by(by, caution, partial(stopped, number))
 
-    def _restart(self, since: float, dropped: int) -> None:
-        """All have stopped. What is there by now counts, as the instances come that were announced for ``since``."""
+    def _restart(self, dropped: int) -> None:
+        """All have stopped. What went by now does not count, what is announced does."""
         self.replicas, self._choice = {}, self.choose(len(self.names))
         if self._choice is None:
             self.record(None, "too few instances", recomputed=dropped)
@@ -70,7 +69,8 @@ class Reparallelization(ArtifactSystem):
             return
         start = self.world.scenario.assumptions.engine_start_seconds
         load = self.load_seconds(self._choice.shape)
-        stall = max(start + max(start, load), since - self.world.now)  # daemons, then engines while they load
+        wait = self.there_at(self.names) - self.world.now
+        stall = max(start + max(start, load), wait)  # daemons, then engines while they load
         self.world.at(self.world.now + stall, self._restarted, self._choice, list(self.names), stall, dropped)
 
     def _restarted(self, choice: OriginalChoice, names: Sequence[str], stall: float, dropped: int) -> None:

@@ -68,25 +68,24 @@ class SpotServe(ArtifactSystem):
         event = self._merged(event)
         self.update_names(event)
         choice = self.choose(len(self.names))
-        since = event.seconds if event.added else self.world.now
         if choice is None or self._choice is None:
             if choice is self._choice:
                 self.done()  # there is still nothing to serve with
             else:
-                self._switch_by(choice, event.seconds, CONSERVATIVE, since)
+                self._switch_by(choice, event.seconds, CONSERVATIVE)
             return
         gone = self._stands_on(event.removed)
         if not gone and choice.shape == self._choice.shape:
             self.done()  # the same mesh on the same instances
         elif not gone and self._only_grows(choice):
-            self.world.at(since, self._more_replicas, choice)
+            self.world.at(self.there_at(self._spare()), self._more_replicas, choice)
         else:
             seconds = self._expected_seconds(choice)
             if event.removed:
-                self._switch_by(choice, event.seconds - seconds, CONSERVATIVE, since)
+                self._switch_by(choice, event.seconds - seconds, CONSERVATIVE)
             else:  # the artifact counts from when it begins, also where that is late
                 by = self.world.now + self.world.scenario.assumptions.announced_seconds + seconds
-                self._switch_by(choice, by, GENEROUS, since)
+                self._switch_by(choice, by, GENEROUS)
 
     def _merged(self, event: FleetEvent) -> FleetEvent:
         """Instances that go within a grace period after others come are handled together with those."""
@@ -130,11 +129,8 @@ class SpotServe(ArtifactSystem):
         self.dispatch()
         self.done()
 
-    def _switch_by(self, choice: OriginalChoice | None, seconds: float, caution: float, since: float) -> None:
-        """Stops all replicas by ``seconds``, each as its batches allow, and goes on on another mesh.
-
-        The instances of that are all there from ``since`` on.
-        """
+    def _switch_by(self, choice: OriginalChoice | None, seconds: float, caution: float) -> None:
+        """Stops all replicas by ``seconds``, each as its batches allow, and goes on on another mesh."""
         count = len(self.names)
         self._parked, self._moved_at, self._stood_on = {}, inf, list(self.replicas.values())
         left = set(range(len(self.replicas)))
@@ -145,14 +141,14 @@ class SpotServe(ArtifactSystem):
             self.requeue(waiting)
             left.discard(number)
             if not left:
-                self._change(choice, count, since)
+                self._change(choice, count)
 
         if not left:
-            self.world.at(since, self._change, choice, count, since)
+            self.world.at(self.there_at(self.names), self._change, choice, count)
         for number, replica in enumerate(list(self.replicas)):
             replica.stop_by(seconds, caution, partial(stopped, number))
 
-    def _change(self, choice: OriginalChoice | None, count: int, since: float) -> None:
+    def _change(self, choice: OriginalChoice | None, count: int) -> None:
         """All have stopped: moves KV and parameters, starts the engines."""
         if len(self.names) < count:  # some went that were counted on
             choice = self.choose(len(self.names))
@@ -172,7 +168,8 @@ class SpotServe(ArtifactSystem):
         # Where there is no plan, nothing was there to move.
         seconds = self.load_seconds(choice.shape) if plan is None else self._transfer_seconds(plan)
         self._placement, self._moved_at = placement, self.world.now + seconds
-        stall = max(seconds, self.world.scenario.assumptions.engine_start_seconds, since - self.world.now)
+        wait = self.there_at(device.instance for device in placement.devices.values()) - self.world.now
+        stall = max(seconds, self.world.scenario.assumptions.engine_start_seconds, wait)
         self.world.at(self.world.now + stall, self._resume, choice, heirs, stall, plan, len(requests))
 
     def _resume(
