@@ -12,7 +12,7 @@ from itertools import product
 
 from spotjax.sim.results import Summary
 from spotjax.sim.statistics import mean_interval
-from spotjax.tools.results_runs import Run
+from spotjax.tools.results_runs import Run, seeds_from
 
 SEGMENTS = ("A_S", "B_S")
 LEAST = {
@@ -31,7 +31,7 @@ def runs(seeds: int) -> list[Run]:
     models = {model for _, model in LEAST}
     on_demand = [_reference(*key, count, spot, 0) for key in LEAST for count in REFERENCES for spot in SEGMENTS]
     on_spot = [_capped(model, most, spot, 0) for model in models for most in _sizes(model) for spot in SEGMENTS]
-    return [_with_seed(one, seed) for one in (*on_demand, *on_spot) for seed in range(seeds)]
+    return [_with_seed(one, seed) for one in (*on_demand, *on_spot) for seed in seeds_from(seeds)]
 
 
 def table(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -77,6 +77,6 @@ def _tail(done: Mapping[Run, Summary], seeds: int, model: str, most: int, spot: 
 
 def _cost(done: Mapping[Run, Summary], seeds: int, one: Run) -> tuple[float, float]:
     """(P99 of latency, USD per million tokens), averaged over seeds."""
-    found = [done[_with_seed(one, seed)] for seed in range(seeds)]
+    found = [done[_with_seed(one, seed)] for seed in seeds_from(seeds)]
     tails, prices = ([s.number(name) for s in found] for name in ("latency.p99", "usd_per_million_tokens"))
     return mean_interval(tails).mean, mean_interval(prices).mean

@@ -7,7 +7,7 @@ from time import perf_counter
 
 from spotjax.sim.results import Summary
 from spotjax.sim.statistics import mean_interval
-from spotjax.tools.results_runs import Run, run
+from spotjax.tools.results_runs import FIRST_SEED, Run, run, seeds_from
 
 FEATURES = ("optimizer", "matcher", "migration", "arranger", "backup", "precopy")
 ABLATED = (("gpt-20b", 0.35), ("llama-30b", 0.2))
@@ -24,7 +24,7 @@ DAY_SYSTEMS = (
     "rerouting",
 )
 DAY_RATES = (("opt-6.7b", 1.5), ("gpt-20b", 0.35), ("llama-30b", 0.2))
-LARGE = Run("spotjax", "opt-6.7b", "day x200", 1.0, 0, 50.0, DAY)
+LARGE = Run("spotjax", "opt-6.7b", "day x200", 1.0, FIRST_SEED, 50.0, DAY)
 
 
 def ablation_runs(seeds: int) -> list[Run]:
@@ -34,7 +34,7 @@ def ablation_runs(seeds: int) -> list[Run]:
         for feature in ("", *FEATURES)
         for model, rate in ABLATED
         for notice in NOTICES
-        for seed in range(seeds)
+        for seed in seeds_from(seeds)
     ]
 
 
@@ -48,7 +48,7 @@ def ablation_table(done: Mapping[Run, Summary], seeds: int) -> str:
     for model, rate in ABLATED:
         for notice in NOTICES:
             for feature in ("", *FEATURES):
-                found = [done[_ablated(feature, model, rate, notice, seed)] for seed in range(seeds)]
+                found = [done[_ablated(feature, model, rate, notice, seed)] for seed in seeds_from(seeds)]
                 tail, changes, stall, gap, moved, again = (
                     mean_interval([summary.number(name) for summary in found]).mean
                     for name in ("latency.p99", "changes", "stall", "largest_gap.largest", "bytes_moved", "recomputed")
@@ -63,7 +63,9 @@ def ablation_table(done: Mapping[Run, Summary], seeds: int) -> str:
 
 def day_runs() -> list[Run]:
     """A day of twelve instances on average, for every system."""
-    return [Run(system, model, "day x12", 1.0, 0, rate, DAY) for model, rate in DAY_RATES for system in DAY_SYSTEMS]
+    return [
+        Run(system, model, "day x12", 1.0, FIRST_SEED, rate, DAY) for model, rate in DAY_RATES for system in DAY_SYSTEMS
+    ]
 
 
 def day_table(done: Mapping[Run, Summary]) -> str:

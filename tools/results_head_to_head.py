@@ -7,7 +7,7 @@ from statistics import median
 
 from spotjax.sim.results import Summary
 from spotjax.sim.statistics import mean_interval, paired_ratio
-from spotjax.tools.results_runs import PAPER_NAMES, Run
+from spotjax.tools.results_runs import PAPER_NAMES, Run, seeds_from
 
 SEGMENTS = ("A_S", "B_S", "A_S+O", "B_S+O")
 FLUCTUATING = ("A'_S+O", "B'_S+O")
@@ -26,7 +26,7 @@ def cells() -> list[tuple[str, str, float | None]]:
 
 def runs(seeds: int) -> list[Run]:
     """All that the head to head needs."""
-    return [_run(system, *cell, seed) for cell in cells() for system in SYSTEMS for seed in range(seeds)]
+    return [_run(system, *cell, seed) for cell in cells() for system in SYSTEMS for seed in seeds_from(seeds)]
 
 
 def table(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -62,7 +62,7 @@ def table(done: Mapping[Run, Summary], seeds: int) -> str:
 
 def grace_runs(seeds: int) -> list[Run]:
     """The same with other notices."""
-    return [_graced(system, notice, seed) for system in SYSTEMS for notice in NOTICES for seed in range(seeds)]
+    return [_graced(system, notice, seed) for system in SYSTEMS for notice in NOTICES for seed in seeds_from(seeds)]
 
 
 def grace_table(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -74,7 +74,7 @@ def grace_table(done: Mapping[Run, Summary], seeds: int) -> str:
     for system in SYSTEMS:
         figures = []
         for notice in NOTICES:
-            found = [done[_graced(system, notice, seed)] for seed in range(seeds)]
+            found = [done[_graced(system, notice, seed)] for seed in seeds_from(seeds)]
             tail = mean_interval([summary.number("latency.p99") for summary in found]).mean
             gap = mean_interval([summary.number("largest_gap.largest") for summary in found]).mean
             again = sum(summary.restarts for summary in found) / seeds
@@ -98,7 +98,7 @@ def _arrivals(cv: float | None) -> str:
 def _tails(
     done: Mapping[Run, Summary], seeds: int, system: str, model: str, spot: str, cv: float | None
 ) -> list[float]:
-    return [done[_run(system, model, spot, cv, seed)].number("latency.p99") for seed in range(seeds)]
+    return [done[_run(system, model, spot, cv, seed)].number("latency.p99") for seed in seeds_from(seeds)]
 
 
 def _least(tails: Mapping[str, Sequence[float]], systems: Sequence[str]) -> list[float]:
