@@ -303,7 +303,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     try:
         before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
         save = await asyncio.to_thread(still_certain, before, commits) if before else None
-        saves = Saves(config.checkpoint, commits.identity, weights, save.path if save is not None else "")
+        saves = Saves(config.checkpoint, commits.identity, save.path if save is not None else "")
         fleet = FleetServer(config, model, commits, saves, address, save)
     except BaseException:
         await commits.close()  # or its lock would outlive it

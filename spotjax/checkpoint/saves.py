@@ -38,7 +38,6 @@ class Save(msgspec.Struct, frozen=True):
     Attributes:
       path: its directory.
       service: identity of the commit log whose sequences these are.
-      model: fingerprint of the weights.
       epoch: of the mesh that had the KV.
       replicas: of that mesh.
       sequences: key to the positions whose tokens were recorded when it was saved. What is there of later positions is
@@ -48,7 +47,6 @@ class Save(msgspec.Struct, frozen=True):
 
     path: str
     service: str
-    model: str
     epoch: int
     replicas: int
     sequences: dict[int, int]
@@ -83,7 +81,6 @@ def with_number(path: str, number: int) -> str:
 def complete(
     path: str,
     service: str,
-    model: str,
     epoch: int,
     replicas: int,
     sequences: Mapping[int, int],
@@ -94,7 +91,7 @@ def complete(
     Raises:
       CheckpointError: that cannot be written.
     """
-    save = Save(path, service, model, epoch, replicas, dict(sequences), dict(digests))
+    save = Save(path, service, epoch, replicas, dict(sequences), dict(digests))
     try:
         make_private(epath.Path(path))  # there is none if no worker had anything
     except FAILURES as error:

@@ -38,15 +38,14 @@ class Saves:
     Args:
       checkpoint: where the fleet's last KV goes; empty if nowhere.
       service: identity of the commit log.
-      model: fingerprint of the weights.
       used: path of the save that copies of KV are read from, empty if there is none.
 
     Attributes:
       used: the same, to be kept up to date: it is not removed.
     """
 
-    def __init__(self, checkpoint: str = "", service: str = "", model: str = "", used: str = "") -> None:
-        self.checkpoint, self.service, self.model, self.used = checkpoint, service, model, used
+    def __init__(self, checkpoint: str = "", service: str = "", used: str = "") -> None:
+        self.checkpoint, self.service, self.used = checkpoint, service, used
         self._given: dict[str, int] = {}
         """The last number of a save in each checkpoint, so that none is given twice."""
         self._unfinished: set[str] = set()
@@ -84,7 +83,7 @@ class Saves:
         sequences = {key: certain(state) for key, state in recorded.items()}
         digests = {key: tokens_digest(state, sequences[key]) for key, state in recorded.items()}
         replicas = placement.shape.data
-        return saves.complete(path, self.service, self.model, placement.epoch, replicas, sequences, digests)
+        return saves.complete(path, self.service, placement.epoch, replicas, sequences, digests)
 
     async def remove_older(self, path: str) -> None:
         """A save is complete: removes those that are not needed any more, as far as that is possible."""

@@ -24,7 +24,7 @@ SERVICE = "one"
 
 def save(checkpoint: Path, positions: int = 10, service: str = SERVICE) -> Save:
     """A complete save of one sequence."""
-    return complete(next_path(str(checkpoint), service), service, "weights", 3, 2, {5: positions}, {5: "digest"})
+    return complete(next_path(str(checkpoint), service), service, 3, 2, {5: positions}, {5: "digest"})
 
 
 def test_the_newest_complete_save_counts(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_directory_that_was_moved_is_read_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "old").rename(tmp_path / "new")
     found = newest(str(tmp_path / "new"), SERVICE)
     assert found is not None and Path(found.path) == tmp_path / "new" / "saves" / SERVICE / "000001"
-    assert found.digests == {5: "digest"} and (found.epoch, found.replicas, found.model) == (3, 2, "weights")
+    assert found.digests == {5: "digest"} and (found.epoch, found.replicas) == (3, 2)
 
 
 def test_paths_are_good_for_processes_that_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_named(tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="cannot be read"):
             look(str(tmp_path), SERVICE)
     with pytest.raises(CheckpointError, match=r"saved\.json cannot be written"):
-        complete(str(tmp_path / "saves" / SERVICE / "000001"), SERVICE, "weights", 1, 1, {})
+        complete(str(tmp_path / "saves" / SERVICE / "000001"), SERVICE, 1, 1, {})
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -95,7 +95,7 @@ def test_saves_are_for_their_user_alone_whatever_the_umask(tmp_path: Path, writt
     try:
         if written:
             save_kv(path, frame((0, FORM.layers), pages_of(1, 9)))
-        complete(str(path), SERVICE, "weights", 1, 1, {1: 9})
+        complete(str(path), SERVICE, 1, 1, {1: 9})
     finally:
         os.umask(before)
     names = {file.name for file in path.rglob("*") if file.is_file()}

@@ -36,7 +36,7 @@ class Remembered(Saves):
     """
 
     def __init__(self, checkpoint: str = "/checkpoint") -> None:
-        super().__init__(checkpoint, "service", "weights")
+        super().__init__(checkpoint, "service")
         self.made: list[Save] = []
         self.given_up: list[str] = []
         self.newest: list[str] = []
@@ -53,7 +53,7 @@ class Remembered(Saves):
     async def complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         await asyncio.sleep(self.completing)
         sequences = {key: certain(state) for key, state in recorded.items()}
-        self.made.append(Save(path, self.service, self.model, placement.epoch, placement.shape.data, sequences))
+        self.made.append(Save(path, self.service, placement.epoch, placement.shape.data, sequences))
         return self.made[-1]
 
     async def remove_older(self, path: str) -> None:

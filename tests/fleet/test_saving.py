@@ -196,7 +196,7 @@ def log_of(*requests: RecordedRequest) -> RecordingLog:
 
 
 async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Path) -> None:
-    saves = Saves(str(tmp_path), "service", "weights")
+    saves = Saves(str(tmp_path), "service")
     placement = Placement(4, MeshShape(1, 1, 1), ((0, 4),), {Position(0, 0, 0): DeviceRef("i0", 0)})
     (state,) = recorded("r", 7, (5, 6)).states
     path = await saves.next_path(str(tmp_path))
@@ -209,7 +209,7 @@ async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Pa
 
 
 async def test_saves_that_are_being_made_or_read_from_outlive_newer_ones(tmp_path: Path) -> None:
-    saves = Saves(str(tmp_path), "service", "weights")
+    saves = Saves(str(tmp_path), "service")
     placement = Placement(4, MeshShape(1, 1, 1), ((0, 4),), {Position(0, 0, 0): DeviceRef("i0", 0)})
 
     async def make() -> str:
@@ -242,6 +242,6 @@ async def test_saves_that_are_being_made_or_read_from_outlive_newer_ones(tmp_pat
 )
 def test_saved_kv_counts_only_for_the_tokens_that_the_log_has(request_: RecordedRequest, counts: bool) -> None:
     (state,) = recorded("r", 7, (5, 6)).states
-    save = Save("/1", "service", "weights", 4, 1, {7: 4, 9: 2}, {7: tokens_digest(state, 4)})
+    save = Save("/1", "service", 4, 1, {7: 4, 9: 2}, {7: tokens_digest(state, 4)})
     found = still_certain(save, log_of(request_))
     assert (found.sequences if found is not None else {}) == ({7: 4} if counts else {})
