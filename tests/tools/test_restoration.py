@@ -28,7 +28,7 @@ TINY = open_model("tiny").checkpoint.spec
 
 
 def summary(*requests: RequestSummary) -> LogSummary:
-    return LogSummary("service", MODEL, 3, requests, (), 0)
+    return LogSummary("service", MODEL, 3, requests, ())
 
 
 def saved(**sequences: int) -> Save:
