@@ -1,8 +1,9 @@
 """What a token costs on spot instances and on demand, at the same 99th percentile of latency.
 
 An on-demand fleet of N instances is the reference, with SpotServe's engine, as in the paper's comparison, and with
-ours. Beside it stands the smallest spot fleet, out of what the market of a trace offers, on which Spotjax reaches the
-reference's P99. With the same engine and the same number of instances the saving is that of the prices, 51 %.
+ours. Beside it stands the smallest spot fleet on which Spotjax reaches the reference's P99: so many instances are
+rented of those that the market of a trace offers, and another one for each that is taken. With the same engine and the same
+number of instances the saving is that of the prices, 51 %.
 """
 
 from __future__ import annotations

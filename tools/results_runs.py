@@ -38,7 +38,7 @@ class Run:
       seed: of arrivals, and of the market.
       rate: requests per second; None is the paper's.
       duration: seconds, of days and of on-demand instances.
-      most: instances that are kept of those that the market offers; None keeps all.
+      most: instances that are rented at a time of those that the market offers; None rents all.
       assumed: assumptions other than the default, and other than the segment's.
     """
 
@@ -85,7 +85,7 @@ def scenario_of(one: Run) -> tuple[Scenario, tuple[tuple[float, float], ...]]:
     name = PAPER_NAMES[one.model]
     market = _market(one)
     if one.most is not None:
-        market = market._replace(spot=market.spot.capped(one.most))
+        market = market._replace(spot=market.spot.held(one.most))
     fluctuating = bool(market.required)
     required = market.required or ((0.0, one.rate * 1.15 if one.rate else scenarios.REQUIRED[name]),)
     assumed = Assumptions(**{"start_seconds": market.start_seconds, **dict(one.assumed)})
