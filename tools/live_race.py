@@ -45,6 +45,7 @@ class Setup:
       max_batch, max_positions, prefill_tokens: settings of the server.
       grace: seconds of notice.
       limits: of the instances' processors, None for none.
+      read_bandwidth: bytes per second at which an instance reads parameters at most; 0 for no limit.
     """
 
     directory: Path
@@ -57,6 +58,7 @@ class Setup:
     prefill_tokens: int
     grace: float
     limits: CpuLimits | None
+    read_bandwidth: int = 0
 
 
 @dataclass
@@ -126,6 +128,7 @@ class LimitedFleet(LocalFleet):
         if recovery == "rerouting":
             flags += ["--mesh", f"{len(names) // setup.stages}x{setup.stages}x1"]
         worker = ["--devices-per-instance", "1", "--instance-memory-bytes", str(setup.memory)]
+        worker += ["--read-bandwidth", str(setup.read_bandwidth)]
         worker += ["--compilation-cache", str(setup.programs), "--grace-seconds", f"{setup.grace:g}"]
         super().__init__(setup.directory / label, names, flags, worker)
         self.limits: CpuLimits | None = None
