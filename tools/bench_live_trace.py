@@ -7,9 +7,9 @@ token is compared with that of an undisturbed service.
 
 An instance is a process with a fraction of a core (``--cores``), so that losing one loses computing power; where
 control groups cannot be made, all share the cores, and it is said so. Models of this size would be read from memory in
-no time; ``--load-seconds`` has every instance, in all policies, read as slowly as a model that fills it: GPT-20B on four
-T4 at 0.7 GB/s takes 36 s, two and a half times as long as one of its requests. What a simulator needs to be run on the same is
-measured, too, and written to ``--json`` (``spotjax.tools.race_results.read_race`` reads it).
+no time; ``--load-seconds`` has every instance, in all policies, read as slowly as if the model filled it: GPT-20B on
+four T4 at 0.7 GB/s takes 36 s, two and a half times as long as one of its requests. What a simulator needs to be run on
+the same is measured, too, and written to ``--json`` (``spotjax.tools.race_results.read_race`` reads it).
 
 ``--trace FILE`` has lines of ``SECONDS join|leave|kill NAME``.
 """
