@@ -2,8 +2,8 @@
 
 An on-demand fleet of N instances is the reference, with SpotServe's engine, as in the paper's comparison, and with
 ours. Beside it stands the smallest spot fleet on which Spotjax reaches the reference's P99: so many instances are
-rented of those that the market of a trace offers, and another one for each that is taken. With the same engine and the same
-number of instances the saving is that of the prices, 51 %.
+rented of those that the market of a trace offers, and another one for each that is taken. With the same engine and the
+same number of instances the saving is that of the prices, 51 %.
 """
 
 from __future__ import annotations

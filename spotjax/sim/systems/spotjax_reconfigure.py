@@ -12,11 +12,13 @@ from functools import partial
 
 from spotjax.errors import NoFeasibleShape
 from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
+from spotjax.fleet.recovery_policies import POLICIES, SPOTJAX
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.planner.holdings import Needs
 from spotjax.planner.links import Links
 from spotjax.planner.migration import Phase
 from spotjax.planner.optimizer import Decision
+from spotjax.reshard.transfer import Preparation, Survivors
 from spotjax.sim.systems.spotjax_boundary import Boundary
 from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions
 from spotjax.sim.systems.spotjax_replicas import Replicas, survivors
@@ -51,6 +53,7 @@ class Reconfigurer:
     ) -> None:
         self._world, self._planning, self._shapes, self._replicas = world, planning, shapes, replicas
         self._boundary, self._options, self._without = boundary, options, without
+        self._policy = POLICIES[planning.recovery]
         self._interruptions = 0
         self._held: dict[DeviceRef, Needs] = {}
         """Parameters on devices that the mesh does not use."""
@@ -88,38 +91,45 @@ class Reconfigurer:
 
     def _plan(self, reason: str) -> None:
         replicas, now = self._replicas, self._world.now
+        left = survivors(replicas.members, self._world.instances)
         try:
-            decision = self._decide()
+            preparation = self._prepare(left)
         except NoFeasibleShape as problem:
             if not replicas.running():
                 self._suspend(f"{reason}: {problem}")
             return
-        if self._fits(decision):
-            return
-        left = survivors(replicas.members, self._world.instances)
-        preparation = plan_change(
-            self._planning,
-            replicas.placement,
-            self._instances(),
-            replicas.live(left.positions),
-            1 if replicas.placement is None else replicas.placement.epoch + 1,
-            replicas.running(),
-            self._held,
-            left,
-            decision,
-        )
-        if is_in_place(preparation, replicas.placement) and len(replicas.running()) == len(replicas.members):
+        if preparation is None or (
+            is_in_place(preparation, replicas.placement) and len(replicas.running()) == len(replicas.members)
+        ):
             return
         standing = frozenset(device.instance for device in preparation.needs)
         needed = standing | sources(preparation.plan) | frozenset(left.backups.values())
         change = Underway(preparation, reason, now, self._leaving(), needed, self._links())
         self._underway = change
-        if self._without == "arranger":
+        if self._without == "arranger" or self._policy.stops_first:
             self._at_boundary(change, self._stop_early)
         elif self._without == "migration":
             self._arrange(change)
         else:
             self._copy_parameters(change)
+
+    def _prepare(self, left: Survivors) -> Preparation | None:
+        """The next mesh and the way to it; None if the mesh is as it should be.
+
+        Raises:
+          NoFeasibleShape: the model fits on no mesh of the ready instances.
+        """
+        replicas, instances = self._replicas, self._instances()
+        epoch = 1 if replicas.placement is None else replicas.placement.epoch + 1
+        if self._policy is not SPOTJAX:
+            return self._policy.plan(self._planning, replicas.placement, instances, {}, epoch, replicas.running())
+        decision = self._decide()
+        if self._fits(decision):
+            return None
+        live = replicas.live(left.positions)
+        return plan_change(
+            self._planning, replicas.placement, instances, live, epoch, replicas.running(), self._held, left, decision
+        )
 
     # The parts of a change, in order
 
@@ -231,6 +241,8 @@ class Reconfigurer:
         if change.moving:
             return False
         ready = all(there[device.instance].state is InstanceState.READY for device in change.preparation.needs)
+        if not self._policy.keeps_kv:  # what leaves has nothing that anybody waits for
+            return not ready or not (self._leaving() & there.keys()) <= change.leaving
         return not ready or self._leaving() != change.leaving
 
     def _give_up(self, change: Underway) -> None:
@@ -279,6 +291,7 @@ class Reconfigurer:
         live = {
             old: [sequence for sequence in sequences if sequence.key not in change.too_late]
             for old, sequences in self._replicas.live(preparation.survivors.positions, preparation.carried).items()
+            if self._policy.keeps_kv
         }
         room = self._replicas.room(preparation.placement.shape.data, preparation.carried)
         return plan_kv(self._planning, preparation, self._replicas.placement, self._instances(), live, room)
