@@ -111,15 +111,6 @@ class OrbaxCheckpoint:
                 raise CheckpointError(f"{self.location}: {TOKENIZER}/{name} has a wrong checksum; {REMEDY}")
         return files
 
-    def verify(self) -> None:
-        """Reads everything and compares its checksums.
-
-        Raises:
-          CheckpointError: something is not what was saved.
-        """
-        for part in self._parts.values():
-            part.verify()
-
     def close(self) -> None:
         """Lets go of all files; nothing can be read afterwards."""
         self._parts.clear()

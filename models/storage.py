@@ -105,23 +105,22 @@ class Storage:
         shape = tuple(stop - start for start, stop in index)
         if 0 in shape:
             return np.empty(shape, np.float32)
-        # Seen as one of several arrays along a last axis, of which one index is read.
-        number, parts = self.part
+        # Seen as one of several arrays that lie along a last axis, of which one index is read.
+        last, (number, parts) = len(shape), self.part
         extents, wanted = (*self.array.shape, parts), (*index, (number, number + 1))
-        groups = [tuple(axis % len(extents) for axis in group) for group in self.axes]
-        ranges, stored = [], []
+        groups = [tuple(last if axis == PART else axis for axis in group) for group in self.axes]
+        ranges: list[tuple[int, int]] = []
+        stored: list[int] = []
         for major, *minor in groups:
             (start, stop), inner = wanted[major], [extents[axis] for axis in minor]
             ranges.append((start * prod(inner), stop * prod(inner)))
             stored += [stop - start, *inner]
         ranges[0] = (ranges[0][0] + self.skipped, ranges[0][1] + self.skipped)
+        block = read_tensor(tuple(ranges)).reshape(stored)
         order = [axis for group in groups for axis in group]
-        if parts == 1:
-            order, stored = [*order, len(index)], [*stored, 1]
-        block = read_tensor(tuple(ranges)).reshape(stored).transpose(np.argsort(order))
-        majors = {group[0] for group in groups}
-        picks = tuple(slice(None) if axis in majors else slice(*wanted[axis]) for axis in range(len(index)))
-        return np.ascontiguousarray(block[(*picks, 0 if len(index) in majors else number)], np.float32)
+        majors = {major for major, *_ in groups}
+        picks = [slice(None) if axis in majors else slice(*wanted[axis]) for axis in order]
+        return np.ascontiguousarray(block[tuple(picks)].transpose(np.argsort(order)).reshape(shape), np.float32)
 
 
 def storages(spec: ModelSpec, layout: TensorLayout) -> dict[str, Storage]:

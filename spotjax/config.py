@@ -179,6 +179,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=WORKERS,
         ),
     ] = ""
+    read_bandwidth: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="bytes per second at which a worker reads parameters from the model or checkpoint at most, for "
+            "storage that many share; 0: no limit",
+            extra=WORKERS,
+        ),
+    ] = 0
     data_listen: Annotated[
         str,
         Meta(

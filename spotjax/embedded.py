@@ -104,7 +104,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     service = Controller(
         model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
-        limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity, weights),
+        limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity),
         files=CheckpointFiles(spec.config, dtype.name, served, model.tokenizer, directory_of(commits)),
     )  # fmt: skip
     started = time.monotonic()

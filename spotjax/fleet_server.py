@@ -207,12 +207,8 @@ class FleetServer:
         if self._awaited:  # some are back, and have told who else was there
             there, end = self._awaited <= self._readied, self._reunion_began + REUNION_SECONDS
         else:
-            unfinished = any(
-                recorded.request.resumable and state.finish is None
-                for recorded in self._log.replay()
-                for state in recorded.states
-            )
-            there, end = bool(self._config.workers) or not unfinished, self._opened + RETURN_SECONDS
+            nothing = not any(recorded.goes_on for recorded in self._log.replay())
+            there, end = bool(self._config.workers) or nothing, self._opened + RETURN_SECONDS
         left = end - time.monotonic()
         if there or left <= 0:
             self._enough.set()
@@ -307,7 +303,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     try:
         before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
         save = await asyncio.to_thread(still_certain, before, commits) if before else None
-        saves = Saves(config.checkpoint, commits.identity, weights)
+        saves = Saves(config.checkpoint, commits.identity, save.path if save is not None else "")
         fleet = FleetServer(config, model, commits, saves, address, save)
     except BaseException:
         await commits.close()  # or its lock would outlive it

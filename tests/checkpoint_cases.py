@@ -16,6 +16,7 @@ from spotjax.models.catalog import Model
 from spotjax.models.checkpoint import Checkpoint
 from spotjax.models.config import DecoderConfig
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
+from spotjax.models.orbax_part import StoredPart, make_context
 from spotjax.models.tokenizer import Tokenizer
 
 MANY_CHUNKS = DecoderConfig(vocab=911, width=96, layers=2, heads=12, kv_heads=4, head_size=32, mlp=366)
@@ -42,6 +43,12 @@ def save(weights: Checkpoint | RandomCheckpoint, directory: Path, dtype: str = "
     writer.close()
     complete(str(directory), config, dtype, words(config.vocab).files())
     return OrbaxCheckpoint(directory)
+
+
+def verify(checkpoint: OrbaxCheckpoint) -> None:
+    """Reads all parameters and compares their checksums."""
+    for name, record in checkpoint.manifest.parts.items():
+        StoredPart(checkpoint.location, name, record, make_context()).verify()
 
 
 def rounded(content: np.ndarray, dtype: str) -> np.ndarray:

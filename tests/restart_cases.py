@@ -80,7 +80,7 @@ def leave_save(checkpoint: Path, service: str, sequences: Mapping[int, int], con
     unit = path / "worker-0" / "000001"
     unit.mkdir(parents=True)
     (unit / "content").write_bytes(content)
-    return complete(str(path), service, MODEL, 3, 1, sequences)
+    return complete(str(path), service, 3, 1, sequences)
 
 
 def damage(directory: Path, name: str) -> None:

@@ -6,8 +6,10 @@ get notice, and come; requests come by a Poisson process and in bursts, whatever
 token is compared with that of an undisturbed service.
 
 An instance is a process with a fraction of a core (``--cores``), so that losing one loses computing power; where
-control groups cannot be made, all share the cores, and it is said so. What a simulator needs to be run on the same is
-measured, too, and written to ``--json`` (``spotjax.tools.race_results.read_race`` reads it).
+control groups cannot be made, all share the cores, and it is said so. Models of this size would be read from memory in
+no time; ``--load-seconds`` has every instance, in all policies, read as slowly as if the model filled it: GPT-20B on
+four T4 at 0.7 GB/s takes 36 s, two and a half times as long as one of its requests. What a simulator needs to be run on
+the same is measured, too, and written to ``--json`` (``spotjax.tools.race_results.read_race`` reads it).
 
 ``--trace FILE`` has lines of ``SECONDS join|leave|kill NAME``.
 """
@@ -80,9 +82,7 @@ async def bench(arguments: argparse.Namespace, setup: Setup, trace: Sequence[Hap
             with console.status(f"{workload.arrivals}, {recovery}"):
                 runs.append(await race(setup, recovery, trace, workload, a.patience))
             summaries.append(summary(runs[-1], expected, trace, setup.grace, a.price))
-            console.log(
-                f"{workload.arrivals}, {recovery}: P99 {summaries[-1].p99:.2f} s, load {os.getloadavg()[0]:.1f}"
-            )
+            console.log(f"{workload.arrivals}, {recovery}: P99 {summaries[-1].p99:.2f} s, load {runs[-1].load:.1f}")
     facts = machine(a.seed) | {
         "jaxlib": version("jaxlib"),
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(a).items()},
@@ -128,6 +128,12 @@ def instance_memory(model: Path, max_batch: int, positions: int, stages: int) ->
     return memory
 
 
+def read_bandwidth(model: Path, stages: int, seconds: float) -> int:
+    """Bytes per second at which an instance reads its part of the parameters in that time; 0, no limit, for no time."""
+    spec = open_model(str(model)).checkpoint.spec
+    return int(spec.parameter_bytes / stages / seconds) if seconds else 0
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -150,6 +156,7 @@ def main() -> None:
     add("--questions", type=int, default=24, help="different requests")
     add("--batches", type=int, nargs="+", default=[1, 4, 8], help="for which prompts and steps are measured")
     add("--max-batch", type=int, default=16)
+    add("--load-seconds", type=float, default=10.0, help="an instance reads its part of the model in; 0: at full speed")
     add("--price", type=float, default=1.9, help="USD per hour of an instance")
     add("--no-profile", dest="profile", action="store_false", help="measure no stages for the simulator")
     add("--seed", type=int, default=0)
@@ -176,6 +183,7 @@ def main() -> None:
         setup = Setup(
             directory, model, arguments.programs or directory / "programs", memory, arguments.stages,
             arguments.max_batch, positions, PREFILL_TOKENS, arguments.grace, limits,
+            read_bandwidth(model, arguments.stages, arguments.load_seconds),
         )  # fmt: skip
         results = asyncio.run(bench(arguments, setup, trace))
         if arguments.json:

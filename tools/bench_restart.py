@@ -129,7 +129,7 @@ class Bench:
             names = [name_of(number) for number in range(self._arguments.workers)]
             told = asyncio.gather(*(fleet.preempt(name, self._arguments.grace) for name in names))
             await self._until(fleet, lambda: any(event.kind == "stop" for event in fleet.events))
-            for request in inspect_log(self._log).unfinished:
+            for request in inspect_log(self._log).going_on:
                 self.clients[int(request.request_id)].known = request.tokens[0]
             await self._until(fleet, lambda: all(len(client.tokens) == client.known for client in self.clients))
             saved = [event for event in fleet.events if event.kind == "saved" and "bytes" in event.fields]

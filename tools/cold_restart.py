@@ -123,10 +123,9 @@ class Restoration:
 def restoration(log: LogSummary, model: str, user: str, save: Save | None, mesh: PlannedMesh | None) -> Restoration:
     """What becomes of a log with a save of its service."""
     kept = save.sequences if save is not None else {}
-    return Restoration(
-        log.identity, log.epoch, model, user, tuple(_restored(request, kept) for request in log.unfinished),
-        len(log.requests) - len(log.unfinished), save.path if save is not None else "", log.damage, mesh,
-    )  # fmt: skip
+    unfinished = tuple(_restored(request, kept) for request in log.requests if request.unfinished)
+    finished, path = len(log.requests) - len(unfinished), save.path if save is not None else ""
+    return Restoration(log.identity, log.epoch, model, user, unfinished, finished, path, log.damage, mesh)
 
 
 def _restored(request: RequestSummary, kept: Mapping[int, int]) -> RestoredRequest:

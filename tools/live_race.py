@@ -45,6 +45,7 @@ class Setup:
       max_batch, max_positions, prefill_tokens: settings of the server.
       grace: seconds of notice.
       limits: of the instances' processors, None for none.
+      read_bandwidth: bytes per second at which an instance reads parameters at most; 0 for no limit.
     """
 
     directory: Path
@@ -57,6 +58,7 @@ class Setup:
     prefill_tokens: int
     grace: float
     limits: CpuLimits | None
+    read_bandwidth: int = 0
 
 
 @dataclass
@@ -104,6 +106,7 @@ class Run:
       seconds: from the start until the last request had ended, or was given up.
       events: what the service said, with seconds from the start.
       starts: by instance, seconds from the start of its process until it joined.
+      load: of the machine at the end, averaged over a minute: runs are comparable where it is about the same.
     """
 
     recovery: Recovery
@@ -112,6 +115,7 @@ class Run:
     seconds: float = 0.0
     events: list[FleetEvent] = field(default_factory=list)
     starts: dict[str, float] = field(default_factory=dict)
+    load: float = 0.0
 
 
 class LimitedFleet(LocalFleet):
@@ -124,6 +128,7 @@ class LimitedFleet(LocalFleet):
         if recovery == "rerouting":
             flags += ["--mesh", f"{len(names) // setup.stages}x{setup.stages}x1"]
         worker = ["--devices-per-instance", "1", "--instance-memory-bytes", str(setup.memory)]
+        worker += ["--read-bandwidth", str(setup.read_bandwidth)]
         worker += ["--compilation-cache", str(setup.programs), "--grace-seconds", f"{setup.grace:g}"]
         super().__init__(setup.directory / label, names, flags, worker)
         self.limits: CpuLimits | None = None
@@ -176,7 +181,7 @@ async def race(
         ]
         last = max(workload.times, default=0.0)
         _, late = await asyncio.wait([*asking, market], timeout=last + patience)
-        run.seconds = time.monotonic() - started
+        run.seconds, run.load = time.monotonic() - started, os.getloadavg()[0]
         for task in late:
             task.cancel()
         await asyncio.gather(*late, return_exceptions=True)
@@ -219,7 +224,7 @@ async def reference(
 async def profile(setup: Setup) -> MeasuredProfile:
     """Latencies of the model's stages on one whole core: what a simulator is fed with.
 
-    Not on the part of a core that an instance has: short calls would be over before the limit is felt.
+    Not on an instance's part of a core: short calls would be over before the limit is felt.
 
     Raises:
       SpotjaxError: it cannot be measured.

@@ -52,6 +52,7 @@ class Summary:
       changes: of the mesh.
       instance_seconds: instances were there for, from the first arrival to the end of the run.
       cost: USD for them.
+      load: of the machine at the end.
     """
 
     arrivals: str
@@ -74,6 +75,7 @@ class Summary:
     changes: int
     instance_seconds: float
     cost: float
+    load: float
 
 
 def summary(
@@ -101,7 +103,7 @@ def summary(
         sum(len(a.tokens) for a in run.answers), lost, repeated, wrong,
         sum(int(event.fields.get("recomputed", 0)) for event in switches),
         sum(int(e.fields.get("bytes_loaded", 0)) for e in run.events if e.kind == "precopy" and e.time > 0),
-        len(switches), used, used * price / 3600,
+        len(switches), used, used * price / 3600, run.load,
     )  # fmt: skip
 
 
@@ -127,7 +129,7 @@ def table(summaries: Sequence[Summary]) -> Table:
     """All runs, one line each."""
     shown = Table(title="the same server, requests and kills; seconds")
     headings = ("arrivals", "recovery", "requests", "avg", "P50", "P90", "P99", "first", "first P99", "gap", "tokens")
-    for heading in (*headings, "lost/rep./wrong", "recomputed", "loaded MB", "changes", "USD", "USD/M tokens"):
+    for heading in (*headings, "lost/rep./wrong", "recomputed", "loaded MB", "changes", "USD", "USD/M tokens", "load"):
         shown.add_column(heading, justify="left" if heading in ("arrivals", "recovery") else "right")
     for s in summaries:
         times = (s.average, s.p50, s.p90, s.p99, s.first, s.first_p99, s.gap)
@@ -136,6 +138,7 @@ def table(summaries: Sequence[Summary]) -> Table:
             s.arrivals, s.recovery, f"{s.requests}{open_}", *(f"{t:.2f}" for t in times), str(s.tokens),
             f"{s.lost}/{s.repeated}/{s.wrong}", str(s.recomputed), f"{s.loaded / 1e6:.0f}", str(s.changes),
             f"{s.cost:.4f}", f"{1e6 * s.cost / s.tokens:.2f}" if s.tokens else "",
+            f"{s.load:.1f}",
         )  # fmt: skip
     return shown
 

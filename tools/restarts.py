@@ -57,7 +57,7 @@ def disagreements(service: Service, load: Load) -> list[str]:
     told = {name: tokens for name, (_, tokens) in load.ended.items()}
     long_ago = time.monotonic() - RETAINED_SECONDS
     problems = [f"the log is damaged: {damage}" for damage in summary.damage]
-    problems += [f"{request.request_id} is unfinished in the log" for request in summary.unfinished]
+    problems += [f"{request.request_id} is unfinished in the log" for request in summary.requests if request.unfinished]
     problems += [
         f"the log has {recorded[name]} tokens of {name}, clients saw {tokens}"
         for name, tokens in told.items()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from spotjax.sim.results import Summary
-from spotjax.tools.results_runs import Run
+from spotjax.tools.results_runs import Run, seeds_from
 
 SEGMENTS = ("A_S", "B_S", "A_S+O", "B_S+O")
 SYSTEMS = ("reparallelization", "rerouting", "spotserve")
@@ -27,7 +27,7 @@ PUBLISHED = {
     ("spotserve", "3 on demand"): (141.482, 253.343), ("spotserve", "4 on demand"): (98.037, 175.346),
     ("spotserve", "6 on demand"): (29.146, 43.470), ("spotserve", "8 on demand"): (24.623, 34.450),
 }  # fmt: skip
-"""Seconds (average, P99) by system and trace: ``scripts_ae/tradeoff_plot.py`` of the artifact, before its corrections."""
+"""Seconds (average, P99) by system and trace: the artifact's ``tradeoff_plot.py``, before its corrections."""
 WITHIN = 0.15
 QUEUEING = ("spotserve", "spotserve-as-baselines", "spotserve-new-batching")
 """SpotServe with one batch ahead, as the public script says; with two, as its baselines; in the new batching."""
@@ -36,7 +36,7 @@ QUEUEING = ("spotserve", "spotserve-as-baselines", "spotserve-new-batching")
 def runs(seeds: int) -> list[Run]:
     """All that the tables need."""
     cells = [*PUBLISHED, *((system, spot) for system in QUEUEING for spot in SEGMENTS)]
-    return [Run(system, spot=spot, seed=seed) for system, spot in cells for seed in range(seeds)]
+    return [Run(system, spot=spot, seed=seed) for system, spot in cells for seed in seeds_from(seeds)]
 
 
 def tables(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -69,7 +69,7 @@ def tables(done: Mapping[Run, Summary], seeds: int) -> str:
 
 def simulated(done: Mapping[Run, Summary], seeds: int, system: str, spot: str) -> tuple[float, float]:
     """(Average, P99) of finished requests, as the artifact counts, averaged over seeds."""
-    found = [done[Run(system, spot=spot, seed=seed)].latency_published for seed in range(seeds)]
+    found = [done[Run(system, spot=spot, seed=seed)].latency_published for seed in seeds_from(seeds)]
     return fmean(one.mean for one in found if one), fmean(one.p99 for one in found if one)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from rich.progress import track
@@ -21,9 +21,9 @@ from spotjax.sim.traces import scenarios
 from spotjax.sim.workload import RequestTrace, SpotTrace
 from spotjax.sim.world import Scenario
 
+FIRST_SEED = 100
+"""Results are drawn from seeds that nothing was tried or tuned on."""
 PAPER_NAMES = {"opt-6.7b": "OPT-6.7B", "gpt-20b": "GPT-20B", "llama-30b": "LLaMA-30B"}
-INSTANCES_OF_A_GROUP = 4
-"""Instances that a tensor group of the published systems may span; ours keeps it inside one."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Run:
       seed: of arrivals, and of the market.
       rate: requests per second; None is the paper's.
       duration: seconds, of days and of on-demand instances.
+      most: instances that are rented at a time of those that the market offers; None rents all.
       assumed: assumptions other than the default, and other than the segment's.
     """
 
@@ -48,7 +49,13 @@ class Run:
     seed: int = 0
     rate: float | None = None
     duration: float = 1020.0
+    most: int | None = None
     assumed: tuple[tuple[str, float], ...] = ()
+
+
+def seeds_from(count: int) -> range:
+    """The seeds of so many repetitions."""
+    return range(FIRST_SEED, FIRST_SEED + count)
 
 
 class Market(NamedTuple):
@@ -75,15 +82,16 @@ def run_all(runs: Iterable[Run], what: str, jobs: int | None = None) -> dict[Run
 
 def scenario_of(one: Run) -> tuple[Scenario, tuple[tuple[float, float], ...]]:
     """The scenario of a run, and the throughput that the solver of the published systems is to reach."""
-    name, kind = PAPER_NAMES[one.model], instance_type("g4dn.12xlarge")
-    if not one.system.startswith(("spotjax", "on-demand")):
-        kind = replace(kind, tensor_instances=INSTANCES_OF_A_GROUP)
+    name = PAPER_NAMES[one.model]
     market = _market(one)
+    if one.most is not None:
+        market = market._replace(spot=market.spot.held(one.most))
     fluctuating = bool(market.required)
     required = market.required or ((0.0, one.rate * 1.15 if one.rate else scenarios.REQUIRED[name]),)
     assumed = Assumptions(**{"start_seconds": market.start_seconds, **dict(one.assumed)})
     requests = _requests(one, fluctuating, market.spot.duration)
     profile = PublishedProfile(TABLES[one.model])
+    kind = instance_type("g4dn.12xlarge")
     return Scenario(one.spot, preset(one.model), profile, kind, market.spot, requests, assumed), required
 
 

@@ -130,16 +130,6 @@ def pack(target: Path, log: Path, checkpoint: str, model_name: str, *, parameter
         raise CheckpointError(f"the bundle {target} cannot be written: {error}") from error
 
 
-def read_bundle(source: Path) -> Bundle:
-    """What is in a bundle, as far as it says so itself.
-
-    Raises:
-      CheckpointError: it is no bundle, was cut off, or has another format.
-    """
-    with open_bundle(source) as tar:
-        return described_in(tar, source)
-
-
 @contextmanager
 def open_bundle(source: Path) -> Iterator[tarfile.TarFile]:
     """An open tar file; what goes wrong with it, or with unpacking it, is a CheckpointError."""
@@ -153,7 +143,11 @@ def open_bundle(source: Path) -> Iterator[tarfile.TarFile]:
 
 
 def described_in(tar: tarfile.TarFile, source: Path) -> Bundle:
-    """The same of one that is open, whose files are known to be those that it names, and harmless."""
+    """What is in an open bundle, as far as it says so itself. Its files are those that it names, and harmless.
+
+    Raises:
+      CheckpointError: it is no bundle, was cut off, has another format or something that is not of a bundle.
+    """
     try:
         content = tar.extractfile(BUNDLE)
         if content is None:
@@ -241,7 +235,7 @@ def _entry(name: str, size: int) -> tarfile.TarInfo:
 
 def _described(summary: LogSummary, save: Save | None, model_name: str, parameters: bool) -> Bundle:
     kv = len(save.sequences) if save is not None else 0
-    counts = len(summary.requests), len(summary.unfinished), kv
+    counts = len(summary.requests), len(summary.going_on), kv
     return Bundle(FORMAT, summary.identity, summary.model, model_name, summary.epoch, *counts, parameters, {})
 
 

@@ -10,7 +10,6 @@ import concurrent.futures
 import logging
 import re
 import threading
-import time
 from collections import deque
 
 import numpy as np
@@ -98,24 +97,16 @@ class KvWriter:
             self._let_go()
         return room
 
-    def flush(self, deadline: float | None = None) -> bool:
-        """Saves all that was put. What is not saved by the deadline may still be, later.
-
-        Args:
-          deadline: by ``time.monotonic``; None waits as long as it takes.
-
-        Returns:
-          Whether everything is saved.
+    def flush(self) -> None:
+        """Saves all that was put, and waits for it.
 
         Raises:
-          CheckpointError: a unit could not be saved.
+          CheckpointError: a unit could not be saved, or the writer was stopped.
         """
         with self._changed:
             self._end_unit()
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            self._changed.wait_for(lambda: not self._complete or self._closing or self._problem is not None, left)
+            self._changed.wait_for(lambda: not self._complete or self._closing or self._problem is not None)
             self._check()
-            return not self._complete
 
     def stop(self) -> None:
         """Gives up what was not flushed, but for the unit that is being saved. Returns at once, and so do waiters."""

@@ -19,7 +19,6 @@ from orbax.checkpoint import type_handlers
 from spotjax.checkpoint.chunks import chunk_shape
 from spotjax.checkpoint.completion import check_incomplete, drop_record, find_record, leave_record
 from spotjax.errors import CheckpointError, SliceUnavailable
-from spotjax.meshes.layout import shard_index
 from spotjax.meshes.slices import Index, intersect, relative, remainder
 from spotjax.models.config import DecoderConfig
 from spotjax.models.fingerprint import sample_digest, sample_index
@@ -156,18 +155,6 @@ def source_of(shards: Sequence[Shard]) -> Source:
         return whole
 
     return read
-
-
-def shards_of(stacked: jax.Array, array: ArraySpec, spec: ModelSpec) -> list[Shard]:
-    """The shards of a stage's array (``meshes.sharding.assemble``), each under the index that it holds."""
-    tensor = stacked.sharding.num_devices
-    devices = list(stacked.sharding.mesh.devices.flat)  # type: ignore[attr-defined]
-    by_device = {shard.device: shard.data for shard in stacked.addressable_shards}
-    return [
-        Shard(shard_index(array, spec, tensor, m), by_device[device])
-        for m, device in enumerate(devices)
-        if device in by_device
-    ]
 
 
 def _host_copy(buffer: jax.Array) -> np.ndarray:

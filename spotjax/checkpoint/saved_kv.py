@@ -67,11 +67,6 @@ class SavedKv:
         self._units = self._open(epath.Path(directory))
         self._index()
 
-    def sequences(self) -> tuple[int, ...]:
-        """Those of which something is here."""
-        with self._lock:
-            return tuple(key for key in self._tables if self._limit is None or key in self._limit)
-
     def positions(self, layers: Range, sequences: Sequence[int]) -> tuple[int, ...]:
         """The watermark of each sequence over all these layers."""
         with self._lock:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 import msgspec
@@ -28,6 +28,8 @@ SAVED = "saved.json"
 FAILURES = (OSError, ImportError)
 """Of etils: there may be no library for a bucket."""
 GENERATION = ".generation"
+KEPT = 2
+"""Complete saves of a service that stay: the one before the last in case that the last is damaged."""
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -36,7 +38,6 @@ class Save(msgspec.Struct, frozen=True):
     Attributes:
       path: its directory.
       service: identity of the commit log whose sequences these are.
-      model: fingerprint of the weights.
       epoch: of the mesh that had the KV.
       replicas: of that mesh.
       sequences: key to the positions whose tokens were recorded when it was saved. What is there of later positions is
@@ -46,7 +47,6 @@ class Save(msgspec.Struct, frozen=True):
 
     path: str
     service: str
-    model: str
     epoch: int
     replicas: int
     sequences: dict[int, int]
@@ -81,7 +81,6 @@ def with_number(path: str, number: int) -> str:
 def complete(
     path: str,
     service: str,
-    model: str,
     epoch: int,
     replicas: int,
     sequences: Mapping[int, int],
@@ -92,7 +91,7 @@ def complete(
     Raises:
       CheckpointError: that cannot be written.
     """
-    save = Save(path, service, model, epoch, replicas, dict(sequences), dict(digests))
+    save = Save(path, service, epoch, replicas, dict(sequences), dict(digests))
     try:
         make_private(epath.Path(path))  # there is none if no worker had anything
     except FAILURES as error:
@@ -120,16 +119,10 @@ def list_saves(checkpoint: str, service: str) -> dict[int, set[str]]:
     Raises:
       CheckpointError: the checkpoint cannot be read.
     """
-    directory = _directory(checkpoint, service)
     try:
-        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+        return _saves_in(_directory(checkpoint, service))
     except FAILURES as error:
         raise CheckpointError(f"the checkpoint {checkpoint} cannot be read: {error}") from error
-    found: dict[int, set[str]] = {}
-    for name in names:
-        if (number := name.partition(".")[0]).isdigit():
-            found.setdefault(int(number), set()).add(name)
-    return found
 
 
 def open_save(path: str) -> Save | None:
@@ -158,12 +151,41 @@ def make_private(directory: epath.Path) -> None:
             path.mkdir(mode=0o700, exist_ok=True)
 
 
+def remove_older(path: str, but: Collection[str] = ()) -> None:
+    """Removes what is older than the newest complete saves beside one, complete or not, as far as that is possible.
+
+    Args:
+      path: of the save.
+      but: paths of those that stay all the same.
+    """
+    directory = epath.Path(path).parent
+    try:
+        found = _saves_in(directory)
+        complete = sorted(number for number in found if (directory / f"{number:06d}" / SAVED).exists())
+    except FAILURES as error:
+        log.warning("older saves cannot be removed: %s", error, extra={"path": path})
+        return
+    for number in sorted(found):
+        if number < min(complete[-KEPT:], default=0) and with_number(path, number) not in but:
+            for name in found[number]:
+                discard(str(directory / name))
+
+
 def discard(path: str) -> None:
-    """Removes what workers have put into a directory that will not be a save, as far as that is possible."""
+    """Removes a save, or what workers have put into a directory that will not be one, as far as that is possible."""
     try:
         epath.Path(path).rmtree(missing_ok=True)
     except FAILURES as error:
-        log.warning("what is left of a save that was given up cannot be removed: %s", error, extra={"path": path})
+        log.warning("a save that is not needed cannot be removed: %s", error, extra={"path": path})
+
+
+def _saves_in(directory: epath.Path) -> dict[int, set[str]]:
+    """See ``list_saves``. Raises ``FAILURES``."""
+    found: dict[int, set[str]] = {}
+    for path in directory.iterdir() if directory.exists() else ():
+        if (number := path.name.partition(".")[0]).isdigit():
+            found.setdefault(int(number), set()).add(path.name)
+    return found
 
 
 def _directory(checkpoint: str, service: str) -> epath.Path:

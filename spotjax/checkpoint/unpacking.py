@@ -44,12 +44,12 @@ def unpack(source: Path, log: Path, checkpoint: str) -> Unpacked:
 
     Args:
       source: the bundle.
-      log: directory of the commit log. One that is there is replaced if nothing in it is unfinished.
+      log: directory of the commit log. One that is there is replaced if nothing in it goes on.
       checkpoint: directory for KV and parameters, which may have others; empty: these are left out.
 
     Raises:
       CheckpointError: the bundle is damaged or no bundle, or the checkpoint has other parameters already.
-      CommitLogError: the log there is in use, damaged, or has unfinished requests.
+      CommitLogError: the log there is in use, damaged, or has requests that go on.
     """
     if checkpoint and is_url(checkpoint):
         raise CheckpointError(f"{checkpoint} is in a bucket; name a directory to unpack to")
@@ -132,8 +132,8 @@ def _require_replaceable(log: Path) -> None:
     if not (log / DATABASE).exists():
         return
     summary = inspect_log(log)
-    if summary.damage or summary.unfinished:
-        what = "is damaged" if summary.damage else f"has {len(summary.unfinished)} unfinished requests"
+    if summary.damage or summary.going_on:
+        what = "is damaged" if summary.damage else f"has {len(summary.going_on)} unfinished requests"
         raise CommitLogError(
             f"the commit log {log} {what} and is not replaced by the bundle's; let it finish, name another directory "
             "(--commit-log), or move it away"
@@ -164,7 +164,7 @@ def _extract(tar: tarfile.TarFile, bundle: Bundle, roots: Mapping[str, Path], na
 def _require_told(log: Path, bundle: Bundle) -> None:
     """Raises CheckpointError unless the unpacked log is the one that the bundle speaks of."""
     summary = inspect_log(log)
-    told = summary.identity, summary.model, len(summary.requests), len(summary.unfinished)
+    told = summary.identity, summary.model, len(summary.requests), len(summary.going_on)
     if summary.damage or told != (bundle.service, bundle.model, bundle.requests, bundle.unfinished):
         raise CheckpointError(f"the bundle's commit log is not what its {BUNDLE} says; export it again")
 

@@ -164,9 +164,8 @@ def restart(arguments: argparse.Namespace, place: Place, started: float) -> int:
         for line in salvage(place.log, summary.model or fingerprint_of(model_of(place, ""))):
             say(f"salvaged: {line}")
         summary = inspect_log(place.log)
-    waiting = [request for request in summary.unfinished if request.resumable]
-    say(f"to be restored: {len(waiting)} unfinished requests of service {summary.identity}")
-    return serve.run(place.config, partial(follow, unfinished=waiting, started=started, say=say))
+    say(f"to be restored: {len(summary.going_on)} unfinished requests of service {summary.identity}")
+    return serve.run(place.config, partial(follow, unfinished=summary.going_on, started=started, say=say))
 
 
 def export(arguments: argparse.Namespace, place: Place) -> int:

@@ -166,7 +166,7 @@ def make_spot(arguments: argparse.Namespace, seed: int) -> SpotTrace:
     if arguments.spot_limit is not None:
         if arguments.spot_limit < 1:
             raise ConfigError(f"--spot-limit must be at least 1, got {arguments.spot_limit}")
-        trace = trace.capped(arguments.spot_limit)
+        trace = trace.held(arguments.spot_limit)
     if not trace.duration > 0:
         raise ConfigError(f"--spot: {trace.name} covers no time")
     return trace

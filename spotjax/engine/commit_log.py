@@ -30,6 +30,11 @@ class RecordedRequest:
     states: tuple[RequestState, ...]
     key: int
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether it does when the log is opened: it has not ended, and does not end with its client's connection."""
+        return self.request.resumable and any(state.finish is None for state in self.states)
+
 
 class CommitLog(Protocol):
     """Keeps the generation state of every accepted request. For the event loop's thread.

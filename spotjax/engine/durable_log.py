@@ -78,12 +78,12 @@ class DurableLog:
         Args:
           directory: made if there is none.
           durability: what being told means, see the module.
-          model: fingerprint of what is served. A log of another model without unfinished requests is begun anew.
+          model: fingerprint of what is served. A log of another model without requests that go on is begun anew.
           salvage: if it is damaged, go on with every request as far as its records are intact. The damaged file is
             kept beside it.
 
         Raises:
-          CommitLogError: it is in use, damaged, not readable, or has unfinished requests of another model.
+          CommitLogError: it is in use, damaged, not readable, or has requests of another model that go on.
         """
         lock = WriterLock(directory)
         try:
@@ -231,10 +231,10 @@ def _of_service(
     try:
         database = LogDatabase(path, connection, contents, durability)
         if contents.service is not None and contents.service.model != model:
-            unfinished = database.unfinished
-            if unfinished:
+            going_on = sum(stored.recorded.goes_on for stored in contents.requests)
+            if going_on:
                 raise CommitLogError(
-                    f"the commit log {path} has {unfinished} unfinished requests of another model, "
+                    f"the commit log {path} has {going_on} unfinished requests of another model, "
                     f"{contents.service.model}, and {model} is to be served; serve that one to finish them, or use "
                     f"another directory (--commit-log), or remove {directory}"
                 )

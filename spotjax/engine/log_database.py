@@ -131,11 +131,6 @@ class LogDatabase:
     def __str__(self) -> str:
         return f"commit log {self._path}"
 
-    @property
-    def unfinished(self) -> int:
-        """Requests with a sequence that has not ended."""
-        return sum(not all(extent.ended for extent in known.extents) for known in self._known.values())
-
     def write(self, group: Group) -> None:
         """Records a group in one transaction. Steps of unknown requests are dropped: these were refused or forgotten.
 

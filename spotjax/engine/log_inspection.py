@@ -39,6 +39,11 @@ class RequestSummary:
         """Choices that have not ended."""
         return self.ended.count(False)
 
+    @property
+    def goes_on(self) -> bool:
+        """See ``RecordedRequest.goes_on``."""
+        return self.resumable and self.unfinished > 0
+
 
 @dataclass(frozen=True)
 class LogSummary:
@@ -50,7 +55,6 @@ class LogSummary:
       epoch: last that was recorded.
       requests: all that are not forgotten, in order of acceptance.
       damage: what is wrong with it, a line each; empty if it is intact.
-      bytes_on_disk: of the database and its write-ahead log.
     """
 
     identity: str
@@ -58,12 +62,11 @@ class LogSummary:
     epoch: int
     requests: tuple[RequestSummary, ...]
     damage: tuple[str, ...]
-    bytes_on_disk: int
 
     @property
-    def unfinished(self) -> tuple[RequestSummary, ...]:
-        """Requests that would go on."""
-        return tuple(request for request in self.requests if request.unfinished)
+    def going_on(self) -> tuple[RequestSummary, ...]:
+        """Requests that go on when the log is opened."""
+        return tuple(request for request in self.requests if request.goes_on)
 
 
 def inspect_log(directory: Path) -> LogSummary:
@@ -90,7 +93,6 @@ def inspect_log(directory: Path) -> LogSummary:
             for _, recorded in contents.requests
         ),
         tuple(contents.damage),
-        sum(file.stat().st_size for file in directory.glob(f"{DATABASE}*") if not file.name.endswith("-shm")),
     )
 
 

@@ -5,16 +5,19 @@ Pure: the same inputs give the same plan. Calls the planner's parts in their ord
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+from spotjax.fleet.staying import could_stay, stay
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
+from spotjax.planner.cost import MemoryNeed, memory_need
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal, Running
 from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, kv_needs_of, lost_cohorts, needs_of
@@ -44,6 +47,7 @@ class Planning:
       goal, latency: see ``choose_shape``.
       checkpoint_bandwidth: bytes per second at which one instance reads the checkpoint.
       transfers: see ``plan_migration``.
+      bounded: parameters that find no room beside what a device has move after the stop; see ``plan_migration``.
       match: puts positions on devices in the matcher's place; no replica is kept where it is then but by chance.
       recovery: how changes are made; the baselines are for comparison.
     """
@@ -55,6 +59,7 @@ class Planning:
     latency: LatencyOf | None = None
     checkpoint_bandwidth: float = 1e9
     transfers: int = TRANSFERS
+    bounded: bool = False
     match: Match | None = None
     recovery: Recovery = "spotjax"
 
@@ -112,39 +117,35 @@ def plan_change(
     parameters = {devices[position]: arrays.of_parameters() for position, arrays in needs.items()}
     links = Links.of(instances, planning.checkpoint_bandwidth)
     plan = plan_migration(parameters, holdings, links, transfers=planning.transfers)
+    if planning.bounded:
+        beside = room_beside(planning, current, placement, instances)
+        arriving: Counter[DeviceRef] = Counter()
+        for transfer in plan.transfers:
+            arriving[transfer.target] += transfer.bytes
+        if any(size > beside[device] for device, size in arriving.items()):
+            plan = plan_migration(parameters, holdings, links, beside, transfers=planning.transfers)
     return Preparation(placement, parameters, plan, heirs, carried_over(current, placement, heirs, running), survivors)
 
 
-def could_stay(current: Placement | None, decision: Decision, running: Collection[int]) -> frozenset[int]:
-    """Running replicas that are as they should be, on instances that may carry the next mesh."""
-    if current is None or current.layers != decision.layers or current.shape.tensor != decision.shape.tensor:
-        return frozenset()
-    hosts = {host.name for host in decision.hosts}
-    elsewhere = {at.data for at, device in current.devices.items() if device.instance not in hosts}
-    return frozenset(running) - elsewhere
+def room_beside(
+    planning: Planning, current: Placement | None, new: Placement, instances: Sequence[Instance]
+) -> dict[DeviceRef, int]:
+    """Bytes for parameters on every device of a new mesh, beside what it needs in the current one and the new KV."""
+    types = {instance.name: instance.type for instance in instances}
 
+    def need(mesh: Placement) -> MemoryNeed:
+        shape = MeshShape(1, mesh.shape.stage, mesh.shape.tensor)
+        return memory_need(planning.spec, shape, mesh.layers, planning.demand)
 
-def stay(current: Placement, decision: Decision, able: Mapping[int, int]) -> dict[int, int]:
-    """Old to new number of replicas that need not be placed again: nothing else fits on their instances.
-
-    They have all that they need where they are, so it costs no bytes to leave them out of the matching, and the fewer
-    are left to match, the sooner that is done. Where an instance has places to spare, its groups are matched as well.
-    """
-    tensor, free = decision.shape.tensor, {host.name: host.type.devices for host in decision.hosts}
-    if any(devices < tensor for devices in free.values()):
-        return {}
-    standing: dict[int, set[str]] = {old: set() for old in able}
-    for at, device in current.devices.items():
-        if at.data in able:
-            standing[at.data].add(device.instance)
-            free[device.instance] -= 1
-    staying = dict(able)
-    while leaving := [old for old in staying if any(free[name] >= tensor for name in standing[old])]:
-        for old in leaving:
-            del staying[old]
-            for device in current.devices_of(old):
-                free[device.instance] += 1
-    return staying
+    coming, there = need(new), None if current is None else need(current)
+    used = set() if current is None else set(current.devices.values())
+    having = coming.activations if there is None else there.parameters + there.kv + there.activations
+    return {
+        device: max(
+            0, types[device.instance].memory_bytes - coming.kv - (having if device in used else coming.activations)
+        )
+        for device in new.devices.values()
+    }
 
 
 def place(

@@ -245,8 +245,12 @@ class Controller:
         return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock)
 
     def _deliver(self, states: Sequence[RequestState]) -> None:
-        self._requests.committed(states, self._clock())
-        self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
+        """These are recorded."""
+        try:
+            self._requests.committed(states, self._clock())
+            self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
+        except Exception as problem:  # who follows them would wait for ever: the next server on the log tells them
+            self._failed(problem)
 
     def _commit_ended(self, states: Sequence[RequestState]) -> None:
         """Commits sequences that ended outside a step."""

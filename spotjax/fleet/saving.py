@@ -38,13 +38,18 @@ class Saves:
     Args:
       checkpoint: where the fleet's last KV goes; empty if nowhere.
       service: identity of the commit log.
-      model: fingerprint of the weights.
+      used: path of the save that copies of KV are read from, empty if there is none.
+
+    Attributes:
+      used: the same, to be kept up to date: it is not removed.
     """
 
-    def __init__(self, checkpoint: str = "", service: str = "", model: str = "") -> None:
-        self.checkpoint, self.service, self.model = checkpoint, service, model
+    def __init__(self, checkpoint: str = "", service: str = "", used: str = "") -> None:
+        self.checkpoint, self.service, self.used = checkpoint, service, used
         self._given: dict[str, int] = {}
         """The last number of a save in each checkpoint, so that none is given twice."""
+        self._unfinished: set[str] = set()
+        """Paths that were given; somebody may be writing there."""
 
     async def next_path(self, checkpoint: str) -> str:
         """Directory of the next one.
@@ -55,7 +60,9 @@ class Saves:
         path = await asyncio.to_thread(saves.next_path, checkpoint, self.service, self._given.get(checkpoint, 0))
         number = max(saves.number_of(path), self._given.get(checkpoint, 0) + 1)  # another may have asked meanwhile
         self._given[checkpoint] = number
-        return saves.with_number(path, number)
+        path = saves.with_number(path, number)
+        self._unfinished.add(path)
+        return path
 
     async def complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         """Makes what workers have written a save.
@@ -68,17 +75,24 @@ class Saves:
         Raises:
           CheckpointError: that cannot be written.
         """
-        return await asyncio.to_thread(self._complete, path, placement, dict(recorded))
+        save = await asyncio.to_thread(self._complete, path, placement, dict(recorded))
+        self._unfinished.discard(path)
+        return save
 
     def _complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         sequences = {key: certain(state) for key, state in recorded.items()}
         digests = {key: tokens_digest(state, sequences[key]) for key, state in recorded.items()}
         replicas = placement.shape.data
-        return saves.complete(path, self.service, self.model, placement.epoch, replicas, sequences, digests)
+        return saves.complete(path, self.service, placement.epoch, replicas, sequences, digests)
+
+    async def remove_older(self, path: str) -> None:
+        """A save is complete: removes those that are not needed any more, as far as that is possible."""
+        await asyncio.to_thread(saves.remove_older, path, {*self._unfinished, self.used})
 
     async def discard(self, path: str) -> None:
         """Removes what workers have written, as far as that is possible."""
         await asyncio.to_thread(saves.discard, path)
+        self._unfinished.discard(path)
 
 
 class Saving:
@@ -128,6 +142,7 @@ class Saving:
         else:
             if save is not None:
                 self._cluster.use_save(save)
+                self._saves.used = save.path
 
     def give_up(self) -> None:
         """There is a mesh again, or nothing to save: the save that has begun, if one has, is not wanted any more."""
@@ -183,6 +198,7 @@ class Saving:
         if kept is None:
             return None, SavedKv()
         save = await self._saves.complete(path, placement, recorded)
+        self._do(self._saves.remove_older(path))  # for which nobody waits
         message = f"KV of {len(recorded)} sequences was saved to {path}"
         if kept.left_out:
             message += f", in part: {'; '.join(f'{name}: {why}' for name, why in sorted(kept.left_out.items()))}"
@@ -200,7 +216,7 @@ class Saving:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         if not task.cancelled() and (problem := task.exception()) is not None:
-            log.error("saving of KV failed", exc_info=problem)
+            log.error("saving of KV, or removing what was saved, failed", exc_info=problem)
 
 
 def still_certain(save: Save, commits: CommitLog) -> Save | None:

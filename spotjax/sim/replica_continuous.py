@@ -100,7 +100,8 @@ class ContinuousReplica:
         self.load += 1
         length = self._length(request)
         if computed and (self._most_pages + most <= pages or self._used() + self._needed(length) <= pages):
-            self._run(request, computed, length)
+            self._most_pages += most
+            self._compute(request, computed, length)
         else:
             self._waiting.append(request)
             if len(self._waiting) > 1 or self._running >= self._max_batch:
@@ -145,15 +146,19 @@ class ContinuousReplica:
             return 0.0
         if self._holding:
             return self._until - self._queue.now
-        return self._next_boundary(min(self._stages, len(self._decoding)))[0] - self._queue.now
+        return self._next_boundary(min(self._stages, len(self._decoding.heap)))[0] - self._queue.now
 
     def pause(self, seconds: float) -> None:
         """Nothing advances for so long."""
         self._catch_up()
         now = until = self._queue.now
         self._advance(self._whole_steps())
-        if self._until < inf:
-            until = self._until if self._holding else self._at  # what is done of the step under way counts
+        if self._holding:
+            until = self._until
+            self._allowance += self._steps
+        elif self._until < inf:
+            until = self._at  # what is done of the step under way counts,
+            self._prefilled_last = True  # and it comes before any prompt
         until = max(now, until + seconds)
         self._prompts.delay(seconds, until)
         self._hold(now, until)
@@ -189,8 +194,8 @@ class ContinuousReplica:
     def _take_back(self, back: list[Chunk], ended: list[int]) -> None:
         """Chunks of prompts came out of the pipeline; the last one of a prompt gives a token."""
         book = self._book
-        if self._prompts.steps and self._decoding:
-            self._allowance = 1 / min(self._stages, len(self._decoding))
+        if self._prompts.steps and self._decoding.heap:
+            self._allowance = 1 / min(self._stages, len(self._decoding.heap))
         for token_at, request, _, computed, wanted in back:
             if computed < wanted:
                 self._compute(request, computed, wanted)
@@ -211,40 +216,43 @@ class ContinuousReplica:
         while waiting and self._running < self._max_batch:
             request = waiting[0]
             length = self._length(request)
-            if self._most_pages + self._most(request) > pages:
+            most = self._most(request)
+            if self._most_pages + most > pages:
                 used = self._used() if used < 0 else used
                 if used + self._needed(length) > pages:
                     return
                 used += self._needed(length)
             waiting.popleft()
-            self._run(request, 0, length)
+            self._most_pages += most
+            self._compute(request, 0, length)
 
     def _begin(self, at: float) -> None:
         """The next segment: a prefill step, or decode steps; these two alternate when both have work."""
         decoding, prompts = self._decoding, self._prompts
+        heap = decoding.heap
         if self._stages == 1:
-            if prompts.queued and not (decoding and self._prefilled_last):
+            if prompts.queued and not (heap and self._prefilled_last):
                 self._prefill(at)
                 return
         elif prompts.queued or prompts.in_flight:
             self._pipeline(at)
             return
-        if decoding and self._most_pages > self._pages:
+        if heap and self._most_pages > self._pages:
             self._make_room()
-        if not decoding:
+        if not heap:
             if prompts.queued:
                 self._prefill(at)
             else:
                 self._reset()
             return
-        steps = decoding.heap[0][0] - decoding.steps
+        steps = heap[0][0] - decoding.steps
         if prompts.queued:
             steps = 1.0
         elif steps > LONGEST_SEGMENT:
             steps = LONGEST_SEGMENT
         if self._most_pages > self._pages:
             steps = self._steps_with_room(steps)
-        self._step = step = self._times.step(len(decoding), decoding.context(steps / 2))
+        self._step = step = self._times.step(len(heap), decoding.context(steps / 2))
         until = at + steps * step
         self._prefilled_last = self._holding = False
         self._at, self._steps, self._until = at, steps, until
@@ -265,7 +273,8 @@ class ContinuousReplica:
         them. The others are stuck behind it, stage by stage, until it is out.
         """
         decoding, prompts, stages = self._decoding, self._prompts, self._stages
-        others = min(stages, len(decoding))
+        heap = decoding.heap
+        others = min(stages, len(heap))
         most = max(-(-stages // 2), stages - others) if others else stages
         if prompts.queued and prompts.steps < most and at >= prompts.entrance_free:
             if not prompts.steps and others:
@@ -275,10 +284,10 @@ class ContinuousReplica:
         if prompts.queued and prompts.steps < most:
             until = min(until, prompts.entrance_free)
         steps = 0.0
-        if decoding and self._allowance > ROUNDING:
-            self._step = step = self._times.step(len(decoding), decoding.context(0.0))
+        if heap and self._allowance > ROUNDING:
+            self._step = step = self._times.step(len(heap), decoding.context(0.0))
             steps = min(self._allowance, (until - at) / step)
-            left = decoding.heap[0][0] - decoding.steps
+            left = heap[0][0] - decoding.steps
             if left <= steps:
                 steps, until = left, at + left * step
             self._allowance -= steps
@@ -301,11 +310,6 @@ class ContinuousReplica:
         """Pages that a request takes with its last token."""
         return -(-(self._book.prompt[request] + self._book.output[request] - 1) // self._page_size)
 
-    def _run(self, request: int, computed: int, length: int) -> None:
-        """A sequence runs from now on."""
-        self._most_pages += self._most(request)
-        self._compute(request, computed, length)
-
     def _compute(self, request: int, computed: int, length: int) -> None:
         """Missing positions of a sequence are computed; it decodes if that is one, which is the same."""
         if length - computed > 1:
@@ -321,7 +325,7 @@ class ContinuousReplica:
             return
         if self._holding:
             until = max(now, self._prompts.entrance_free)
-            if 1 < self._stages > len(self._decoding) + self._prompts.steps and until < self._until:
+            if 1 < self._stages > len(self._decoding.heap) + self._prompts.steps and until < self._until:
                 steps = min(self._steps, (until - self._at) / self._step) if self._steps else 0.0
                 self._allowance += self._steps - steps
                 self._hold(self._at, until, steps)
@@ -346,7 +350,7 @@ class ContinuousReplica:
     def _next_boundary(self, micro_batches: int) -> tuple[float, float]:
         """While sequences decode: when the next step of a micro-batch ends, and the segment's steps until then."""
         steps = (self._queue.now - self._at) / self._step
-        if len(self._decoding) >= micro_batches:  # else there is room for another step right now
+        if len(self._decoding.heap) >= micro_batches:  # else there is room for another step right now
             steps = min(self._steps, ceil(steps * micro_batches - ROUNDING) / micro_batches)
         return self._at + steps * self._step, steps
 
@@ -374,7 +378,7 @@ class ContinuousReplica:
 
     def _make_room(self) -> None:
         """Preempts the youngest until all others have the pages for their next step."""
-        while self._decoding and self._used(1.0) > self._pages:
+        while self._decoding.heap and self._used(1.0) > self._pages:
             latest = max(request for _, request, _ in self._decoding.heap)
             youngest = self._prompts.remove_youngest(latest)
             if youngest < 0:

@@ -60,22 +60,18 @@ class DecodingSequences:
         self._offset = 0.0  # sum of prompt + output - end: of their lengths where the counter is 0
         self._first_tokens: deque[tuple[float, int]] = deque()  # to come: (counter, request)
         self._round, self._round_at = 0.0, 0.0  # where the counter was, and when, at the latest token of all
-        self._joined_at = 0.0  # when somebody came after that
+        self._joined_at = 0.0  # when somebody had a first token after that
         self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
         self._gaps: list[float] = []
 
-    def __len__(self) -> int:
-        return len(self.heap)
-
     def add(self, request: int, left: int, since: float) -> None:
         """A sequence that just had a token from its prompt decodes from now on, with ``left`` tokens to come."""
-        end, self._joined_at = self.steps + left, since
-        heappush(self.heap, Decoding(end, request, since))
-        self._offset += self._book.prompt[request] + self._book.output[request] - end
+        self._joined_at = since
+        self._add(request, left, since)
 
     def resume(self, request: int, at: float) -> None:
         """A sequence of which only the last position is missing decodes from now on."""
-        self.add(request, self._book.output[request] - self._book.generated[request], at)
+        self._add(request, self._book.output[request] - self._book.generated[request], at)
         self._first_tokens.append((self.steps + 1, request))
 
     def first_token(self, request: int, token_at: float) -> None:
@@ -158,6 +154,11 @@ class DecodingSequences:
             place = bisect_left(self._gap_starts, max(since, book.first_token[request]))
             if place < len(self._gaps):
                 book.largest_gap[request] = max(book.largest_gap[request], self._gaps[place])
+
+    def _add(self, request: int, left: int, since: float) -> None:
+        end = self.steps + left
+        heappush(self.heap, Decoding(end, request, since))
+        self._offset += self._book.prompt[request] + self._book.output[request] - end
 
     def _wait(self, since: float, gap: float) -> None:
         """All waited for a token since then. Keeps a stack of falling gaps: the largest since any time."""

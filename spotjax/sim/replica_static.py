@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Sequence
-from math import inf
+from math import inf, nan
 from typing import NamedTuple
 
 from spotjax.planner.published import powers_of_two, published_phases
@@ -17,8 +17,12 @@ from spotjax.planner.published_tables import Table
 from spotjax.sim.events import EventQueue
 from spotjax.sim.requests import RequestBook
 
-CONSERVATIVE, GENEROUS = 1.1, 1 / 1.1
-"""Factors on times when steps are counted before something goes, and before something comes (artifact)."""
+CONSERVATIVE, GENEROUS = 1.0, 1 / 1.1**2
+"""Factors on times when steps are counted before something goes, and before something comes.
+
+The artifact then multiplies its profile by the final factor, 1.1 in all of its tables, or divides by it; in
+``StaticTimes`` it is multiplied in.
+"""
 
 
 class StaticTimes:
@@ -75,7 +79,7 @@ class StaticReplica:
         self._times, self._book, self._queue, self._changed = times, book, queue, changed
         self._waiting: list[tuple[float, int]] = []
         self._running: Parked | None = None
-        self._began = self._prompt = 0.0
+        self._began = self._step = 0.0
         self._generation = 0
         self._until = inf
         self._caution = CONSERVATIVE
@@ -95,28 +99,48 @@ class StaticReplica:
         self._run(parked, with_prompt=False, steps=self._left(parked))
 
     def stop_by(self, seconds: float, caution: float, stopped: Callable[[Parked | None, list[int]], None]) -> None:
-        """Is done by then, as far as whole batches or steps fit; then says what was parked and who still waits."""
+        """Is done by then, as far as whole batches or steps fit; then says what was parked and who still waits.
+
+        One that has ended says so at once.
+        """
+        if self.ended:
+            stopped(None, [])
+            return
         self._until, self._caution, self._stopped = seconds, caution, stopped
         if self._running is None:
             self._next()
 
     def kill(self) -> list[int]:
         """Gone at once. Returns its requests, oldest first; who waits for its end is told that it has come."""
-        running = [] if self._running is None else list(self._running.requests)
+        running = () if self._running is None else self._cut(self._running)
         lost = sorted([*running, *(request for _, request in self._waiting)])
-        self._running, self._waiting, self._until = None, [], -inf
+        self._running, self._waiting = None, []
         self._end(None)
         return lost
+
+    def _cut(self, batch: Parked) -> tuple[int, ...]:
+        """Notes the tokens that had come when a batch ended in the middle. Returns its requests."""
+        book = self._book
+        steps = max(0, int((self._queue.now - self._began) / self._step))
+        for request in batch.requests:
+            got = min(batch.steps + steps, book.output[request])
+            if got > batch.steps:
+                book.generated[request] = got
+                book.last_token[request] = self._began + (got - batch.steps) * self._step
+            elif book.first_token[request] > self._queue.now:
+                book.first_token[request] = nan
+        return batch.requests
 
     def _next(self) -> None:
         """A batch boundary: runs the next batch, or some of it, or ends."""
         left = self._until - self._queue.now
-        if left <= self._times.prompt(1) * self._caution:
+        least = self._times.prompt(1) * CONSERVATIVE  # whatever the caution
+        if left <= least:
             self._end(None)
             return
         if not self._waiting:
             if left < inf:  # nothing to do; looks again when nothing can be begun any more
-                self._queue.at(self._until - self._times.prompt(1) * self._caution, self._idle, self._generation)
+                self._queue.at(self._until - least, self._idle, self._generation)
             return
         size = max(power for power in powers_of_two(self.batch) if power <= len(self._waiting))
         steps = self._left_steps(left, size)
@@ -133,7 +157,7 @@ class StaticReplica:
         if left == inf:
             return 1 << 30
         prompt, step = (seconds * self._caution for seconds in (self._times.prompt(size), self._times.step(size)))
-        return max(0, int((left - prompt) / step) + (-1 if self._caution > 1 else 1))
+        return max(0, int((left - prompt) / step) + (1 if self._caution < CONSERVATIVE else -1))
 
     def _left(self, batch: Parked) -> int:
         return max(self._book.output[request] for request in batch.requests) - batch.steps
@@ -141,8 +165,8 @@ class StaticReplica:
     def _run(self, batch: Parked, *, with_prompt: bool, steps: int) -> None:
         size = min(power for power in powers_of_two(self.batch) if power >= len(batch.requests))
         prompt = self._times.prompt(size) if with_prompt else 0.0
-        self._running, self._began, self._prompt = batch, self._queue.now, prompt
         step = self._times.step(size)
+        self._running, self._began, self._step = batch, self._queue.now + prompt, step
         self._generation += 1
         for request in batch.requests:
             if with_prompt and self._book.first_token[request] != self._book.first_token[request]:  # nan

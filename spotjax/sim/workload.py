@@ -183,12 +183,29 @@ class SpotTrace:
         ]
         return SpotTrace(self.name, (*first, *later), stop - start)
 
-    def capped(self, most: int) -> SpotTrace:
-        """As seen by one who wants no more than ``most`` instances at a time: see ``by_counts``.
+    def held(self, most: int) -> SpotTrace:
+        """As rented by one who wants no more than ``most`` instances at a time, of those that are offered.
 
-        Only numbers count here: which instance goes, and which is on demand, is forgotten.
+        Takes those that came first, and keeps each until it goes; when one does, rents the oldest that is offered and
+        not rented. An instance that was given up never comes back under its name.
         """
-        return by_counts(self.name, [(seconds, min(count, most)) for seconds, count in self.counts()], self.duration)
+        offered: dict[str, bool] = {}  # on demand
+        rented: list[str] = []
+        events: list[SpotEvent] = []
+        for event in self.events:
+            offered |= dict.fromkeys(event.added, event.on_demand)
+            gone = tuple(name for name in event.removed if name in rented)
+            for name in event.removed:
+                del offered[name]
+            rented = [name for name in rented if name not in gone]
+            if gone:
+                events.append(SpotEvent(event.seconds, removed=gone, notice=event.notice))
+            new = [name for name in offered if name not in rented][: most - len(rented)]
+            rented += new
+            for on_demand in (False, True):
+                if some := tuple(name for name in new if offered[name] == on_demand):
+                    events.append(SpotEvent(event.seconds, added=some, on_demand=on_demand))
+        return SpotTrace(self.name, tuple(events), self.duration)
 
 
 def by_counts(name: str, counts: Sequence[tuple[float, int]], duration: float) -> SpotTrace:

@@ -179,6 +179,14 @@ class World:
     ) -> None:
         """Grants instances, tells the system that they come, and that they are ready."""
 
+        def coming() -> None:
+            left = list(names)
+            if self.now >= granted_at:  # some may be going, or gone, again
+                joining = {name for name, one in self.instances.items() if one.state is InstanceState.JOINING}
+                left = [name for name in names if name in joining]
+            if left:
+                system.coming(left, ready_at)
+
         def ready() -> None:
             there = [name for name in names if name in self.instances]
             for name in there:
@@ -188,7 +196,7 @@ class World:
 
         told_at = max(self.now, ready_at - self.scenario.assumptions.announced_seconds)
         self.at(granted_at, self._grant, names, on_demand, InstanceState.JOINING)
-        self.at(told_at, system.coming, names, ready_at)
+        self.at(told_at, coming)
         self.at(ready_at, ready)
 
     def _schedule_removal(

@@ -23,6 +23,7 @@ from spotjax.meshes.sharding import own
 from spotjax.meshes.slices import ArraySlice
 from spotjax.models.catalog import open_model
 from spotjax.models.fingerprint import fingerprint
+from spotjax.models.paced import PacedCheckpoint
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.holdings import StackedNeeds
 from spotjax.planner.plan import MigrationPlan
@@ -86,6 +87,7 @@ class Worker:
         make_executor: Callable[[CompiledModel, int], StageExecutor],
         programs: Path | None,
         stores: Path | None,
+        read_bandwidth: int = 0,
     ) -> Worker:
         """Opens the model, compiles and attaches to what an earlier process of this name left. Takes long, blocks.
 
@@ -99,6 +101,7 @@ class Worker:
           make_executor: for the compiled functions and the longest sequence.
           programs: directory of compiled programs, None for none.
           stores: directory of parameter stores, None for none.
+          read_bandwidth: bytes per second at which parameters are read from the model at most; 0 for no limit.
 
         Raises:
           CheckpointError: the model cannot be loaded.
@@ -117,7 +120,8 @@ class Worker:
         buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
         store = ParameterStore.open(stores, cls.store_name(name), own_weights) if stores is not None else None
         memory = StoreMemory(store) if store is not None else None
-        host = Host(compiled, buckets, model.checkpoint, {name: devices}, peers, memory)
+        checkpoint = PacedCheckpoint(model.checkpoint, read_bandwidth) if read_bandwidth else model.checkpoint
+        host = Host(compiled, buckets, checkpoint, {name: devices}, peers, memory)
         for tensor in setup.degrees:
             host.compile_for(tensor, partial(_log_progress, tensor))
         if store is not None:

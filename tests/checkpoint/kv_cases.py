@@ -48,5 +48,5 @@ def save(directory: Path, *frames: tuple[BackupHeader, np.ndarray], name: str = 
     writer = KvWriter(directory, name, FORM, unit_bytes)
     for header, pages in frames:
         writer.put(header, pages)
-    assert writer.flush()
+    writer.flush()
     writer.close()

@@ -15,13 +15,13 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from checkpoint_cases import MANY_CHUNKS, random_model, save
+from checkpoint_cases import MANY_CHUNKS, random_model, save, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restart_cases import MODEL, Left, damage, files_below, fill, leave_log, leave_save
 
 from spotjax.checkpoint import bundle as packing
-from spotjax.checkpoint.bundle import BUNDLE, Member, pack, read_bundle
+from spotjax.checkpoint.bundle import BUNDLE, Bundle, Member, described_in, open_bundle, pack
 from spotjax.checkpoint.saves import newest
 from spotjax.checkpoint.unpacking import unpack
 from spotjax.engine.durable_log import DurableLog
@@ -30,7 +30,10 @@ from spotjax.errors import CheckpointError, CommitLogError
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 
-REQUESTS = (Left("a", (5,), key=0), Left("b", (2, 9), key=1), Left("done", (4,), ended=True, key=3))
+REQUESTS = (
+    Left("a", (5,), key=0), Left("b", (2, 9), key=1), Left("done", (4,), ended=True, key=3),
+    Left("over", resumable=False, key=4),
+)  # fmt: skip
 LOG = "commit_log/commits.sqlite"
 
 
@@ -53,7 +56,7 @@ def test_log_and_newest_save_arrive_elsewhere(tmp_path: Path, service: str) -> N
     source = packed(tmp_path)
     told = read_bundle(source)
     assert (told.service, told.model, told.model_name, told.epoch) == (service, MODEL, "tiny", 3)
-    assert (told.requests, told.unfinished, told.sequences_with_kv, told.parameters) == (3, 2, 2, False)
+    assert (told.requests, told.unfinished, told.sequences_with_kv, told.parameters) == (4, 2, 2, False)
     unpacked = unpack(source, tmp_path / "log", str(tmp_path / "checkpoint"))
     assert unpacked.left_out == () and unpacked.bundle == told
     before, after = inspect_log(tmp_path / "old" / "log"), inspect_log(tmp_path / "log")
@@ -79,7 +82,7 @@ def test_parameters_arrive_complete_and_are_not_written_twice(tmp_path: Path) ->
     assert read_bundle(source).parameters
     assert unpack(source, tmp_path / "log", str(tmp_path / "checkpoint")).left_out == ()
     arrived = OrbaxCheckpoint(tmp_path / "checkpoint")
-    arrived.verify()
+    verify(arrived)
     assert fingerprint(arrived, np.dtype(np.float32)) == print_of
     (note,) = unpack(source, tmp_path / "log-2", str(tmp_path / "checkpoint")).left_out
     assert "the same already" in note
@@ -108,8 +111,8 @@ async def test_a_log_in_use_is_copied_at_one_moment(tmp_path: Path) -> None:
     source = await asyncio.to_thread(packed, tmp_path)
     await fill(log, [Left("later", key=9)])
     unpack(source, tmp_path / "log", "")
-    assert len(inspect_log(tmp_path / "old" / "log").requests) == 4
-    assert len(inspect_log(tmp_path / "log").requests) == 3
+    assert len(inspect_log(tmp_path / "old" / "log").requests) == 5
+    assert len(inspect_log(tmp_path / "log").requests) == 4
     with pytest.raises(CommitLogError, match="in use"):
         unpack(source, tmp_path / "old" / "log", "")
     await log.close()
@@ -294,15 +297,16 @@ def test_a_damaged_log_is_not_replaced(tmp_path: Path, service: str) -> None:
     assert (tmp_path / "log" / "commits.sqlite").read_bytes() == content
 
 
-async def test_a_log_whose_requests_all_ended_is_replaced_with_nothing_of_it_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mine", [Left("mine", ended=True), Left("mine", resumable=False)])
+async def test_a_log_of_which_nothing_goes_on_is_replaced_with_nothing_of_it_left(tmp_path: Path, mine: Left) -> None:
     await asyncio.to_thread(leave_log, tmp_path / "old" / "log", REQUESTS)
     log = DurableLog.open(tmp_path / "log", "step", MODEL)
-    await fill(log, [Left("mine", ended=True)])
+    await fill(log, [mine])
     await log.close()
     for suffix in ("-wal", "-shm"):  # as a killed process leaves them
         (tmp_path / "log" / f"commits.sqlite{suffix}").touch()
     await asyncio.to_thread(lambda: unpack(packed(tmp_path), tmp_path / "log", ""))
-    assert [request.request_id for request in inspect_log(tmp_path / "log").requests] == ["a", "b", "done"]
+    assert [request.request_id for request in inspect_log(tmp_path / "log").requests] == ["a", "b", "done", "over"]
     assert b"mine" not in b"".join(files_below(tmp_path / "log").values())
 
 
@@ -376,6 +380,11 @@ def test_units_that_were_not_finished_are_left_out(tmp_path: Path, service: str)
     undone.mkdir()
     (undone / "content").write_bytes(b"half")
     assert not [name for name in members(packed(tmp_path)) if "orbax-checkpoint-tmp" in name]
+
+
+def read_bundle(source: Path) -> Bundle:
+    with open_bundle(source) as tar:
+        return described_in(tar, source)
 
 
 def members(source: Path) -> dict[str, Member]:

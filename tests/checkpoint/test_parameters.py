@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import tensorstore as ts
-from checkpoint_cases import MANY_CHUNKS, rounded, save, words
+from checkpoint_cases import MANY_CHUNKS, rounded, save, verify, words
 from serving_cases import (
     BUCKETS,
     NEOX,
@@ -28,7 +28,7 @@ from serving_cases import (
 )
 
 from spotjax.checkpoint.completion import complete
-from spotjax.checkpoint.parameters import ParameterWriter, Source, shards_of, source_of
+from spotjax.checkpoint.parameters import ParameterWriter, Source, source_of
 from spotjax.errors import CheckpointError, SliceUnavailable
 from spotjax.meshes.layout import shard_index, split_layers, stage_holds, tensor_degrees
 from spotjax.meshes.shape import MeshShape
@@ -37,7 +37,7 @@ from spotjax.meshes.slices import ArraySlice, whole
 from spotjax.models.config import DecoderConfig
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
-from spotjax.models.spec import ModelSpec
+from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.reshard.shards import Shard
 
 FLOAT32 = np.dtype(np.float32)
@@ -60,6 +60,18 @@ def on_mesh(weights: RandomCheckpoint, shape: MeshShape, stage: int) -> dict[str
         for array in weights.spec.parameters
         if stage_holds(array, weights.spec, ranges, stage)
     }
+
+
+def shards_of(stacked: jax.Array, array: ArraySpec, spec: ModelSpec) -> list[Shard]:
+    """The shards of a stage's array (``meshes.sharding.assemble``), each under the index that it holds."""
+    tensor = stacked.sharding.num_devices
+    devices = list(stacked.sharding.mesh.devices.flat)
+    by_device = {shard.device: shard.data for shard in stacked.addressable_shards}
+    return [
+        Shard(shard_index(array, spec, tensor, m), by_device[device])
+        for m, device in enumerate(devices)
+        if device in by_device
+    ]
 
 
 def sources_of(arrays: Mapping[str, jax.Array], spec: ModelSpec) -> dict[str, Source]:
@@ -133,7 +145,7 @@ def test_what_any_devices_hold_is_saved_as_the_whole_arrays(tmp_path: Path, tens
     for array in weights.spec.parameters:
         np.testing.assert_array_equal(saved.read(array.name, whole(array.shape)), weights.whole(array.name))
     assert fingerprint(saved, FLOAT32) == fingerprint(weights, FLOAT32)  # type: ignore[arg-type]
-    saved.verify()
+    verify(saved)
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +275,7 @@ def test_processes_write_parts_of_one_checkpoint_at_once(tmp_path: Path) -> None
         writer.communicate()
         assert writer.returncode == 0
     complete(str(tmp_path / "saved"), SHARED_HEADS, "float32", WORDS)
-    OrbaxCheckpoint(tmp_path / "saved").verify()
+    verify(OrbaxCheckpoint(tmp_path / "saved"))
 
 
 def test_shards_that_are_not_all_of_an_array_are_not_saved(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kv_cases import save as save_kv
 
 from spotjax.checkpoint import saves
 from spotjax.checkpoint.contents import StoredSave, contents_of
-from spotjax.checkpoint.saves import GENERATION, SAVED, Save, complete, discard, newest, next_path
+from spotjax.checkpoint.saves import GENERATION, SAVED, Save, complete, discard, newest, next_path, remove_older
 from spotjax.errors import CheckpointError
 
 SERVICE = "one"
@@ -24,7 +24,7 @@ SERVICE = "one"
 
 def save(checkpoint: Path, positions: int = 10, service: str = SERVICE) -> Save:
     """A complete save of one sequence."""
-    return complete(next_path(str(checkpoint), service), service, "weights", 3, 2, {5: positions}, {5: "digest"})
+    return complete(next_path(str(checkpoint), service), service, 3, 2, {5: positions}, {5: "digest"})
 
 
 def test_the_newest_complete_save_counts(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_directory_that_was_moved_is_read_where_it_is(tmp_path: Path) -> None:
     (tmp_path / "old").rename(tmp_path / "new")
     found = newest(str(tmp_path / "new"), SERVICE)
     assert found is not None and Path(found.path) == tmp_path / "new" / "saves" / SERVICE / "000001"
-    assert found.digests == {5: "digest"} and (found.epoch, found.replicas, found.model) == (3, 2, "weights")
+    assert found.digests == {5: "digest"} and (found.epoch, found.replicas) == (3, 2)
 
 
 def test_paths_are_good_for_processes_that_run_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +85,7 @@ def test_a_checkpoint_that_cannot_be_read_or_written_is_named(tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="cannot be read"):
             look(str(tmp_path), SERVICE)
     with pytest.raises(CheckpointError, match=r"saved\.json cannot be written"):
-        complete(str(tmp_path / "saves" / SERVICE / "000001"), SERVICE, "weights", 1, 1, {})
+        complete(str(tmp_path / "saves" / SERVICE / "000001"), SERVICE, 1, 1, {})
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -95,7 +95,7 @@ def test_saves_are_for_their_user_alone_whatever_the_umask(tmp_path: Path, writt
     try:
         if written:
             save_kv(path, frame((0, FORM.layers), pages_of(1, 9)))
-        complete(str(path), SERVICE, "weights", 1, 1, {1: 9})
+        complete(str(path), SERVICE, 1, 1, {1: 9})
     finally:
         os.umask(before)
     names = {file.name for file in path.rglob("*") if file.is_file()}
@@ -120,6 +120,43 @@ def test_what_was_given_up_is_removed_and_what_cannot_be_is_left(
     monkeypatch.setattr(type(epath.Path(path)), "rmtree", refuse)
     discard(str(path))
     assert "cannot be removed: not yours" in caplog.text
+
+
+def left(checkpoint: Path, service: str = SERVICE) -> list[str]:
+    return sorted(path.name for path in (checkpoint / "saves" / service).iterdir())
+
+
+def begin(checkpoint: Path) -> Path:
+    """A save that is not complete."""
+    path = Path(next_path(str(checkpoint), SERVICE))
+    (path / "worker-a" / "000001").mkdir(parents=True)
+    return path
+
+
+def test_the_newest_complete_saves_stay_and_what_is_older_is_removed(tmp_path: Path) -> None:
+    other = save(tmp_path, service="another")
+    first = save(tmp_path)
+    Path(f"{first.path}{GENERATION}").mkdir()
+    Path(f"{first.path}{GENERATION}.orbax-checkpoint-tmp").mkdir()
+    begin(tmp_path)  # cut off
+    remove_older(save(tmp_path).path)
+    assert len(left(tmp_path)) == 5, "of two complete saves none is too many"
+    begun = begin(tmp_path)
+    remove_older(save(tmp_path).path)
+    assert left(tmp_path) == ["000003", "000004", "000005"]
+    Path(save(tmp_path).path, "worker-a").mkdir()
+    last = save(tmp_path)
+    remove_older(last.path, {str(begun)})
+    assert left(tmp_path) == ["000004", "000006", "000007"], "what is being written stays"
+    assert newest(str(tmp_path), SERVICE) == last and newest(str(tmp_path), "another") == other
+
+
+def test_older_saves_that_cannot_be_looked_at_are_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = save(tmp_path).path
+    (tmp_path / "saves" / SERVICE).rename(tmp_path / "elsewhere")
+    (tmp_path / "saves" / SERVICE).write_bytes(b"")
+    remove_older(path)
+    assert "older saves cannot be removed" in caplog.text
 
 
 def test_a_process_that_looks_for_saves_needs_no_jax() -> None:

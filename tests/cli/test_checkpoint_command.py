@@ -48,7 +48,7 @@ async def test_what_makes_no_sense_is_refused(command_line: CommandLine, flags: 
 
 def test_show_says_what_a_directory_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(RandomCheckpoint(SHARED_HEADS), tmp_path, "bfloat16")
-    complete(next_path(str(tmp_path), "one"), "one", "weights", 7, 1, {1: 40, 2: 2})
+    complete(next_path(str(tmp_path), "one"), "one", 7, 1, {1: 40, 2: 2})
     Path(next_path(str(tmp_path), "one")).mkdir()
     Path(next_path(str(tmp_path), "one") + ".generation").mkdir()
     assert cli.main(["checkpoint", "show", str(tmp_path)]) == 0

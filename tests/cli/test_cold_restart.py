@@ -113,7 +113,7 @@ def test_a_damaged_log_is_shown_with_what_salvage_would_keep(run: Run, log: Path
     assert code == 0 and inspect_log(log).damage
     code, out, _ = run(*where, "--salvage")
     assert code == 0 and "salvaged: requests: row 1" in out and len(served) == 1
-    assert [request.request_id for request in inspect_log(log).unfinished] == ["two-choices"]
+    assert [request.request_id for request in inspect_log(log).going_on] == ["two-choices"]
     assert list(log.glob("damaged-*.sqlite"))
 
 

@@ -50,6 +50,7 @@ CONTROLLER = {
 BASELINE = {"workers": 3, "recovery": "rerouting"}
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
+    "read_bandwidth": 7,
     "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
     "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
 }  # fmt: skip
@@ -100,7 +101,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("name", "a b"),         ("name", "-a"), ("lease_seconds", "0.1"), ("lease_seconds", "61"),
         ("grace_seconds", "-1"), ("zone", "a/b"),
         ("grace_seconds", "3601"), ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
-        ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"),
+        ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
         ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"), ("log_format", "xml"), ("model", ""),

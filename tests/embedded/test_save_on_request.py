@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoint_cases import random_model
+from checkpoint_cases import random_model, verify
 from embedded_cases import CONFIG, LARGE_MEMORY
 
 from spotjax.checkpoint import from_host
@@ -56,7 +56,7 @@ def same_weights(directory: Path) -> None:
     for array in weights.spec.parameters:
         found, expected = (one.read(array.name, whole(array.shape)) for one in (saved, weights))
         assert found.tobytes() == np.ascontiguousarray(expected).tobytes(), array.name
-    saved.verify()
+    verify(saved)
     float32 = np.dtype(np.float32)
     assert fingerprint(saved, float32) == fingerprint(weights, float32)
 

@@ -29,15 +29,17 @@ class Remembered(Saves):
     Attributes:
       made: complete ones.
       given_up: paths of those that were removed.
+      newest: paths of those whose completion removes older ones.
       problem: why nothing can be saved.
       seconds: that looking for a path takes.
       completing: seconds that the end takes.
     """
 
     def __init__(self, checkpoint: str = "/checkpoint") -> None:
-        super().__init__(checkpoint, "service", "weights")
+        super().__init__(checkpoint, "service")
         self.made: list[Save] = []
         self.given_up: list[str] = []
+        self.newest: list[str] = []
         self.problem, self.seconds, self.completing = "", 0.0, 0.0
         self._paths = 0
 
@@ -51,8 +53,11 @@ class Remembered(Saves):
     async def complete(self, path: str, placement: Placement, recorded: Mapping[int, RequestState]) -> Save:
         await asyncio.sleep(self.completing)
         sequences = {key: certain(state) for key, state in recorded.items()}
-        self.made.append(Save(path, self.service, self.model, placement.epoch, placement.shape.data, sequences))
+        self.made.append(Save(path, self.service, placement.epoch, placement.shape.data, sequences))
         return self.made[-1]
+
+    async def remove_older(self, path: str) -> None:
+        self.newest.append(path)
 
     async def discard(self, path: str) -> None:
         self.given_up.append(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -14,6 +15,8 @@ from pure_model import is_prefix, turns
 from recording_log import RecordingLog
 from virtual_time import run
 
+from spotjax.engine.durable_log import DurableLog
+from spotjax.engine.log_inspection import inspect_log
 from spotjax.engine.request import FinishReason
 from spotjax.errors import Draining, InstanceLost, InvalidRequest, NoSpareDevices, Overloaded, UnknownInstance
 from spotjax.fleet.change import Recovery
@@ -388,6 +391,27 @@ async def test_an_error_in_a_step_is_told_to_whoever_runs_the_service() -> None:
     with pytest.raises(ZeroDivisionError):
         await asyncio.wait_for(service.controller.failure, PATIENCE)
     await service.controller.close()
+
+
+@pytest.mark.parametrize("what", ["_requests.committed", "_cluster.forget"])
+async def test_an_error_in_telling_what_is_recorded_is_told_to_whoever_runs_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    log = await asyncio.to_thread(DurableLog.open, tmp_path, "step", "pure")
+    service = make_service(Random(0), instances(1), log=log)  # type: ignore[arg-type]
+    await service.controller.start()
+
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    owner, name = what.split(".")
+    monkeypatch.setattr(getattr(service.controller, owner), name, broken)
+    service.submit("r", max_tokens=1)
+    with pytest.raises(ZeroDivisionError):
+        await asyncio.wait_for(service.controller.failure, PATIENCE)
+    await service.controller.close()
+    (recorded,) = (await asyncio.to_thread(inspect_log, tmp_path)).requests
+    assert recorded.tokens == (1,), "what was to be told is not lost"
 
 
 async def test_a_full_queue_refuses_and_says_when_to_try_again() -> None:

@@ -76,7 +76,7 @@ async def test_parameters_are_those_of_the_whole_mesh_or_an_error() -> None:
 async def test_who_was_there_before_the_save_is_told_of_it_when_copies_are_looked_for() -> None:
     fleet, members = await serving()
     fleet.cluster.join("spare")
-    fleet.cluster.use_save(Save("/here/1", "service", "weights", 1, 2, {5: 9, 6: 3}))
+    fleet.cluster.use_save(Save("/here/1", "service", 1, 2, {5: 9, 6: 3}))
     for name in members:
         fleet.sessions.end(name, "its connection closed")
     fleet.workers["spare"].script = keeping(backups={5: 9})

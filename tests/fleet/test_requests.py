@@ -181,11 +181,34 @@ async def test_a_reader_that_leaves_does_not_keep_a_request() -> None:
     assert "r" not in table
 
 
-async def test_a_stream_waits_for_tokens_that_its_client_has_seen_and_the_log_lost() -> None:
-    table = Table()
+def recalled(table: Table) -> RequestState:
+    """A request that the log has from before, without any of its tokens; its state."""
     request = GenerationRequest("r", (1, 2), SamplingParams(max_tokens=4, ignore_eos=True))
     state = RequestState("r", 0, request.prompt, request.sampling)
     table.recall(AcceptedRequest(request, (ScheduledSequence(0, state),)), 0.0)
+    return state
+
+
+async def test_who_has_seen_more_than_there_is_at_the_end_this_time_is_told() -> None:
+    table = Table()
+    state = recalled(table)
+    reading = asyncio.create_task(everything(table, "r", [3]))
+    for _ in range(2):
+        await turns(3)
+        state = advance(state, next_token((*state.prompt, *state.tokens), state), BYTES)
+        table.committed([state], 0.0)
+    await turns(3)
+    assert not reading.done()
+    table.committed([state.finished(FinishReason.CANCELLED)], 0.0)
+    with pytest.raises(InvalidRequest, match="the choice ended after 2 tokens this time"):
+        await reading
+    with pytest.raises(InvalidRequest, match=r"\[0, 2\]"):
+        table.stream("r", [3])
+
+
+async def test_a_stream_waits_for_tokens_that_its_client_has_seen_and_the_log_lost() -> None:
+    table = Table()
+    state = recalled(table)
     with pytest.raises(InvalidRequest, match=r"\[0, 4\]"):
         table.stream("r", [5])
     reading = asyncio.create_task(everything(table, "r", [2]))

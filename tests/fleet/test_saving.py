@@ -43,6 +43,7 @@ async def test_when_all_are_to_be_taken_kv_is_saved_from_the_notice_to_shortly_b
     assert seconds == pytest.approx(10 - (ended - started) - MARGIN_SECONDS, abs=0.05)
     (save,) = fleet.saves.made
     assert save.path == path and fleet.cluster.saves == [save], "whoever comes now can read it"
+    assert fleet.saves.newest == [fleet.saves.used] == [path], "and it is not removed meanwhile"
     assert fleet.kinds().index("saving") < fleet.kinds().index("saved") < fleet.kinds().index("stop")
     await bring_back(fleet)
 
@@ -195,7 +196,7 @@ def log_of(*requests: RecordedRequest) -> RecordingLog:
 
 
 async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Path) -> None:
-    saves = Saves(str(tmp_path), "service", "weights")
+    saves = Saves(str(tmp_path), "service")
     placement = Placement(4, MeshShape(1, 1, 1), ((0, 4),), {Position(0, 0, 0): DeviceRef("i0", 0)})
     (state,) = recorded("r", 7, (5, 6)).states
     path = await saves.next_path(str(tmp_path))
@@ -205,6 +206,26 @@ async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Pa
     await saves.discard(path)
     assert not Path(path).exists()
     assert await saves.next_path(str(tmp_path)) != path, "late units of the one must not get into the other"
+
+
+async def test_saves_that_are_being_made_or_read_from_outlive_newer_ones(tmp_path: Path) -> None:
+    saves = Saves(str(tmp_path), "service")
+    placement = Placement(4, MeshShape(1, 1, 1), ((0, 4),), {Position(0, 0, 0): DeviceRef("i0", 0)})
+
+    async def make() -> str:
+        path = await saves.next_path(str(tmp_path))
+        await saves.complete(path, placement, {7: recorded("r", 7, (5, 6)).states[0]})
+        await saves.remove_older(path)
+        return path
+
+    saves.used = await make()
+    begun = await saves.next_path(str(tmp_path))
+    Path(begun, "worker-a").mkdir(parents=True)
+    made = [await make() for _ in range(4)]
+    assert [path for path in [saves.used, begun, *made] if Path(path).exists()] == [saves.used, begun, *made[2:]]
+    await saves.complete(begun, placement, {})
+    saves.used = await make()
+    assert [path for path in [begun, *made] if Path(path).exists()] == made[3:], "neither is needed any more"
 
 
 @pytest.mark.parametrize(
@@ -221,6 +242,6 @@ async def test_a_save_is_completed_with_what_tells_its_tokens_apart(tmp_path: Pa
 )
 def test_saved_kv_counts_only_for_the_tokens_that_the_log_has(request_: RecordedRequest, counts: bool) -> None:
     (state,) = recorded("r", 7, (5, 6)).states
-    save = Save("/1", "service", "weights", 4, 1, {7: 4, 9: 2}, {7: tokens_digest(state, 4)})
+    save = Save("/1", "service", 4, 1, {7: 4, 9: 2}, {7: tokens_digest(state, 4)})
     found = still_certain(save, log_of(request_))
     assert (found.sequences if found is not None else {}) == ({7: 4} if counts else {})

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from spotjax.errors import NoFeasibleShape
 from spotjax.fleet import change
-from spotjax.fleet.change import Planning, decide, plan_change, stay
+from spotjax.fleet.change import Planning, decide, plan_change
+from spotjax.fleet.staying import stay
 from spotjax.meshes.instance import Instance, InstanceState
 from spotjax.meshes.instance_types import instance_type
 from spotjax.meshes.shape import MeshShape
@@ -79,6 +80,31 @@ def test_every_running_replica_on_ready_instances_goes_on_when_another_is_lost()
     preparation = plan_change(planning, current, after, busy, 2, range(4))
     assert preparation.carried.keys() == {1, 2, 3}
     assert preparation.plan.bytes_moved == 0
+
+
+def test_parameters_that_find_no_room_beside_the_old_ones_move_after_the_stop() -> None:
+    """Of 15 GiB a device has 10 of the parameters of gpt-20b and KV; another cut needs 5 GiB more at once."""
+    planning = Planning(SPECS[0], DEMAND, MeshShape(1, 2, 4))
+    fleet = [Instance(f"i-{number}", KIND) for number in range(2)]
+    current = plan_change(planning, None, fleet, {}, 1).placement
+    other = replace(planning, wanted=MeshShape(1, 4, 2))
+    free = plan_change(other, current, fleet, {0: []}, 2).plan
+    bound = plan_change(replace(other, bounded=True), current, fleet, {0: []}, 2).plan
+    assert free.seconds(Phase.FINAL) == 0 < bound.seconds(Phase.FINAL)
+    assert bound.bytes_moved == free.bytes_moved and bound.memory is not None
+    same = plan_change(replace(planning, bounded=True), current, fleet, {0: []}, 2, [0]).plan
+    assert same.memory is None and same.bytes_moved == 0
+
+
+def test_fewer_parts_move_the_same_bytes_in_nearly_the_same_time() -> None:
+    planning = Planning(SPECS[0], DEMAND, MeshShape(9, 2, 4))
+    fleet = [Instance(f"i-{number}", KIND) for number in range(6)]
+    current = plan_change(planning, None, fleet, {}, 1).placement
+    other = replace(planning, wanted=MeshShape(9, 3, 4))
+    fine, coarse = (plan_change(replace(other, transfers=n), current, fleet, {}, 2).plan for n in (8192, 256))
+    assert len(coarse.transfers) < len(fine.transfers) / 4
+    assert coarse.bytes_moved == fine.bytes_moved > 0
+    assert coarse.seconds(Phase.PRECOPY) <= 1.05 * fine.seconds(Phase.PRECOPY)
 
 
 def test_groups_of_an_instance_with_places_to_spare_are_matched() -> None:

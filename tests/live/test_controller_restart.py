@@ -94,7 +94,7 @@ async def test_on_a_full_disk_new_requests_are_refused_and_all_others_wait(
         while not await client.ready():
             await asyncio.sleep(POLL_SECONDS)
         assert [delta.offset async for delta in client.generate("To be", max_tokens=4, request_id="refused")]
-    await eventually("all ended", lambda: not inspect_log(fleet.commit_log).unfinished)
+    await eventually("all ended", lambda: not any(one.unfinished for one in inspect_log(fleet.commit_log).requests))
 
 
 async def test_whenever_the_controller_dies_no_request_is_lost(fleet: LocalFleet) -> None:

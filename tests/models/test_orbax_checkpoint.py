@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from checkpoint_cases import MANY_CHUNKS, rounded, save
+from checkpoint_cases import MANY_CHUNKS, rounded, save, verify
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving_cases import RandomCheckpoint, checkpoint
@@ -159,7 +159,7 @@ def test_damaged_parameters_are_noticed_by_whoever_reads_them(copy: Path, damage
         broken.read("layers.0.mlp.up", ((0, 96), (0, 366))), WEIGHTS.whole("layers.0.mlp.up"), err_msg="is intact"
     )
     with pytest.raises(CheckpointError, match=r"layers.1: "):
-        broken.verify()
+        verify(broken)
 
 
 @DAMAGES
@@ -178,7 +178,7 @@ def test_parameters_that_are_valid_but_not_those_that_were_saved_fail_verificati
     arrays["mlp.gate"] = msgspec.structs.replace(arrays["mlp.gate"], checksum="0" * 16)
     (copy / "manifest.json").write_bytes(encode(manifest))
     with pytest.raises(CheckpointError, match=r"layers.1: mlp.gate cannot be read: its checksum is wrong; restore"):
-        OrbaxCheckpoint(copy).verify()
+        verify(OrbaxCheckpoint(copy))
 
 
 def test_arrays_of_another_shape_than_the_configuration_says_are_refused(copy: Path) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spotjax.meshes.layout import split_layers
@@ -310,6 +310,8 @@ def test_moves_in_the_middle_lose_no_token_and_give_none_twice(
 
 
 @given(benches, st.lists(st.tuples(st.floats(0, 3), st.floats(0.001, 1.0)), max_size=6))
+@example(Bench([(0.0, 2, 2), (0.2, 1, 1)], max_batch=2), [(0.005, 1.0)])  # somebody joins before its second token
+@example(Bench([(0.0, 1, 6), (0.04, 24, 2), (0.04, 2, 2)], max_batch=3), [(0.055, 1.0)])  # prompts wait meanwhile
 def test_whoever_had_tokens_before_and_after_a_pause_waited_that_long(
     bench: Bench, pauses: list[tuple[float, float]]
 ) -> None:

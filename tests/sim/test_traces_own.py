@@ -144,4 +144,4 @@ def test_a_spot_window_begins_with_those_that_are_there_at_their_price() -> None
 
 def test_a_cap_limits_the_number_at_any_time() -> None:
     trace = SpotTrace("trace", (SpotEvent(0, added=tuple("abcd")), SpotEvent(5, removed=("a", "b", "c"))), 9)
-    assert trace.capped(2).counts() == [(0, 2), (5, 1)]
+    assert trace.held(2).counts() == [(0, 2), (5, 1)]

@@ -196,20 +196,9 @@ def test_what_was_written_is_read_again_as_the_simulators_inputs(tmp_path: Path,
     summaries = [summary(run, EXPECTED, TRACE, GRACE, 1.0) for run in runs]
     config, demand = random_config(128, 5), Demand(batch=4, kv_pages=32)
     written = document(
-        {"seed": 0},
-        0.25,
-        config,
-        10**8,
-        demand,
-        "2x3x1",
-        TRACE,
-        GRACE,
-        [workload],
-        runs,
-        summaries,
-        [{"batch": 1}],
+        {"seed": 0}, 0.25, config, 10**8, demand, "2x3x1", TRACE, GRACE, [workload], runs, summaries, [{"batch": 1}],
         profile,
-    )
+    )  # fmt: skip
     (tmp_path / "race.json").write_text(json.dumps(written))
     inputs = read_race(tmp_path / "race.json")
     assert inputs.requests["poisson"].prompt.tolist() == workload.request_trace().prompt.tolist()

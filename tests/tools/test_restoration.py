@@ -28,11 +28,11 @@ TINY = open_model("tiny").checkpoint.spec
 
 
 def summary(*requests: RequestSummary) -> LogSummary:
-    return LogSummary("service", MODEL, 3, requests, (), 0)
+    return LogSummary("service", MODEL, 3, requests, ())
 
 
 def saved(**sequences: int) -> Save:
-    return Save("/saves/1", "service", MODEL, 3, 1, {int(key[1:]): positions for key, positions in sequences.items()})
+    return Save("/saves/1", "service", 3, 1, {int(key[1:]): positions for key, positions in sequences.items()})
 
 
 def test_every_unfinished_sequence_has_its_kv_from_the_save_or_computes_it_again() -> None:
@@ -71,7 +71,7 @@ def test_kept_and_computed_positions_are_all_that_is_needed(
             for key, (prompt, tokens, ended, resumable) in enumerate(requests)
         )
     )
-    with_save = restoration(log, "", "", Save("x", "service", MODEL, 1, 1, kept), None)
+    with_save = restoration(log, "", "", Save("x", "service", 1, 1, kept), None)
     without = restoration(log, "", "", None, None)
     needed = sum(prompt + tokens - 1 for prompt, tokens, ended, resumable in requests if resumable and not ended)
     assert with_save.kv_positions + with_save.recomputed_positions == without.recomputed_positions == needed

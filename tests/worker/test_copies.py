@@ -56,7 +56,7 @@ def make_copies(directory: Path, memory: Mapping[int, int], disk: Mapping[int, i
     writer = KvWriter(directory, "w", FORM)
     for sequence, positions in disk.items():
         writer.put(*frame(pages_of(sequence, positions), DISK))
-    assert writer.flush()
+    writer.flush()
     writer.close()
     copies.use_save(str(directory), FORM, disk)
     return copies

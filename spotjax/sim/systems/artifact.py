@@ -56,13 +56,20 @@ class ArtifactSystem:
     Args:
       workload: of the model.
       batches_ahead: batches that a replica is given at once: 0 for the new batching, else the old one's limit.
+
+    Attributes:
+      names: instances that it plans with, in the order in which they came; announced ones as soon as that is handled.
+      replicas: those that serve, or have served and are not cleared away, each with the instances that it stands on.
     """
 
     name = ""
 
     def __init__(self, workload: Workload, batches_ahead: int) -> None:
         self.workload, self._ahead = workload, batches_ahead
-        self.replicas: list[StaticReplica] = []
+        self.names: list[str] = []
+        self.replicas: dict[StaticReplica, frozenset[str]] = {}
+        self._noticed: set[str] = set()
+        self._ready_at: dict[str, float] = {}
         self._queue: list[tuple[float, int]] = []
         self._events: deque[FleetEvent] = deque()
         self._busy = False
@@ -72,11 +79,11 @@ class ArtifactSystem:
     def begin(self, world: World) -> None:
         """The first mesh: parameters are in place, engines start."""
         self.world, self._busy = world, True
-        names = [instance.name for instance in world.ready_instances()]
-        world.at(world.scenario.assumptions.engine_start_seconds, self._begin, names)
+        self.names = [instance.name for instance in world.ready_instances()]
+        world.at(world.scenario.assumptions.engine_start_seconds, self._begin)
 
-    def _begin(self, names: Sequence[str]) -> None:
-        self.start(names)
+    def _begin(self) -> None:
+        self.start()
         self.dispatch()
         self.done()
 
@@ -94,30 +101,29 @@ class ArtifactSystem:
 
     def noticed(self, names: Sequence[str], deadline: float) -> None:
         """Handled at once, or when the event before is done with."""
+        self._noticed.update(names)
         self._enqueue(FleetEvent(deadline, (), tuple(names)))
 
     def lost(self, names: Sequence[str]) -> None:
-        """Replicas on them that are not done are gone, too. Without notice, the event begins here."""
-        dead = [replica for replica, on in self.standing() if not on.isdisjoint(names) and not replica.ended]
+        """Replicas on them that are not done are gone, too. For those without notice, the event begins here."""
+        self.names = [name for name in self.names if name not in names]
+        dead = [replica for replica, on in self.replicas.items() if not replica.ended and not on.isdisjoint(names)]
         for replica in dead:
-            self.requeue(replica.kill(), restart=True)
-        if self.world.scenario.assumptions.notice_seconds == 0:
-            self._enqueue(FleetEvent(self.world.now, (), tuple(names)))
-        elif dead:
-            self.dispatch()
+            self.requeue(replica.kill())
+        sudden = tuple(name for name in names if name not in self._noticed)
+        self._noticed.difference_update(names)
+        if sudden:
+            self._enqueue(FleetEvent(self.world.now, (), sudden))
+        self.dispatch()
 
     # What systems do.
 
-    def start(self, names: Sequence[str]) -> None:
-        """Forms the first mesh of these instances."""
+    def start(self) -> None:
+        """Forms the first mesh."""
         raise NotImplementedError
 
     def handle(self, event: FleetEvent) -> None:
         """Begins to handle an event; calls ``done`` when the next one may be."""
-        raise NotImplementedError
-
-    def standing(self) -> list[tuple[StaticReplica, frozenset[str]]]:
-        """The replicas, each with the instances that it stands on."""
         raise NotImplementedError
 
     def done(self) -> None:
@@ -139,12 +145,14 @@ class ArtifactSystem:
             requests = [request for _, request in given]
             replica.add_all(requests)
 
-    def requeue(self, requests: Iterable[int], *, restart: bool) -> None:
-        """Puts requests back in order of arrival; with ``restart`` their tokens, if they had any, are lost."""
+    def requeue(self, requests: Iterable[int]) -> None:
+        """Puts requests back in order of arrival; their tokens, if they have any, are lost."""
+        book = self.world.book
         for request in requests:
-            if restart and self.world.book.first_token[request] <= self.world.now:
-                self.world.book.restart(request)
-            insort(self._queue, (self.world.book.arrival[request], request))
+            if book.generated[request]:
+                book.recomputed[request] += book.prompt[request] + book.generated[request] - 1
+                book.restart(request)
+            insort(self._queue, (book.arrival[request], request))
 
     def _select(self, waiting: int) -> tuple[StaticReplica | None, int]:
         there = [replica for replica in self.replicas if not replica.ended]
@@ -168,11 +176,26 @@ class ArtifactSystem:
         required = self.workload.required_at(world.now)
         return choose_as_original(self.workload.table, devices, required, self.workload.least_devices, BATCH)
 
-    def replica(self, choice: OriginalChoice) -> StaticReplica:
-        """A new one of a shape."""
+    def update_names(self, event: FleetEvent) -> None:
+        """Counts on what comes, unless that went again while the event waited, and no more on what goes."""
+        there = self.world.instances
+        added = [name for name in event.added if event.seconds > self.world.now or name in there]
+        self.names = [name for name in (*self.names, *added) if name not in event.removed]
+        self._ready_at |= dict.fromkeys(added, event.seconds)
+
+    def there_at(self, names: Iterable[str]) -> float:
+        """When all of these are there that were announced: now or later."""
+        return max([self.world.now, *(self._ready_at.get(name, 0.0) for name in names)])
+
+    def open(self, choice: OriginalChoice, names: Iterable[str]) -> StaticReplica:
+        """A new replica of a shape on these instances, which has ended already if one of them is gone."""
         shape, scale = choice.shape, self.world.scenario.assumptions.scale
         times = StaticTimes(self.workload.table, shape.stage, shape.tensor, choice.micro_batches, scale)
-        return StaticReplica(times, BATCH, self.world.book, self.world.queue, self.dispatch)
+        replica = StaticReplica(times, BATCH, self.world.book, self.world.queue, self.dispatch)
+        self.replicas[replica] = frozenset(names)
+        if not self.replicas[replica] <= self.world.instances.keys():
+            replica.kill()
+        return replica
 
     def load_seconds(self, shape: MeshShape) -> float:
         """All instances read the parameters of their devices from the checkpoint, side by side."""
@@ -186,8 +209,9 @@ class ArtifactSystem:
 
     def _enqueue(self, event: FleetEvent) -> None:
         self._events.append(event)
-        if not self._busy:
-            self.done()
+        if not self._busy:  # after all that is told in this instant
+            self._busy = True
+            self.world.at(self.world.now, self.done)
 
 
 def as_ready(world: World, names: Iterable[str]) -> list[Instance]:

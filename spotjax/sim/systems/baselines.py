@@ -25,67 +25,68 @@ class Reparallelization(ArtifactSystem):
 
     name = "reparallelization"
 
-    def start(self, names: Sequence[str]) -> None:
+    def start(self) -> None:
         """The first mesh, with everything in place."""
-        self._names = list(names)
-        self._on: list[str] = []
-        self._choice = self.choose(len(names))
-        self._open(self._choice, 0.0, 0)
+        self._choice = self.choose(len(self.names))
+        if self._choice is not None:
+            self._open(self._choice, self.names)
+            self.record(self._choice.shape, "start")
 
     def handle(self, event: FleetEvent) -> None:
         """Stops all, starts all."""
-        grace = self.world.scenario.assumptions.notice_seconds
-        self._names = [name for name in (*self._names, *event.added) if name not in event.removed]
-        choice = self.choose(len(self._names))
-        if choice == self._choice and not set(event.removed) & set(self._on):
+        self.update_names(event)
+        choice = self.choose(len(self.names))
+        used = frozenset[str]().union(*self.replicas.values())
+        if _same(choice, self._choice) and used.isdisjoint(event.removed):
             self.done()
             return
         left, dropped = set(range(len(self.replicas))), list[int]()
 
         def stopped(number: int, batch: Parked | None, waiting: list[int]) -> None:
-            dropped.extend([] if batch is None else batch.requests)
-            self.requeue(waiting, restart=True)
+            requests = [] if batch is None else batch.requests
+            dropped.extend(requests)
+            self.requeue([*waiting, *requests])
             left.discard(number)
             if not left:
-                self._restart(choice, dropped)
+                self._restart(len(dropped))
 
         if not left:
-            self._restart(choice, dropped)
-        late = max(0.0, grace - (event.seconds - self.world.now)) if event.removed else 0.0
-        seconds, caution = (-STOP_SECONDS - late, CONSERVATIVE) if event.removed else (STOP_SECONDS, GENEROUS)
+            self.world.at(self.there_at(self.names), self._restart, 0)
+        if event.removed:
+            by, caution = event.seconds - STOP_SECONDS, CONSERVATIVE
+        else:  # the artifact counts from when it begins, also where that is late
+            by = self.world.now + self.world.scenario.assumptions.announced_seconds + STOP_SECONDS
+            caution = GENEROUS
         for number, replica in enumerate(list(self.replicas)):
-            replica.stop_by(self.world.now + grace + seconds, caution, partial(stopped, number))
+            replica.stop_by(by, caution, partial(stopped, number))
 
-    def standing(self) -> list[tuple[StaticReplica, frozenset[str]]]:
-        """In order, each on as many instances of the mesh as it takes."""
-        used = self._on
-        size = max(1, len(used) // max(1, len(self.replicas)))
-        return [
-            (replica, frozenset(used[number * size : (number + 1) * size]))
-            for number, replica in enumerate(self.replicas)
-        ]
-
-    def _restart(self, choice: OriginalChoice | None, dropped: Sequence[int]) -> None:
-        self.requeue(dropped, restart=True)
-        self.replicas, self._choice = [], choice
-        if choice is None:
-            self.record(None, "too few instances", recomputed=len(dropped))
+    def _restart(self, dropped: int) -> None:
+        """All have stopped. What went by now does not count, what is announced does."""
+        self.replicas, self._choice = {}, self.choose(len(self.names))
+        if self._choice is None:
+            self.record(None, "too few instances", recomputed=dropped)
             self.done()
             return
         start = self.world.scenario.assumptions.engine_start_seconds
-        stall = start + max(start, self.load_seconds(choice.shape))  # daemons, then engines while they load
-        self.world.at(self.world.now + stall, self._open, choice, stall, len(dropped))
+        load = self.load_seconds(self._choice.shape)
+        wait = self.there_at(self.names) - self.world.now
+        stall = max(start + max(start, load), wait)  # daemons, then engines while they load
+        self.world.at(self.world.now + stall, self._restarted, self._choice, list(self.names), stall, dropped)
 
-    def _open(self, choice: OriginalChoice | None, stall: float, dropped: int) -> None:
-        if choice is not None:
-            self.replicas = [self.replica(choice) for _ in range(choice.shape.data)]
-            # The latest to come. In the artifact their order is that of a set.
-            self._on = self._names[-(choice.shape.devices // self.world.scenario.kind.devices) :]
-            loaded = self.world.scenario.spec.parameter_bytes * choice.shape.data if stall else 0
-            self.record(choice.shape, "restarted", stall=stall, loaded=loaded, recomputed=dropped)
+    def _restarted(self, choice: OriginalChoice, names: Sequence[str], stall: float, dropped: int) -> None:
+        self._open(choice, names)
+        loaded = self.world.scenario.spec.parameter_bytes * choice.shape.data
+        self.record(choice.shape, "restarted", stall=stall, loaded=loaded, recomputed=dropped)
         self.dispatch()
-        if stall:
-            self.done()
+        self.done()
+
+    def _open(self, choice: OriginalChoice, names: Sequence[str]) -> None:
+        """On the latest to come. In the artifact their order is that of a set."""
+        devices = [name for name in names for _ in range(self.world.scenario.kind.devices)]
+        size = choice.shape.stage * choice.shape.tensor
+        first = len(devices) - choice.shape.data * size
+        for number in range(choice.shape.data):
+            self.open(choice, devices[first + number * size : first + (number + 1) * size])
 
 
 class Rerouting(ArtifactSystem):
@@ -100,81 +101,83 @@ class Rerouting(ArtifactSystem):
     def __init__(self, workload: Workload, batches_ahead: int, pool: int) -> None:
         super().__init__(workload, batches_ahead)
         self._pool = pool
+        self._opening = frozenset[str]()
 
-    def start(self, names: Sequence[str]) -> None:
+    def start(self) -> None:
         """The first replicas, with everything in place."""
-        self._idle = list(names)
-        self._of: dict[int, tuple[StaticReplica, tuple[str, ...]]] = {}
-        self._numbers = 0
         choice = self.choose(self._pool)
         assert choice is not None, "the whole pool carries no replica"
         self._choice = choice
         self._size = choice.shape.stage * choice.shape.tensor // self.world.scenario.kind.devices
-        while len(self._idle) >= self._size:
-            self._open(self._take())
+        for names in self._take(self._idle()):
+            self.open(choice, names)
         self._tell("start")
 
     def handle(self, event: FleetEvent) -> None:
         """Closes replicas that lose an instance, opens those for which there are enough instances."""
-        grace = self.world.scenario.assumptions.notice_seconds
-        self._idle = [name for name in self._idle if name not in event.removed]
-        hurt = {number for number, (_, names) in self._of.items() if set(names) & set(event.removed)}
+        self.update_names(event)
+        hurt = {replica for replica, names in self.replicas.items() if not names.isdisjoint(event.removed)}
         if not hurt:
-            self._idle += event.added
-            self.world.at(event.seconds, self._more)
+            self.world.at(event.seconds if event.added else self.world.now, self._more)
             return
         dropped: list[int] = []
 
-        def stopped(number: int, batch: Parked | None, waiting: list[int]) -> None:
-            replica, names = self._of.pop(number)
-            self.replicas.remove(replica)
-            self._idle += [name for name in names if name not in event.removed]
-            dropped.extend([] if batch is None else batch.requests)
-            self.requeue([*waiting, *([] if batch is None else batch.requests)], restart=True)
-            hurt.discard(number)
+        def stopped(replica: StaticReplica, batch: Parked | None, waiting: list[int]) -> None:
+            del self.replicas[replica]
+            requests = [] if batch is None else batch.requests
+            dropped.extend(requests)
+            self.requeue([*waiting, *requests])
+            hurt.discard(replica)
             if not hurt:
                 self._tell("closed", recomputed=len(dropped))
                 self._more()
 
-        by = self.world.now + grace - STOP_SECONDS - max(0.0, grace - (event.seconds - self.world.now))
-        for number in sorted(hurt):
-            self._of[number][0].stop_by(by, CONSERVATIVE, partial(stopped, number))
+        for replica in [replica for replica in self.replicas if replica in hurt]:
+            replica.stop_by(event.seconds - STOP_SECONDS, CONSERVATIVE, partial(stopped, replica))
         self.dispatch()
 
-    def standing(self) -> list[tuple[StaticReplica, frozenset[str]]]:
-        """As they were opened."""
-        return [(replica, frozenset(names)) for replica, names in self._of.values()]
-
     def _more(self) -> None:
-        """New replicas on idle instances: their engines start, read the parameters, and wait once more (artifact)."""
-        start = self.world.scenario.assumptions.engine_start_seconds
-        stall = max(start, self.load_seconds(self._choice.shape)) + start
-        opening = []
-        while len(self._idle) >= self._size:
-            opening.append(self._take())
-        for names in opening:
-            self.world.at(self.world.now + stall, self._opened, names, stall)
+        self._fill()
         self.dispatch()
         self.done()
 
-    def _opened(self, names: tuple[str, ...], stall: float) -> None:
-        if all(name in self.world.instances for name in names):
-            self._open(names)
+    def _fill(self) -> None:
+        """New replicas on idle instances: their engines start, read the parameters, and wait once more (artifact)."""
+        start = self.world.scenario.assumptions.engine_start_seconds
+        stall = max(start, self.load_seconds(self._choice.shape)) + start
+        for names in self._take(self._idle()):
+            self._opening |= names
+            self.world.at(self.world.now + stall, self._opened, names, stall)
+
+    def _opened(self, names: frozenset[str], stall: float) -> None:
+        self._opening -= names
+        if names <= set(self._usable()):
+            self.open(self._choice, names)
             self._tell("opened", stall=stall, loaded=self.world.scenario.spec.parameter_bytes)
             self.dispatch()
-        else:  # one of them went before it served
-            self._idle += [name for name in names if name in self.world.instances]
+        else:  # one of them went, or is about to: the others are idle again
+            self._fill()
 
-    def _take(self) -> tuple[str, ...]:
-        names, self._idle = tuple(self._idle[: self._size]), self._idle[self._size :]
-        return names
+    def _usable(self) -> list[str]:
+        """Instances that are there and stay, as far as it knows."""
+        there = {instance.name for instance in self.world.ready_instances()}
+        return [name for name in self.names if name in there]
 
-    def _open(self, names: tuple[str, ...]) -> None:
-        replica = self.replica(self._choice)
-        self._of[self._numbers] = replica, names
-        self._numbers += 1
-        self.replicas.append(replica)
+    def _idle(self) -> list[str]:
+        taken = self._opening.union(*self.replicas.values())
+        return [name for name in self._usable() if name not in taken]
+
+    def _take(self, names: Sequence[str]) -> list[frozenset[str]]:
+        """As many groups of instances as make replicas, in order."""
+        return [frozenset(names[end - self._size : end]) for end in range(self._size, len(names) + 1, self._size)]
 
     def _tell(self, reason: str, **figures: float) -> None:
         shape = replace(self._choice.shape, data=len(self.replicas)) if self.replicas else None
         self.record(shape, reason, **figures)
+
+
+def _same(one: OriginalChoice | None, other: OriginalChoice | None) -> bool:
+    """Whether two choices are run alike."""
+    if one is None or other is None:
+        return one is other
+    return (one.shape, one.micro_batches) == (other.shape, other.micro_batches)

@@ -59,6 +59,12 @@ def _rerouting(scenario: Scenario, required: RequiredRate | None) -> System:
     return Rerouting(published_workload(scenario, required), BASELINE_BATCHES_AHEAD, pool)
 
 
+def _skyserve(scenario: Scenario, required: RequiredRate | None) -> System:
+    from spotjax.sim.systems.skyserve import SkyServe
+
+    return SkyServe()
+
+
 PUBLISHED: Mapping[str, Build] = {
     "spotserve": _spotserve,
     "spotserve-as-baselines": partial(_spotserve, batches_ahead=BASELINE_BATCHES_AHEAD),
@@ -75,6 +81,7 @@ SYSTEMS: Mapping[str, Build] = {
     "spotjax-late": partial(_spotjax, options=SpotjaxOptions(leave="late")),
     "spotjax-fallback": partial(_spotjax, options=SpotjaxOptions(fallback=True)),
     **{f"spotjax-no-{feature}": partial(_spotjax, without=feature) for feature in FEATURES},
+    "skyserve": _skyserve,
     **PUBLISHED,
 }
 """By name. ``spotjax-late`` leaves instances when it must; ``spotjax-fallback`` rents on demand what is missing."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spotjax.fleet.change import Planning
+from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.goal import Goal
@@ -23,7 +24,7 @@ from spotjax.sim.systems.spotjax_shapes import Shapes, of_one_kind, typical_dema
 from spotjax.sim.times import ReplicaTimes
 from spotjax.sim.world import World
 
-TRANSFERS = 1024
+TRANSFERS = 256
 """Parts of a migration: layer by layer, where the server cuts down to single arrays."""
 
 
@@ -40,8 +41,8 @@ class Spotjax:
 
     def __init__(self, without: Feature | None = None, options: SpotjaxOptions | None = None) -> None:
         require_feature(without)
-        self.name = "spotjax" if without is None else f"spotjax-no-{without}"
         self._without, self._options = without, options or SpotjaxOptions()
+        self.name = self._options.recovery if without is None else f"spotjax-no-{without}"
 
     def begin(self, world: World) -> None:
         """The first mesh, with everything in place."""
@@ -67,10 +68,13 @@ class Spotjax:
         planning = Planning(
             scenario.spec,
             demand,
+            options.wanted,
             latency=of_one_kind(scenario.latency, assumed.scale),
             checkpoint_bandwidth=assumed.checkpoint_bandwidth,
             transfers=TRANSFERS,
+            bounded=True,
             match=in_order if self._without == "matcher" else None,
+            recovery=options.recovery,
         )
         self._world = world
         self._shapes = Shapes(
@@ -82,7 +86,7 @@ class Spotjax:
             lambda placement: times_of(placement).step(1, demand.context),
         )  # fmt: skip
         self._replicas = Replicas(
-            make, demand.pages + 1, demand.page_size, None if self._without == "backup" else backups, world.book
+            make, demand.pages + 1, demand.page_size, backups if self._backs_up else None, world.book
         )
         self._boundary = Boundary(world, self._replicas, times_of, demand, options.leave == "late")
         self._reconfigurer = Reconfigurer(
@@ -91,6 +95,10 @@ class Spotjax:
         self._fallback = Fallback(world, self, planning, options) if options.fallback else None
         self._reconfigurer.begin()
         world.at(world.now + options.look_seconds, self._look)
+
+    @property
+    def _backs_up(self) -> bool:
+        return self._without != "backup" and POLICIES[self._options.recovery].keeps_kv
 
     def arrived(self, request: int) -> None:
         """Goes to the replica with the least load."""

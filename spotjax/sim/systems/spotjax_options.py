@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from spotjax.errors import ConfigError
+from spotjax.fleet.change import Recovery
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.planner.demand import Demand
@@ -41,6 +42,8 @@ class SpotjaxOptions:
       fallback: on-demand instances are requested when the fleet is too small for the load.
       fallback_tie: see ``Goal.near_tie``; how much longer requests may take before an instance more is worth its price.
       most_on_demand: of these at the same time.
+      recovery: how changes are made: as Spotjax, or as a baseline on the same engine; see ``fleet.recovery_policies``.
+      wanted: the mesh that the operator pinned, None for none.
     """
 
     leave: Literal["early", "late"] = "early"
@@ -56,6 +59,8 @@ class SpotjaxOptions:
     fallback: bool = False
     fallback_tie: float = 0.2
     most_on_demand: int = 8
+    recovery: Recovery = "spotjax"
+    wanted: MeshShape | None = None
 
 
 def require_feature(name: str | None) -> None:

@@ -8,52 +8,24 @@ is in place by then. Which boundary it is, is ``spotjax_boundary``'s to say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from spotjax.errors import NoFeasibleShape
 from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
+from spotjax.fleet.recovery_policies import POLICIES, SPOTJAX
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.planner.holdings import Needs
 from spotjax.planner.links import Links
 from spotjax.planner.migration import Phase
 from spotjax.planner.optimizer import Decision
-from spotjax.reshard.transfer import Preparation
+from spotjax.reshard.transfer import Preparation, Survivors
 from spotjax.sim.systems.spotjax_boundary import Boundary
 from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions
 from spotjax.sim.systems.spotjax_replicas import Replicas, survivors
 from spotjax.sim.systems.spotjax_shapes import Shapes
 from spotjax.sim.systems.spotjax_traffic import kv_seconds, received, sources
+from spotjax.sim.systems.spotjax_underway import Underway
 from spotjax.sim.world import Change, World
-
-
-@dataclass(eq=False)
-class Underway:
-    """A change that is being made.
-
-    Attributes:
-      preparation: its plan.
-      reason: one line.
-      started: when it was planned.
-      leaving: instances of the old mesh that were not ready then.
-      needed: instances without which it cannot be done.
-      links: bandwidths of all that were there.
-      moving: decoding has stopped, and there is no way back.
-      waited: decoding went on after everything was prepared.
-      copied: full pages of each request that are in place already.
-      too_late: requests for whose KV there is no time.
-    """
-
-    preparation: Preparation
-    reason: str
-    started: float
-    leaving: frozenset[str]
-    needed: frozenset[str]
-    links: Links
-    moving: bool = False
-    waited: bool = False
-    copied: dict[int, int] = field(default_factory=dict)
-    too_late: frozenset[int] = frozenset()
 
 
 class Reconfigurer:
@@ -81,6 +53,7 @@ class Reconfigurer:
     ) -> None:
         self._world, self._planning, self._shapes, self._replicas = world, planning, shapes, replicas
         self._boundary, self._options, self._without = boundary, options, without
+        self._policy = POLICIES[planning.recovery]
         self._interruptions = 0
         self._held: dict[DeviceRef, Needs] = {}
         """Parameters on devices that the mesh does not use."""
@@ -118,38 +91,45 @@ class Reconfigurer:
 
     def _plan(self, reason: str) -> None:
         replicas, now = self._replicas, self._world.now
+        left = survivors(replicas.members, self._world.instances)
         try:
-            decision = self._decide()
+            preparation = self._prepare(left)
         except NoFeasibleShape as problem:
             if not replicas.running():
                 self._suspend(f"{reason}: {problem}")
             return
-        if self._fits(decision):
-            return
-        left = survivors(replicas.members, self._world.instances)
-        preparation = plan_change(
-            self._planning,
-            replicas.placement,
-            self._instances(),
-            replicas.live(left.positions),
-            1 if replicas.placement is None else replicas.placement.epoch + 1,
-            replicas.running(),
-            self._held,
-            left,
-            decision,
-        )
-        if is_in_place(preparation, replicas.placement) and len(replicas.running()) == len(replicas.members):
+        if preparation is None or (
+            is_in_place(preparation, replicas.placement) and len(replicas.running()) == len(replicas.members)
+        ):
             return
         standing = frozenset(device.instance for device in preparation.needs)
         needed = standing | sources(preparation.plan) | frozenset(left.backups.values())
         change = Underway(preparation, reason, now, self._leaving(), needed, self._links())
         self._underway = change
-        if self._without == "arranger":
+        if self._without == "arranger" or self._policy.stops_first:
             self._at_boundary(change, self._stop_early)
         elif self._without == "migration":
             self._arrange(change)
         else:
             self._copy_parameters(change)
+
+    def _prepare(self, left: Survivors) -> Preparation | None:
+        """The next mesh and the way to it; None if the mesh is as it should be.
+
+        Raises:
+          NoFeasibleShape: the model fits on no mesh of the ready instances.
+        """
+        replicas, instances = self._replicas, self._instances()
+        epoch = 1 if replicas.placement is None else replicas.placement.epoch + 1
+        if self._policy is not SPOTJAX:
+            return self._policy.plan(self._planning, replicas.placement, instances, {}, epoch, replicas.running())
+        decision = self._decide()
+        if self._fits(decision):
+            return None
+        live = replicas.live(left.positions)
+        return plan_change(
+            self._planning, replicas.placement, instances, live, epoch, replicas.running(), self._held, left, decision
+        )
 
     # The parts of a change, in order
 
@@ -168,17 +148,8 @@ class Reconfigurer:
 
     def _copy_pages(self, change: Underway, then: Callable[[Underway], None]) -> None:
         """One round of copying KV pages that are full and go to the heir of their replica, while decoding goes on."""
-        running, heirs = self._replicas.running(), change.preparation.heirs
-        kv = self._plan_kv(change)
-        size = self._planning.demand.page_size
-        shares: dict[str, float] = {}
-        full: dict[int, int] = {}
-        for cohort in kv.cohorts:
-            if cohort.old in running and heirs.get(cohort.old) == cohort.new:
-                new = {live.key: live.progress // size for live in cohort.sequences}
-                left = sum(pages - change.copied.get(key, 0) for key, pages in new.items())
-                shares[cohort.name] = left / cohort.pages
-                full |= new
+        kv, running = self._plan_kv(change), self._replicas.running()
+        shares, full = change.full_pages(kv, running, self._planning.demand.page_size)
 
         def copied(change: Underway) -> None:
             change.copied |= full
@@ -208,7 +179,7 @@ class Reconfigurer:
             return 0, 0.0
         change.too_late = frozenset()
         kv = self._plan_kv(change)
-        left = self._left_to_move(change, kv)
+        left = change.left_to_move(kv)
         seconds = kv_seconds(kv, left, self._links())
         steps, step_seconds, change.too_late = self._boundary.arrange(stopping, change.leaving, kv, left, seconds)
         return steps, step_seconds
@@ -221,7 +192,8 @@ class Reconfigurer:
         change.moving = True
         kv = self._plan_kv(change)
         change.needed |= sources(kv.plan)
-        seconds = kv_seconds(kv, self._left_to_move(change, kv), self._links())
+        seconds = kv_seconds(kv, change.left_to_move(kv), self._links())
+        seconds += change.preparation.plan.seconds(Phase.FINAL)  # parameters that found no room before
         if self._without == "migration":
             seconds += change.preparation.plan.seconds(Phase.PRECOPY)
         self._after(seconds + self._world.scenario.assumptions.switch_seconds, change, partial(self._switch, kv))
@@ -269,6 +241,8 @@ class Reconfigurer:
         if change.moving:
             return False
         ready = all(there[device.instance].state is InstanceState.READY for device in change.preparation.needs)
+        if not self._policy.keeps_kv:  # what leaves has nothing that anybody waits for
+            return not ready or not (self._leaving() & there.keys()) <= change.leaving
         return not ready or self._leaving() != change.leaving
 
     def _give_up(self, change: Underway) -> None:
@@ -317,21 +291,10 @@ class Reconfigurer:
         live = {
             old: [sequence for sequence in sequences if sequence.key not in change.too_late]
             for old, sequences in self._replicas.live(preparation.survivors.positions, preparation.carried).items()
+            if self._policy.keeps_kv
         }
         room = self._replicas.room(preparation.placement.shape.data, preparation.carried)
         return plan_kv(self._planning, preparation, self._replicas.placement, self._instances(), live, room)
-
-    def _left_to_move(self, change: Underway, kv: KvChange) -> dict[str, float]:
-        """By cohort, the share of its pages that is not in place yet."""
-        heirs = change.preparation.heirs
-        return {
-            cohort.name: sum(
-                live.pages - (change.copied.get(live.key, 0) if heirs.get(cohort.old) == cohort.new else 0)
-                for live in cohort.sequences
-            )
-            / cohort.pages
-            for cohort in kv.cohorts
-        }
 
     def _instances(self) -> Sequence[Instance]:
         return list(self._world.instances.values())

@@ -47,7 +47,7 @@ def read_counts(path: str | Path, cap: int | None = None, inverted: bool = False
     """
     gap, counts = _read(path, inverted)
     trace = by_counts(Path(path).stem, [(k * gap, count) for k, count in enumerate(counts)], len(counts) * gap)
-    return trace if cap is None else trace.capped(cap)
+    return trace if cap is None else trace.held(cap)
 
 
 def shifted_windows(path: str | Path, instances: int, duration: float, inverted: bool = False) -> SpotTrace:
