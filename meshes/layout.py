@@ -44,8 +44,8 @@ def tensor_range(extent: int, axis: str, spec: ModelSpec, tensor: int, m: int) -
     """The part of a split axis that tensor shard ``m`` of ``tensor`` holds.
 
     ``heads`` split exactly. ``kv_heads`` follow the query heads that use them, so they are shared by neighbours where
-    ``tensor`` does not divide them; every shard gets the same number. ``mlp`` and ``vocab`` split into equal chunks of
-    which the last ones may be shorter, even empty (they are padded with zeros on the device).
+    ``tensor`` does not divide them; every shard gets the same number. Other axes split into equal chunks of which the
+    last ones may be shorter, even empty (they are padded with zeros on the device).
 
     Raises:
       ValueError: ``tensor`` does not divide the query heads.

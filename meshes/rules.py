@@ -12,7 +12,7 @@ MESH_AXES = ("data", "stage", "tensor")
 _DEFAULT: Mapping[str, str | None] = MappingProxyType(
     {
         "vocab": "tensor",
-        "positions": None,
+        "positions": "tensor",
         "embed": None,
         "heads": "tensor",
         "kv_heads": "tensor",
@@ -73,4 +73,4 @@ class AxisRules:
 
 
 DEFAULT_RULES = AxisRules()
-"""Heads, feed-forward width and vocabulary are split over ``tensor``; everything else is whole."""
+"""Heads, feed-forward width, vocabulary and learned positions are split over ``tensor``; everything else is whole."""

@@ -31,7 +31,7 @@ def embed(
 
     Args:
       config: of the model.
-      inputs: every shard holds an equal chunk of the rows of the embedding.
+      inputs: every shard holds an equal chunk of the rows of the embedding, and of the learned positions.
       tokens: (B, T) ids.
       positions: (B, T) of the tokens; those beyond the model's longest context read as its last.
 
@@ -41,18 +41,18 @@ def embed(
     if config.embedding_width is not None:
         x = project(x, inputs["input_projection"])
     if config.positions == "learned":
-        x = x + jnp.take(inputs["positions"], positions, axis=0, mode="clip")
-    return x
+        x = x + _rows(inputs["positions"], jnp.minimum(positions, config.max_positions - 1), shard)
+    return shard.sum(x)
 
 
-def _rows(embedding: jax.Array, tokens: jax.Array, shard: TensorShard) -> jax.Array:
-    """The rows of the tokens."""
+def _rows(table: jax.Array, wanted: jax.Array, shard: TensorShard) -> jax.Array:
+    """Rows of a table, zeros where another shard has them."""
     if shard.degree == 1:
-        return jnp.take(embedding, tokens, axis=0)
-    local = tokens - shard.index() * embedding.shape[0]
-    mine = (local >= 0) & (local < embedding.shape[0])
-    rows = jnp.take(embedding, jnp.clip(local, 0, embedding.shape[0] - 1), axis=0)
-    return shard.sum(jnp.where(mine[:, :, None], rows, jnp.zeros((), rows.dtype)))
+        return jnp.take(table, wanted, axis=0)
+    local = wanted - shard.index() * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    rows = jnp.take(table, jnp.clip(local, 0, table.shape[0] - 1), axis=0)
+    return jnp.where(mine[:, :, None], rows, jnp.zeros((), rows.dtype))
 
 
 def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: TensorShard = WHOLE) -> jax.Array:

@@ -31,8 +31,8 @@ def test_every_array_of_a_model_and_its_kv_has_a_partition() -> None:
         assert [axis in TENSOR_AXES for axis in array.axes] == [to == "tensor" for to in partition]
 
 
-def test_defaults_split_heads_kv_heads_mlp_and_vocab_over_tensor_and_nothing_else() -> None:
-    assert DEFAULT_RULES.split_by("tensor") == {"heads", "kv_heads", "mlp", "vocab"} == TENSOR_AXES
+def test_defaults_split_heads_mlp_vocabulary_and_positions_over_tensor_and_nothing_else() -> None:
+    assert DEFAULT_RULES.split_by("tensor") == {"heads", "kv_heads", "mlp", "vocab", "positions"} == TENSOR_AXES
     assert not DEFAULT_RULES.split_by("data") and not DEFAULT_RULES.split_by("stage")
     assert DEFAULT_RULES.partition(("embed", "heads", "head_size")) == (None, "tensor", None)
 
