@@ -53,7 +53,7 @@ def tables(done: Mapping[Run, Summary], seeds: int) -> str:
     lines += [
         "",
         f"{near} of {len(ratios)} figures within {WITHIN:.0%}; the three systems in the published order in {right} of "
-        f"{2 * len(SEGMENTS)} comparisons, SpotServe the best of the three in "
+        f"{2 * len(SEGMENTS)} comparisons,\nSpotServe the best of the three in "
         f"{sum(_best(done, seeds, spot, which) for spot in SEGMENTS for which in (0, 1))}.",
         "",
         "| SpotServe, average / P99 | " + " | ".join(SEGMENTS) + " |",

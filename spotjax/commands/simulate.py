@@ -48,6 +48,7 @@ systems:
                      spotserve-as-baselines gives busy replicas as many batches ahead, spotserve-new-batching none
   reparallelization  its first baseline: best shape, restart from storage
   rerouting          its second baseline: fixed pipelines, requests begin again elsewhere
+  skyserve           after SkyServe: whole replicas, spare ones, on demand in reserve; nothing is moved
   SYSTEM:N           that system on N on-demand instances instead; on-demand:N is spotjax:N
 """
 
