@@ -55,7 +55,7 @@ def table(done: Mapping[Run, Summary], seeds: int) -> str:
     lines += [
         "",
         f"Over {len(gains)} cells, P99 of SpotServe over that of Spotjax: median {median(gains):.2f}, least "
-        f"{min(gains):.2f}, most {max(gains):.2f}. Spotjax is worse than any of the others in {worse}.",
+        f"{min(gains):.2f}, most {max(gains):.2f}.\nSpotjax is worse than any of the others in {worse}.",
     ]
     return "\n".join(lines)
 
