@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -38,7 +39,11 @@ def simulate(
     if progress is not None:
         for tick in range(1, TICKS + 1):
             world.at(scenario.spot.duration * tick / TICKS, progress, tick / TICKS)
-    world.run(tested)
+    gc.freeze()  # the book is millions of numbers, which the collector would look through again and again
+    try:
+        world.run(tested)
+    finally:
+        gc.unfreeze()
     return Outcome.of(world, name, seed)
 
 
