@@ -9,11 +9,11 @@ same number of instances the saving is that of the prices, 51 %.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
 from spotjax.sim.results import Summary
-from spotjax.sim.statistics import mean_interval
-from spotjax.tools.results_runs import Run, seeds_from
+from spotjax.tools.results_runs import FIRST_SEED, Run, mean_of, seeds_from
 
 SEGMENTS = ("A_S", "B_S")
 LEAST = {
@@ -30,9 +30,9 @@ TOLERANCE = 1.02
 def runs(seeds: int) -> list[Run]:
     """All that the table needs; Poisson arrivals."""
     models = {model for _, model in LEAST}
-    on_demand = [_reference(*key, count, spot, 0) for key in LEAST for count in REFERENCES for spot in SEGMENTS]
-    on_spot = [_capped(model, most, spot, 0) for model in models for most in _sizes(model) for spot in SEGMENTS]
-    return [_with_seed(one, seed) for one in (*on_demand, *on_spot) for seed in seeds_from(seeds)]
+    on_demand = [_reference(*key, count, spot) for key in LEAST for count in REFERENCES for spot in SEGMENTS]
+    on_spot = [_rented(model, most, spot) for model in models for most in _sizes(model) for spot in SEGMENTS]
+    return [replace(one, seed=seed) for one in (*on_demand, *on_spot) for seed in seeds_from(seeds)]
 
 
 def table(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -43,7 +43,7 @@ def table(done: Mapping[Run, Summary], seeds: int) -> str:
         "|---|---|---|" + "--:|" * 6,
     ]
     for (engine, model), count, spot in product(LEAST, REFERENCES, SEGMENTS):
-        tail, usd = _cost(done, seeds, _reference(engine, model, count, spot, 0))
+        tail, usd = _cost(done, seeds, _reference(engine, model, count, spot))
         label = f"| {model} | {spot} | {count} on demand, {engine}'s engine | {tail:.1f} s | {usd:.2f} "
         found = next(
             (most for most in _sizes(model) if _tail(done, seeds, model, most, spot) <= tail * TOLERANCE), None
@@ -51,7 +51,7 @@ def table(done: Mapping[Run, Summary], seeds: int) -> str:
         if found is None:
             lines.append(label + f"| not with {MOST} | | | |")
         else:
-            ours, price = _cost(done, seeds, _capped(model, found, spot, 0))
+            ours, price = _cost(done, seeds, _rented(model, found, spot))
             lines.append(label + f"| {found} | {ours:.1f} s | {price:.2f} | {1 - price / usd:.0%} |")
     return "\n".join(lines)
 
@@ -60,24 +60,19 @@ def _sizes(model: str) -> range:
     return range(LEAST["spotjax", model], MOST + 1)
 
 
-def _reference(engine: str, model: str, count: int, spot: str, seed: int) -> Run:
-    return Run(f"{engine}:{count}", model, spot, 1.0, seed)
+def _reference(engine: str, model: str, count: int, spot: str) -> Run:
+    return Run(f"{engine}:{count}", model, spot, 1.0, FIRST_SEED)
 
 
-def _capped(model: str, most: int, spot: str, seed: int) -> Run:
-    return Run("spotjax", model, spot, 1.0, seed, most=most)
-
-
-def _with_seed(one: Run, seed: int) -> Run:
-    return Run(one.system, one.model, one.spot, one.cv, seed, most=one.most)
+def _rented(model: str, most: int, spot: str) -> Run:
+    return Run("spotjax", model, spot, 1.0, FIRST_SEED, most=most)
 
 
 def _tail(done: Mapping[Run, Summary], seeds: int, model: str, most: int, spot: str) -> float:
-    return _cost(done, seeds, _capped(model, most, spot, 0))[0]
+    return _cost(done, seeds, _rented(model, most, spot))[0]
 
 
 def _cost(done: Mapping[Run, Summary], seeds: int, one: Run) -> tuple[float, float]:
     """(P99 of latency, USD per million tokens), averaged over seeds."""
-    found = [done[_with_seed(one, seed)] for seed in seeds_from(seeds)]
-    tails, prices = ([s.number(name) for s in found] for name in ("latency.p99", "usd_per_million_tokens"))
-    return mean_interval(tails).mean, mean_interval(prices).mean
+    found = [done[replace(one, seed=seed)] for seed in seeds_from(seeds)]
+    return mean_of(found, "latency.p99"), mean_of(found, "usd_per_million_tokens")

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from time import process_time
 
 from spotjax.sim.results import Summary
-from spotjax.sim.statistics import mean_interval
-from spotjax.tools.results_runs import FIRST_SEED, Run, run, seeds_from
+from spotjax.tools.results_runs import FIRST_SEED, Run, mean_of, run, seeds_from
 
 FEATURES = ("optimizer", "matcher", "migration", "arranger", "backup", "precopy")
 ABLATED = (("gpt-20b", 0.35), ("llama-30b", 0.2))
@@ -50,7 +49,7 @@ def ablation_table(done: Mapping[Run, Summary], seeds: int) -> str:
             for feature in ("", *FEATURES):
                 found = [done[_ablated(feature, model, rate, notice, seed)] for seed in seeds_from(seeds)]
                 tail, changes, stall, gap, moved, again = (
-                    mean_interval([summary.number(name) for summary in found]).mean
+                    mean_of(found, name)
                     for name in ("latency.p99", "changes", "stall", "largest_gap.largest", "bytes_moved", "recomputed")
                 )
                 label = f"without {feature}" if feature else "complete"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 
 from spotjax.sim.results import Summary
-from spotjax.sim.statistics import mean_interval, paired_ratio
-from spotjax.tools.results_runs import PAPER_NAMES, Run, seeds_from
+from spotjax.sim.statistics import paired_ratio
+from spotjax.tools.results_runs import PAPER_NAMES, Run, mean_of, seeds_from
 
 SEGMENTS = ("A_S", "B_S", "A_S+O", "B_S+O")
 FLUCTUATING = ("A'_S+O", "B'_S+O")
@@ -26,7 +26,7 @@ def cells() -> list[tuple[str, str, float | None]]:
 
 def runs(seeds: int) -> list[Run]:
     """All that the head to head needs."""
-    return [_run(system, *cell, seed) for cell in cells() for system in SYSTEMS for seed in seeds_from(seeds)]
+    return [Run(system, *cell, seed) for cell in cells() for system in SYSTEMS for seed in seeds_from(seeds)]
 
 
 def table(done: Mapping[Run, Summary], seeds: int) -> str:
@@ -46,7 +46,7 @@ def table(done: Mapping[Run, Summary], seeds: int) -> str:
         baseline = paired_ratio(ours, _least(tails, BASELINES))
         gains.append(spotserve.mean)
         worse += better.mean < 1 or baseline.mean < 1
-        means = " | ".join(f"{mean_interval(tails[system]).mean:.1f}" for system in SYSTEMS)
+        means = " | ".join(f"{fmean(tails[system]):.1f}" for system in SYSTEMS)
         ratios = " | ".join(
             f"{one.mean:.2f} ({one.low:.2f}-{one.high:.2f})" if one.low is not None else f"{one.mean:.2f}"
             for one in (spotserve, better, baseline)
@@ -75,16 +75,10 @@ def grace_table(done: Mapping[Run, Summary], seeds: int) -> str:
         figures = []
         for notice in NOTICES:
             found = [done[_graced(system, notice, seed)] for seed in seeds_from(seeds)]
-            tail = mean_interval([summary.number("latency.p99") for summary in found]).mean
-            gap = mean_interval([summary.number("largest_gap.largest") for summary in found]).mean
-            again = sum(summary.restarts for summary in found) / seeds
+            tail, gap, again = (mean_of(found, name) for name in ("latency.p99", "largest_gap.largest", "restarts"))
             figures.append(f"{tail:.1f} s, gap {gap:.1f} s, {again:.1f} restarted")
         lines.append(f"| {system} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
-
-
-def _run(system: str, model: str, spot: str, cv: float | None, seed: int) -> Run:
-    return Run(system, model, spot, cv, seed)
 
 
 def _graced(system: str, notice: float, seed: int) -> Run:
@@ -98,7 +92,7 @@ def _arrivals(cv: float | None) -> str:
 def _tails(
     done: Mapping[Run, Summary], seeds: int, system: str, model: str, spot: str, cv: float | None
 ) -> list[float]:
-    return [done[_run(system, model, spot, cv, seed)].number("latency.p99") for seed in seeds_from(seeds)]
+    return [done[Run(system, model, spot, cv, seed)].number("latency.p99") for seed in seeds_from(seeds)]
 
 
 def _least(tails: Mapping[str, Sequence[float]], systems: Sequence[str]) -> list[float]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 from rich.progress import track
@@ -56,6 +57,11 @@ class Run:
 def seeds_from(count: int) -> range:
     """The seeds of so many repetitions."""
     return range(FIRST_SEED, FIRST_SEED + count)
+
+
+def mean_of(summaries: Iterable[Summary], name: str) -> float:
+    """Average over repetitions of a number, by its name in ``Summary``."""
+    return fmean(summary.number(name) for summary in summaries)
 
 
 class Market(NamedTuple):
