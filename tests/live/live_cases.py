@@ -65,3 +65,10 @@ def stages(status: FleetStatus) -> list[str]:
 def said(fleet: LocalFleet, kind: str, since: int) -> list[FleetEvent]:
     """Events of one kind among those after the first ``since``."""
     return [event for event in fleet.events[since:] if event.kind == kind]
+
+
+async def heard(fleet: LocalFleet, kind: str, since: int) -> FleetEvent:
+    """The only event of a kind after the first ``since``; waits for it: events come on a connection of their own."""
+    await fleet.until_said({kind}, since, DONE_SECONDS)
+    (event,) = said(fleet, kind, since)
+    return event

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
-from live_cases import CONTROLLER, DONE_SECONDS, NAMES, REQUESTS, load_on, more_tokens, said, worker_flags
+from live_cases import CONTROLLER, DONE_SECONDS, NAMES, REQUESTS, heard, load_on, more_tokens, worker_flags
 
 from spotjax.checkpoint.contents import contents_of
 from spotjax.engine.log_inspection import inspect_log
@@ -70,11 +70,11 @@ async def test_with_notice_kv_is_saved_and_new_instances_go_on_with_all_of_it(
     async with load_on(fleet, expected) as load:
         since = len(fleet.events)
         await asyncio.gather(*map(fleet.leave, fleet.names))
-        (saved,) = said(fleet, "saved", since)
+        saved = await heard(fleet, "saved", since)
         assert saved.fields["sequences"] and saved.fields["bytes"] and not saved.fields["left_out"], saved
         await fleet.bring(fleet.names)
         await more_tokens(load, 100)
-        (switch,) = said(fleet, "switch", since)
+        switch = await heard(fleet, "switch", since)
         assert switch.fields["kept"] and not switch.fields["recomputed"], fleet.story()
 
 
@@ -84,16 +84,17 @@ async def test_with_notice_to_all_and_a_controller_that_dies_a_new_service_goes_
     async with load_on(fleet, expected) as load:
         since = len(fleet.events)
         await asyncio.gather(*map(fleet.leave, fleet.names))
-        assert said(fleet, "saved", since)
+        saved = await heard(fleet, "saved", since)
+        assert saved.fields.get("sequences"), fleet.story()
         await fleet.kill_server()
         since, begun = len(fleet.events), sequences_begun(fleet)
         fleet.start_server()
         await fleet.bring(fleet.names)
         await more_tokens(load, 100)
-        (switch,) = said(fleet, "switch", since)
+        switch = await heard(fleet, "switch", since)
         assert switch.fields["kept"] == begun, fleet.story()
     saves = contents_of(str(fleet.directory / "checkpoint")).saves
-    assert [(save.number, save.kv) for save in saves] == [(1, "complete"), (2, "complete")]
+    assert [(save.number, save.kv) for save in saves] == [(1, "complete"), (2, "complete")], fleet.story()
 
 
 async def test_without_notice_the_commit_log_alone_is_enough(fleet: LocalFleet, expected: Mapping[str, Output]) -> None:
@@ -103,5 +104,5 @@ async def test_without_notice_the_commit_log_alone_is_enough(fleet: LocalFleet, 
         fleet.start_server()
         await fleet.bring(fleet.names)
         await more_tokens(load, 100)
-        (recovered,) = said(fleet, "recovered", since)
+        recovered = await heard(fleet, "recovered", since)
         assert recovered.fields["sequences"]

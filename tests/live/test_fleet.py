@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, load_on, more_tokens, said, stages, worker_flags
+from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, heard, load_on, more_tokens, said, stages, worker_flags
 
 from spotjax.tools.chaos import LEASE_SECONDS
 from spotjax.tools.chaos_run import restless
@@ -127,7 +127,7 @@ async def test_notice_moves_everything_and_the_worker_ends_by_itself(
         assert fleet.workers[leaving].exit_code == 0
         await fleet.until_gone([leaving])
         await more_tokens(load, 100)
-        (switch,) = said(fleet, "switch", since)
+        switch = await heard(fleet, "switch", since)
         assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from live_cases import load_on, more_tokens, said, stages
+from live_cases import heard, load_on, more_tokens, said, stages
 
 from spotjax.fleet.status import FleetStatus
 from spotjax.tools.load import answers
@@ -140,5 +140,5 @@ async def test_notice_at_any_host_is_the_notice_of_the_slice(fleet: SliceFleet, 
         fleet.hosts[1].signal(signal.SIGTERM, whole=False)
         assert await ended(fleet) == [0, 0]
         await more_tokens(load, 50)
-        (switch,) = said(fleet, "switch", since)
+        switch = await heard(fleet, "switch", since)
         assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
