@@ -1,4 +1,4 @@
-"""Grouped-query attention over pages of keys and values: the XLA reference. Knows nothing of where pages are kept.
+"""Grouped-query attention in plain jax: the reference. Knows nothing of where keys and values are kept.
 
 Keys come with positions last, values with head size last, so that both products read memory in order: on the CPU
 backend this is twice as fast as the usual (positions, heads, head size).
@@ -6,11 +6,28 @@ backend this is twice as fast as the usual (positions, heads, head size).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
 
-def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array) -> jax.Array:
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How a layer scores keys, and which of them it looks at.
+
+    Attributes:
+      scale: of the product of query and key.
+      softcap: scores s become softcap * tanh(s / softcap); None leaves them.
+      window: a query sees that many positions up to its own; None for all of them.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+
+def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, scoring: Scoring) -> jax.Array:
     """Softmax attention in float32.
 
     Args:
@@ -18,6 +35,7 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Ar
       keys: (B, pages, K, H, G); K divides N, query head n uses key/value head n // (N / K).
       values: (B, pages, K, G, H).
       visible: (B, T, pages * G) bool, which positions each query sees; at least one for every query.
+      scoring: its window is the business of whoever makes ``visible``.
 
     Returns: (B, T, N, H) in the dtype of ``query``.
     """
@@ -25,7 +43,9 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Ar
     pages, kv_heads, page_size = values.shape[1:4]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
     scores = jnp.einsum("btkgh,bpkhs->bkgtps", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*scores.shape[:4], pages * page_size) * jnp.float32(size**-0.5)
+    scores = scores.reshape(*scores.shape[:4], pages * page_size) * jnp.float32(scoring.scale)
+    if scoring.softcap is not None:
+        scores = jnp.tanh(scores / jnp.float32(scoring.softcap)) * jnp.float32(scoring.softcap)
     scores = jnp.where(visible[:, None, None, :, :], scores, jnp.float32(-jnp.inf))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(*weights.shape[:4], pages, page_size)
@@ -38,7 +58,8 @@ def as_one_page(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Arra
     return keys.transpose(0, 2, 3, 1)[:, None], values.transpose(0, 2, 1, 3)[:, None]
 
 
-def causal(batch: int, length: int) -> jax.Array:
-    """(B, T, T) bool: every position sees itself and all before it."""
-    triangle = jnp.tril(jnp.ones((length, length), dtype=bool))
-    return jnp.broadcast_to(triangle[None], (batch, length, length))
+def visibility(positions: jax.Array, context: int, window: int | None) -> jax.Array:
+    """(B, T) positions of queries to (B, T, context) bool: each sees itself, and the window before it."""
+    reach = jnp.arange(context, dtype=positions.dtype)[None, None, :]
+    visible = reach <= positions[:, :, None]
+    return visible if window is None else visible & (reach > positions[:, :, None] - window)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spotjax.models.attention import as_one_page, causal
+from spotjax.models.attention import Scoring, as_one_page, attend, visibility
 from spotjax.models.config import DecoderConfig
 from spotjax.models.layers import DecoderLayer, project
 from spotjax.models.norm import Norm, normalize
@@ -76,8 +76,10 @@ def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: Tens
 class _NoStore:
     """Whole sequences without a cache."""
 
-    def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return *as_one_page(keys, values), causal(keys.shape[0], keys.shape[1])
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring) -> jax.Array:
+        positions = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+        visible = visibility(positions, query.shape[1], scoring.window)
+        return attend(query, *as_one_page(keys, values), visible, scoring)
 
 
 class Decoder(nnx.Module):

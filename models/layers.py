@@ -14,9 +14,9 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
-from spotjax.meshes.layout import kv_heads_per_shard
-from spotjax.models.attention import attend
+from spotjax.models.attention import Scoring
 from spotjax.models.config import DecoderConfig
 from spotjax.models.norm import Norm, rms_normalize
 from spotjax.models.parameters import Parameter, add_parameters
@@ -34,8 +34,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class KeyValueStore(Protocol):
     """Where one layer keeps keys and values."""
 
-    def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Takes (B, T, K, H) of the current positions; returns what ``attend`` takes: keys, values, visible."""
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring) -> jax.Array:
+        """Takes in what is new, and mixes the values of all positions that each query sees.
+
+        Args:
+          query: (B, T, N, H) of the current positions.
+          keys, values: (B, T, K, H) of the same; K divides N, query head n uses kv head n // (N / K).
+          scoring: of the layer.
+
+        Returns: (B, T, N, H).
+        """
         ...
 
 
@@ -77,22 +85,29 @@ class Attention(nnx.Module):
             keys = rms_normalize(keys, self.key_norm[...], c.norm_epsilon)
         if rotation is not None:
             query, keys = rotate(query, rotation), rotate(keys, rotation)
-        keys, values, visible = store.extend(keys, values)
-        keys, values = self._align(keys, shard), self._align(values, shard)
-        mixed = attend(query, keys, values, visible)  # (B, T, N, H)
+        mixed = self._mix(query, keys, values, store, shard)  # (B, T, N, H)
         kernel = self.output[...]
         out = shard.sum(mixed.reshape(*x.shape[:-1], -1) @ kernel.reshape(-1, kernel.shape[-1]))
         return out + self.output_bias[...][None, None] if c.output_bias else out
 
-    def _align(self, kv: jax.Array, shard: TensorShard) -> jax.Array:
-        """Repeats this shard's kv heads per query head where they do not group evenly (see ``layout.tensor_range``)."""
-        c, m = self.config, shard.degree
+    def _mix(
+        self, query: jax.Array, keys: jax.Array, values: jax.Array, store: KeyValueStore, shard: TensorShard
+    ) -> jax.Array:
+        """Has the store attend, with queries placed so that each of the shard's kv heads has equally many.
+
+        Where kv heads do not split evenly (see ``layout.tensor_range``), a shard lacks some of the queries of its first
+        and last one. Zeros stand in for these.
+        """
+        c, m, scoring = self.config, shard.degree, Scoring(self.config.head_size**-0.5)
         if m == 1 or c.kv_heads % m == 0 or m % c.kv_heads == 0:
-            return kv
-        mine, held = c.heads // m, kv_heads_per_shard(c.heads, c.kv_heads, m)
-        first = jnp.minimum(shard.index() * mine * c.kv_heads // c.heads, c.kv_heads - held)
-        used = (shard.index() * mine + jnp.arange(mine)) * c.kv_heads // c.heads - first
-        return jnp.take(kv, used, axis=2)
+            return store.attend(query, keys, values, scoring)
+        batch, length, mine, size = query.shape
+        group, held = c.heads // c.kv_heads, keys.shape[2]
+        first = jnp.minimum(shard.index() * mine // group, c.kv_heads - held)
+        place = shard.index() * mine - first * group
+        wide = jnp.zeros((batch, length, held * group, size), query.dtype)
+        mixed = store.attend(lax.dynamic_update_slice_in_dim(wide, query, place, 2), keys, values, scoring)
+        return lax.dynamic_slice_in_dim(mixed, place, mine, 2)
 
 
 class FeedForward(nnx.Module):

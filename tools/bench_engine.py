@@ -32,6 +32,7 @@ from spotjax.config import ServeConfig
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
 from spotjax.meshes.slices import whole
+from spotjax.models.attention import Scoring, attend, visibility
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.decoder import embed, logits
 from spotjax.models.rope import rotations
@@ -49,15 +50,14 @@ class ContiguousStore:
     def __init__(self, keys: jax.Array, values: jax.Array, position: jax.Array) -> None:
         self.keys, self.values, self._position = keys, values, position
 
-    def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring) -> jax.Array:
         """See ``models.layers.KeyValueStore``."""
         at = self._position
         self.keys = jax.lax.dynamic_update_slice(self.keys, keys.transpose(0, 2, 3, 1)[:, None], (0, 0, 0, 0, at))
         self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3)[:, None], (0, 0, 0, at, 0))
-        reach = jnp.arange(self.keys.shape[-1], dtype=jnp.int32)[None, None, :]
-        queries = at + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :, None]
-        visible = jnp.broadcast_to(reach <= queries, (keys.shape[0], keys.shape[1], reach.shape[2]))
-        return self.keys, self.values, visible
+        positions = at + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
+        visible = visibility(positions, self.keys.shape[-1], scoring.window)
+        return attend(query, self.keys, self.values, visible, scoring)
 
 
 class BareLoop:

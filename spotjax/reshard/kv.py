@@ -83,7 +83,7 @@ class KvMover:
         """Puts pages from host memory into one layer; shapes as in ``read``."""
         every, wanted = ((0, self._model.spec.config.kv_heads),), self.heads(stage)
         write, sharding, done = self._model.write_pages(stage.devices), replicated(stage.own_mesh), 0
-        shardings = self._model.page_shardings(stage.own_mesh)
+        shardings = self._model.content_shardings(stage.own_mesh)
         for chosen, _ in _groups([(page, 0) for page in pages]):
             count = min(PAGES_PER_MOVE, len(pages) - done)
             parts = []
@@ -122,7 +122,7 @@ class KvMover:
     def _recut(self, content: LayerPages[jax.Array], source: Stage, target: Stage) -> LayerPages[jax.Array]:
         """Content of the source stage's shards as the target stage's devices hold it."""
         held, wanted = self.heads(source), self.heads(target)
-        shardings = self._model.page_shardings(target.own_mesh)
+        shardings = self._model.content_shardings(target.own_mesh)
         if held == wanted:
             moved = jax.device_put(tuple(content), tuple(shardings))
             return LayerPages(*moved)

@@ -21,11 +21,13 @@ from spotjax.meshes.layout import kv_heads_per_shard
 from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, own, replicated, stacked_shape, stage_mesh
 from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
+from spotjax.runtime.attention.backend import AttentionBackend
+from spotjax.runtime.attention.xla import XlaAttention
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant, controls_width
 from spotjax.runtime.executables import Devices, Executables
 from spotjax.runtime.functions import StageFunctions
-from spotjax.runtime.kv import LayerPages, StepInput, read_pages, write_pages
+from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
 from spotjax.runtime.program_cache import ProgramCache
 from spotjax.runtime.sampling import sample
 
@@ -44,6 +46,7 @@ class CompiledModel:
       max_positions: longest sequence.
       dtype: of activations, parameters and KV.
       cache_directory: where compiled programs are kept between runs; None keeps nothing.
+      attention: how keys and values are kept and read on the devices; None for XLA's.
     """
 
     def __init__(
@@ -54,10 +57,12 @@ class CompiledModel:
         max_positions: int,
         dtype: DTypeLike,
         cache_directory: Path | None = None,
+        attention: AttentionBackend | None = None,
     ) -> None:
         self.spec, self.pages, self.page_size = spec, pages, page_size
         self.dtype = jnp.dtype(dtype)
-        subject = repr((spec, pages, page_size, max_positions, self.dtype.name))
+        self.attention = attention or XlaAttention(spec.config.head_size, page_size)
+        subject = repr((spec, pages, page_size, max_positions, self.dtype.name, self.attention))
         cache = ProgramCache(cache_directory, subject) if cache_directory is not None else None
         self.executables = Executables(cache)
         self._max_positions = max_positions
@@ -118,22 +123,32 @@ class CompiledModel:
         part = own(devices)
         return self.executables.get((name, len(part), len(devices)), part, partial(lower, len(devices)))
 
-    def page_shardings(self, mesh: Mesh) -> LayerPages[NamedSharding]:
-        """How KV pages lie on a stage's devices: kv heads are split."""
+    def content_shardings(self, mesh: Mesh) -> LayerPages[NamedSharding]:
+        """How pages that are read, or are to be written, lie on a stage's devices: kv heads are split."""
         split = NamedSharding(mesh, PartitionSpec(None, TENSOR_AXIS))
         return LayerPages(split, split)
 
-    def page_shapes(self, shards: int, tensor: int, pages: int) -> LayerPages[tuple[int, ...]]:
-        """Shapes of ``pages`` KV pages over so many of ``tensor`` shards."""
-        c = self.spec.config
-        heads = shards * kv_heads_per_shard(c.heads, c.kv_heads, tensor)
-        keys = (pages, heads, c.head_size, self.page_size)
-        values = (pages, heads, self.page_size, c.head_size)
-        return LayerPages(keys, values)
+    def _abstract_content(self, mesh: Mesh, tensor: int) -> LayerPages[Any]:
+        """PAGES_PER_MOVE pages of the devices of ``mesh``, a part of ``tensor`` shards."""
+        size, heads = self.spec.config.head_size, mesh.size * self._shard_heads(tensor)
+        shapes = (PAGES_PER_MOVE, heads, size, self.page_size), (PAGES_PER_MOVE, heads, self.page_size, size)
+        at = self.content_shardings(mesh)
+        return LayerPages(
+            self._abstract(shapes[0], at.keys, self.dtype), self._abstract(shapes[1], at.values, self.dtype)
+        )
 
-    def _abstract_pages(self, mesh: Mesh, tensor: int, pages: int) -> LayerPages[Any]:
-        shapes, shardings = self.page_shapes(mesh.size, tensor, pages), self.page_shardings(mesh)
-        return LayerPages(*(self._abstract(s, at, self.dtype) for s, at in zip(shapes, shardings, strict=True)))
+    def _shard_heads(self, tensor: int) -> int:
+        """The kv heads on one of ``tensor`` shards."""
+        return kv_heads_per_shard(self.spec.config.heads, self.spec.config.kv_heads, tensor)
+
+    def _abstract_pages(self, mesh: Mesh, tensor: int) -> tuple[Any, ...]:
+        """All KV pages of a layer on the devices of ``mesh``, a part of ``tensor`` shards."""
+        abstract = []
+        for array in self.attention.page_arrays(self.pages, self._shard_heads(tensor)):
+            shape, split = list(array.shape), [None] * array.head_axis + [TENSOR_AXIS]
+            shape[array.head_axis] *= mesh.size
+            abstract.append(self._abstract(shape, NamedSharding(mesh, PartitionSpec(*split)), self.dtype))
+        return tuple(abstract)
 
     def _abstract(self, shape: Sequence[int], sharding: NamedSharding, dtype: DTypeLike) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
@@ -154,7 +169,7 @@ class CompiledModel:
         return self._abstract((rows, span, self.spec.config.width), replicated(mesh), self.dtype)
 
     def _functions(self, mesh: Mesh) -> StageFunctions:
-        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS))
+        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS), self.attention)
 
     def _lower(
         self, function: Call, arguments: Sequence[Any], results: Any, mesh: Mesh, donate: tuple[int, ...] = ()
@@ -179,14 +194,16 @@ class CompiledModel:
 
     def _lower_layers(self, shape: StepShape, layers: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        pages = self._abstract((shape.rows, shape.pages), replicated(mesh), jnp.int32)
+        pages, numbers = self._abstract_pages(mesh, mesh.size), (shape.rows, shape.pages)
         arguments = [
             (self._abstract_layer(mesh),) * layers,
-            (self._abstract_pages(mesh, mesh.size, self.pages),) * layers,
+            (pages,) * layers,
             self._abstract_hidden(shape.rows, shape.span, mesh),
-            StepInput(self._abstract_rows(shape.rows, shape.span, mesh), pages),
+            StepInput(
+                self._abstract_rows(shape.rows, shape.span, mesh), self._abstract(numbers, replicated(mesh), jnp.int32)
+            ),
         ]
-        results = (replicated(mesh), (self.page_shardings(mesh),) * layers)
+        results = (replicated(mesh), (_shardings(pages),) * layers)
         return self._lower(self._functions(mesh).layers, arguments, results, mesh, donate=(1,))
 
     def _lower_logits(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
@@ -210,22 +227,27 @@ class CompiledModel:
 
     def _lower_read(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
-        arguments = [self._abstract_pages(mesh, tensor, self.pages), chosen]
-        return self._lower(read_pages, arguments, self.page_shardings(mesh), mesh)
+        arguments = [self._abstract_pages(mesh, tensor), self._abstract_chosen(mesh)]
+        read = partial(self.attention.read_pages, heads=self._shard_heads(tensor))
+        return self._lower(read, arguments, self.content_shardings(mesh), mesh)
 
     def _lower_write(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)
-        chosen = self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
-        content = self._abstract_pages(mesh, tensor, PAGES_PER_MOVE)
-        arguments = [self._abstract_pages(mesh, tensor, self.pages), chosen, content]
-        return self._lower(write_pages, arguments, self.page_shardings(mesh), mesh, donate=(0,))
+        pages = self._abstract_pages(mesh, tensor)
+        arguments = [pages, self._abstract_chosen(mesh), self._abstract_content(mesh, tensor)]
+        return self._lower(self.attention.write_pages, arguments, _shardings(pages), mesh, donate=(0,))
 
     def _lower_empty(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
-        mesh = stage_mesh(devices)
-        shapes = self.page_shapes(mesh.size, tensor, self.pages)
+        pages = self._abstract_pages(stage_mesh(devices), tensor)
 
-        def empty() -> LayerPages[jax.Array]:
-            return LayerPages(*(jnp.zeros(shape, self.dtype) for shape in shapes))
+        def empty() -> DevicePages:
+            return tuple(jnp.zeros(array.shape, array.dtype) for array in pages)
 
-        return jax.jit(empty, out_shardings=self.page_shardings(mesh)).lower()
+        return jax.jit(empty, out_shardings=_shardings(pages)).lower()
+
+    def _abstract_chosen(self, mesh: Mesh) -> Any:
+        return self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
+
+
+def _shardings(arrays: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(array.sharding for array in arrays)

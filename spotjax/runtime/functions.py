@@ -17,7 +17,8 @@ from spotjax.models.layers import DecoderLayer
 from spotjax.models.rope import rotations
 from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ModelSpec
-from spotjax.runtime.kv import LayerPages, PagedStore, StepInput, positions_of
+from spotjax.runtime.attention.backend import AttentionBackend
+from spotjax.runtime.kv import DevicePages, StepInput, positions_of
 
 LayerArrays = Mapping[str, jax.Array]
 """Parameters of one decoder layer by their name within the layer, e.g. ``attention.query``."""
@@ -43,8 +44,8 @@ def bind(graph: nnx.GraphDef[DecoderLayer], arrays: LayerArrays) -> DecoderLayer
 class StageFunctions:
     """Functions of one model, for shards of one tensor degree."""
 
-    def __init__(self, spec: ModelSpec, shard: TensorShard) -> None:
-        self._config, self._shard = spec.config, shard
+    def __init__(self, spec: ModelSpec, shard: TensorShard, attention: AttentionBackend) -> None:
+        self._config, self._shard, self._attention = spec.config, shard, attention
         self._graph = layer_graph(spec.config)
 
     def embed(self, inputs: EdgeArrays, rows: jax.Array) -> jax.Array:
@@ -52,8 +53,8 @@ class StageFunctions:
         return embed(self._config, inputs, rows[:, 2:], positions_of(rows), self._shard)
 
     def layers(
-        self, layers: Sequence[LayerArrays], pages: Sequence[LayerPages[jax.Array]], hidden: jax.Array, step: StepInput
-    ) -> tuple[jax.Array, tuple[LayerPages[jax.Array], ...]]:
+        self, layers: Sequence[LayerArrays], pages: Sequence[DevicePages], hidden: jax.Array, step: StepInput
+    ) -> tuple[jax.Array, tuple[DevicePages, ...]]:
         """Runs consecutive layers. DONATES ``pages``.
 
         Returns: hidden vectors (B, T, D) and the layers' extended pages.
@@ -61,7 +62,7 @@ class StageFunctions:
         rotation = rotations(self._config, step.positions)
         extended = []
         for arrays, kv in zip(layers, pages, strict=True):
-            store = PagedStore(kv, step)
+            store = self._attention.store(kv, step)
             hidden = bind(self._graph, arrays)(hidden, rotation, store, self._shard)
             extended.append(store.pages)
         return hidden, tuple(extended)

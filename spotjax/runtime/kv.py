@@ -1,7 +1,7 @@
-"""KV pages on devices: how a layer writes and reads them during a step, and how pages are taken out and put back.
+"""What a step says of KV pages, and their layout outside of devices.
 
 Page 0 is never given to a sequence; padding writes there.
-Which sequence owns which page is the scheduler's business.
+Which sequence owns which page is the scheduler's business; how pages lie on devices is an attention backend's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class StepInput(NamedTuple):
     """What every stage of a step is told: two int32 arrays, because only the layers need the pages.
 
     Attributes:
-      rows: (B, 2 + T): first position of the row's span, number of valid positions (0 marks a padding row), token ids.
+      rows: (B, 2 + T): first position of the row's span, number of valid positions (0 marks a padding row; these come
+        last), token ids.
       pages: (B, N) KV pages in position order, 0 where unused.
     """
 
@@ -45,6 +46,16 @@ class StepInput(NamedTuple):
         """(B, T) position of every token; meaningless beyond ``length``."""
         return positions_of(self.rows)
 
+    @property
+    def valid(self) -> jax.Array:
+        """(B, T) bool: which positions are not padding."""
+        return jnp.arange(self.rows.shape[1] - 2, dtype=jnp.int32)[None, :] < self.length[:, None]
+
+    def slots(self, page_size: int) -> tuple[jax.Array, jax.Array]:
+        """Page that every position of the step belongs to (0 for padding), and its place in it, both (B, T)."""
+        page = jnp.take_along_axis(self.pages, self.positions // page_size, axis=1, mode="clip")
+        return jnp.where(self.valid, page, 0), self.positions % page_size
+
 
 def positions_of(rows: jax.Array) -> jax.Array:
     """``StepInput.positions`` where there are only the rows."""
@@ -53,7 +64,7 @@ def positions_of(rows: jax.Array) -> jax.Array:
 
 
 class LayerPages(NamedTuple, Generic[A]):
-    """KV pages of one layer on one tensor shard, in the layout that ``models.attention`` reads.
+    """KV pages of one layer in the layout in which they are read out, moved, backed up and saved, on every platform.
 
     Or what belongs to each of the two arrays, such as its shape or sharding.
 
@@ -66,39 +77,5 @@ class LayerPages(NamedTuple, Generic[A]):
     values: A
 
 
-class PagedStore:
-    """One layer's pages during one step; see ``models.layers.KeyValueStore``."""
-
-    def __init__(self, pages: LayerPages[jax.Array], step: StepInput) -> None:
-        self.pages = pages
-        """Replaced by the extended pages."""
-        self._step = step
-
-    def extend(self, keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Writes the step's keys and values, then reads each row's whole context back.
-
-        The context is N * G positions long, whatever part of it is in use; ``visible`` masks the rest.
-        """
-        step, page_size = self._step, self.pages.values.shape[2]
-        positions = step.positions
-        valid = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :] < step.length[:, None]
-        page = jnp.take_along_axis(step.pages, positions // page_size, axis=1, mode="clip")
-        page, slot = jnp.where(valid, page, 0), positions % page_size
-        self.pages = LayerPages(
-            self.pages.keys.at[page, :, :, slot].set(keys), self.pages.values.at[page, :, slot].set(values)
-        )
-        reach = jnp.arange(step.pages.shape[1] * page_size, dtype=jnp.int32)
-        visible = reach[None, None, :] <= positions[:, :, None]
-        return self.pages.keys[step.pages], self.pages.values[step.pages], visible
-
-
-def read_pages(pages: LayerPages[jax.Array], chosen: jax.Array) -> LayerPages[jax.Array]:
-    """Takes the ``chosen`` (n,) int32 pages out."""
-    return LayerPages(pages.keys[chosen], pages.values[chosen])
-
-
-def write_pages(
-    pages: LayerPages[jax.Array], chosen: jax.Array, content: LayerPages[jax.Array]
-) -> LayerPages[jax.Array]:
-    """Puts pages in. DONATES ``pages``. Entries of ``chosen`` that are 0 go to the page nobody reads."""
-    return LayerPages(pages.keys.at[chosen].set(content.keys), pages.values.at[chosen].set(content.values))
+DevicePages = tuple[jax.Array, ...]
+"""KV pages of one layer as they lie on devices: arrays that only their ``attention.AttentionBackend`` understands."""

@@ -25,8 +25,9 @@ log = logging.getLogger(__name__)
 
 COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes")
 COMPILED_MODULES = (
-    "runtime/compiled.py", "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py",
-    "runtime/sampling.py", "engine/request.py",
+    "runtime/attention/xla.py", "runtime/compiled.py",
+    "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py", "runtime/sampling.py",
+    "engine/request.py",
 )  # fmt: skip
 """Whose source decides what is compiled."""
 LOCKS = 256

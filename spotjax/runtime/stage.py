@@ -13,7 +13,7 @@ from spotjax.meshes.slices import Range
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
-from spotjax.runtime.kv import LayerPages, StepInput
+from spotjax.runtime.kv import DevicePages, StepInput
 
 
 class Stage:
@@ -48,7 +48,7 @@ class Stage:
         self.own = own(devices)
         self.own_mesh = stage_mesh(self.own)
         self.mesh = stage_mesh(devices)
-        self.pages: dict[int, LayerPages[jax.Array]] = {}
+        self.pages: dict[int, DevicePages] = {}
         self._model = model
         self._parameters = parameters
         self._replicated = replicated(self.mesh)
@@ -58,17 +58,17 @@ class Stage:
         self._inputs = {name: parameters[name] for name in model.spec.inputs} if first else {}
         self._outputs = {name: parameters[name] for name in model.spec.outputs} if last else {}
 
-    def empty_pages(self) -> LayerPages[jax.Array]:
+    def empty_pages(self) -> DevicePages:
         """Fresh KV pages for one layer."""
-        return LayerPages(*(joined(part, self.devices) for part in self._model.empty_pages(self.devices)()))
+        return tuple(joined(part, self.devices) for part in self._model.empty_pages(self.devices)())
 
-    def own_pages(self, layer: int) -> LayerPages[jax.Array]:
+    def own_pages(self, layer: int) -> DevicePages:
         """The part of a layer's KV pages that is on this process's devices."""
-        return LayerPages(*map(own_part, self.pages[layer]))
+        return tuple(map(own_part, self.pages[layer]))
 
     def put_pages(self, layer: int, part: Sequence[jax.Array]) -> None:
         """Replaces that part."""
-        self.pages[layer] = LayerPages(*(joined(array, self.devices) for array in part))
+        self.pages[layer] = tuple(joined(array, self.devices) for array in part)
 
     def arrays(self) -> Iterator[jax.Array]:
         """Everything that the stage holds on its devices."""

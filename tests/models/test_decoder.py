@@ -14,7 +14,7 @@ from flax import nnx
 from serving_cases import CASES, NEOX, OPT, POST_NORM, SHARED_HEADS, RandomCheckpoint, checkpoint, golden
 
 from spotjax.meshes.slices import whole
-from spotjax.models.attention import as_one_page, attend, causal
+from spotjax.models.attention import Scoring, as_one_page, attend, visibility
 from spotjax.models.checkpoint import Checkpoint
 from spotjax.models.config import DecoderConfig
 from spotjax.models.decoder import Decoder
@@ -110,21 +110,31 @@ def test_no_position_sees_a_later_token(config: DecoderConfig) -> None:
     assert np.abs(before[12:] - after[12:]).max() > 0.01
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
-def test_attention_equals_a_loop_over_heads_and_positions(heads: int, kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "scoring"),
+    [
+        (4, 4, Scoring(0.5)), (4, 2, Scoring(0.5)), (6, 1, Scoring(0.3)), (4, 2, Scoring(0.5, window=3)),
+        (4, 2, Scoring(0.5, softcap=0.7)),
+    ],
+)  # fmt: skip
+def test_attention_equals_a_loop_over_heads_and_positions(heads: int, kv_heads: int, scoring: Scoring) -> None:
     generator = np.random.default_rng(heads)
     length, size = 7, 4
     query = generator.normal(size=(2, length, heads, size)).astype(np.float32)
     keys, values = (generator.normal(size=(2, length, kv_heads, size)).astype(np.float32) for _ in range(2))
     pages = as_one_page(jnp.asarray(keys), jnp.asarray(values))
-    found = attend(jnp.asarray(query), *pages, causal(2, length))
+    visible = visibility(jnp.arange(length)[None], length, scoring.window)
+    found = attend(jnp.asarray(query), *pages, visible, scoring)
     for row in range(2):
         for position in range(length):
+            seen = slice(max(0, position + 1 - (scoring.window or length)), position + 1)
             for head in range(heads):
                 shared = head // (heads // kv_heads)
-                scores = keys[row, : position + 1, shared] @ query[row, position, head] / np.sqrt(size)
+                scores = keys[row, seen, shared] @ query[row, position, head] * scoring.scale
+                if scoring.softcap:
+                    scores = scoring.softcap * np.tanh(scores / scoring.softcap)
                 weights = np.exp(scores - scores.max())
-                expected = weights @ values[row, : position + 1, shared] / weights.sum()
+                expected = weights @ values[row, seen, shared] / weights.sum()
                 np.testing.assert_allclose(found[row, position, head], expected, atol=1e-5)
 
 
@@ -134,7 +144,8 @@ def test_attention_gives_the_same_whatever_lies_in_masked_positions() -> None:
     keys = generator.normal(size=(1, 3, 1, 4, 8)).astype(np.float32)  # three pages of eight positions
     values = generator.normal(size=(1, 3, 1, 8, 4)).astype(np.float32)
     visible = jnp.arange(24)[None, None, :] < 10
-    before = attend(query, jnp.asarray(keys), jnp.asarray(values), visible)
+    before = attend(query, jnp.asarray(keys), jnp.asarray(values), visible, Scoring(0.5))
     keys[:, 1, :, :, 2:], keys[:, 2] = 1e6, -1e6
     values[:, 1, :, 2:], values[:, 2] = 1e6, 1e6
-    np.testing.assert_array_equal(before, attend(query, jnp.asarray(keys), jnp.asarray(values), visible))
+    after = attend(query, jnp.asarray(keys), jnp.asarray(values), visible, Scoring(0.5))
+    np.testing.assert_array_equal(before, after)

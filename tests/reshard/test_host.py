@@ -141,8 +141,8 @@ class Fleet:
                 for stage in both:
                     ranges = heads(len(stage.devices))
                     cut = [np.concatenate([part[:, a:b] for a, b in ranges], axis=1) for part in content]
-                    at = model.page_shardings(stage.mesh)
-                    stage.pages[layer] = LayerPages(*(jax.device_put(c, s) for c, s in zip(cut, at, strict=True)))
+                    at = model.content_shardings(stage.mesh)
+                    stage.pages[layer] = tuple(jax.device_put(c, s) for c, s in zip(cut, at, strict=True))
         return written
 
 

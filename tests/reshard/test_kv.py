@@ -44,8 +44,8 @@ def put(stage: Stage, layer: int, content: LayerPages[np.ndarray]) -> None:
     model, _ = shared_heads()
     ranges = head_ranges(model.spec, len(stage.devices))
     stacked = [np.concatenate([part[:, start:stop] for start, stop in ranges], axis=1) for part in content]
-    shardings = model.page_shardings(stage.mesh)
-    stage.pages[layer] = LayerPages(*(jax.device_put(s, at) for s, at in zip(stacked, shardings, strict=True)))
+    shardings = model.content_shardings(stage.mesh)
+    stage.pages[layer] = tuple(jax.device_put(s, at) for s, at in zip(stacked, shardings, strict=True))
 
 
 def check(stage: Stage, layer: int, pages: Sequence[int], content: LayerPages[np.ndarray]) -> None:
