@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from spotjax.models.config import DecoderConfig, LayerKind
+
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
@@ -25,6 +27,12 @@ class Scoring:
     scale: float
     softcap: float | None = None
     window: int | None = None
+
+    @classmethod
+    def of(cls, config: DecoderConfig, kind: LayerKind) -> Scoring:
+        """That of a model's layers of a kind."""
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+        return cls(scale, config.attention_softcap, kind.window)
 
 
 def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, scoring: Scoring) -> jax.Array:
@@ -44,13 +52,17 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Ar
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
     scores = jnp.einsum("btkgh,bpkhs->bkgtps", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores.reshape(*scores.shape[:4], pages * page_size) * jnp.float32(scoring.scale)
-    if scoring.softcap is not None:
-        scores = jnp.tanh(scores / jnp.float32(scoring.softcap)) * jnp.float32(scoring.softcap)
+    scores = softcap(scores, scoring.softcap)
     scores = jnp.where(visible[:, None, None, :, :], scores, jnp.float32(-jnp.inf))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     weights = weights.reshape(*weights.shape[:4], pages, page_size)
     mixed = jnp.einsum("bkgtps,bpksh->btkgh", weights, values, preferred_element_type=jnp.float32)
     return mixed.reshape(query.shape).astype(query.dtype)
+
+
+def softcap(scores: jax.Array, bound: float | None) -> jax.Array:
+    """Bounds float32 scores or logits smoothly (Bello et al. 2016); None leaves them."""
+    return scores if bound is None else jnp.float32(bound) * jnp.tanh(scores / jnp.float32(bound))
 
 
 def as_one_page(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:

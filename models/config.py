@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +32,25 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerKind:
+    """All that layers of one model may differ in, their arrays' contents aside; layers of a kind share compiled code.
+
+    Attributes:
+      window: how many positions a query sees, its own and those before it; None for all.
+      rope_base, rope_scaling: of the rotary frequencies.
+    """
+
+    window: int | None
+    rope_base: float
+    rope_scaling: RopeScaling | None
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder, by its sizes and by which of the known parts it is made of. Defaults are those of Llama.
 
-    Covers Llama 2 and 3, SmolLM2, TinyLlama, Mistral without sliding window, dense Qwen2 and Qwen3; OPT; GPT-NeoX and
-    Pythia; GPT-2.
+    Covers Llama 2 and 3, SmolLM2, TinyLlama, Mistral, dense Qwen2 and Qwen3; Gemma 2 and 3; OPT; GPT-NeoX and Pythia;
+    GPT-2.
 
     Attributes:
       vocab: V, rows of the embedding.
@@ -50,9 +65,15 @@ class DecoderConfig:
       rotary_size: how many of the H elements of a head are rotated, the first ones; None for all.
       rope_base: base of the rotary frequencies.
       rope_scaling: stretch of the rotary frequencies, or None.
+      windows: sliding windows of the first layers, in positions, None where a layer sees all; repeated for the layers
+        after them. Empty where all layers see all.
+      local_rope_base: base of the rotary frequencies in layers with a window, not stretched there (Gemma 3); None where
+        they rotate as the other layers do.
       norm: ``rms`` is RMSNorm, ``layer`` LayerNorm with a bias.
       norm_epsilon: added to the mean square or variance in norms.
-      norm_place: ``before`` attention and feed-forward, with a final norm; or ``after`` them, without one (OPT-350M).
+      norm_place: ``before`` attention and feed-forward, with a final norm; ``after`` them, without one (OPT-350M); or
+        on ``both`` sides of them, with one (Gemma).
+      zero_centered_norm: RMSNorm multiplies by 1 + scale (Gemma).
       parallel_residual: attention and feed-forward take the same input and are added at once (GPT-NeoX).
       activation: of the feed-forward layer; ``gelu_tanh`` is the approximation of ``gelu`` by tanh.
       gated_mlp: the activation of one projection gates another (SwiGLU).
@@ -62,6 +83,10 @@ class DecoderConfig:
       output_bias: the attention output projection has a bias.
       mlp_bias: the feed-forward projections have biases.
       qk_norm: queries and keys are RMS-normalised per head before rotation (Qwen3).
+      attention_scale: what products of queries and keys are multiplied by; None for 1 / sqrt(H).
+      attention_softcap: bound c of the scores, c tanh(score / c); None for none.
+      logit_softcap: the same of the logits.
+      embedding_scale: what embedded tokens are multiplied by; None for 1.
     """
 
     vocab: int
@@ -83,11 +108,25 @@ class DecoderConfig:
     positions: Literal["rotary", "learned"] = "rotary"
     rotary_size: int | None = None
     norm: Literal["rms", "layer"] = "rms"
-    norm_place: Literal["before", "after"] = "before"
+    norm_place: Literal["before", "after", "both"] = "before"
     parallel_residual: bool = False
     activation: Literal["silu", "relu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = True
     embedding_width: int | None = None
+    windows: tuple[int | None, ...] = ()
+    local_rope_base: float | None = None
+    zero_centered_norm: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
+
+    def kind(self, layer: int) -> LayerKind:
+        """What is special about a layer."""
+        window = self.windows[layer % len(self.windows)] if self.windows else None
+        if window is not None and self.local_rope_base is not None:
+            return LayerKind(window, self.local_rope_base, None)
+        return LayerKind(window, self.rope_base, self.rope_scaling)
 
     def __post_init__(self) -> None:
         for name in ("vocab", "width", "layers", "heads", "kv_heads", "head_size", "mlp", "max_positions"):
@@ -97,8 +136,15 @@ class DecoderConfig:
             raise ValueError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
         if self.embedding_width is not None and self.embedding_width < 1:
             raise ValueError(f"embedding_width must be at least 1, got {self.embedding_width}")
-        if self.parallel_residual and self.norm_place == "after":
+        if self.parallel_residual and self.norm_place != "before":
             raise ValueError("parallel_residual needs norm_place 'before'")
+        if self.zero_centered_norm and self.norm != "rms":
+            raise ValueError("zero_centered_norm needs norm 'rms'")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "embedding_scale", "local_rope_base"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(f"windows must be at least 1, got {self.windows}")
         if self.positions == "rotary":
             self._check_rotary()
 
@@ -110,3 +156,19 @@ class DecoderConfig:
             raise ValueError(
                 f"rotary_size must be even and from 2 to head_size {self.head_size}, got {self.rotary_size}"
             )
+
+
+def window_pattern(windows: Sequence[int | None], max_positions: int) -> tuple[int | None, ...]:
+    """The shortest ``DecoderConfig.windows`` that gives every layer its window.
+
+    Args:
+      windows: of all layers, one by one; None where a layer sees all.
+      max_positions: windows from here on leave nothing out.
+    """
+    effective = tuple(None if window is None or window >= max_positions else window for window in windows)
+    if not any(effective):
+        return ()
+    for period in range(1, len(effective)):
+        if all(window == effective[layer % period] for layer, window in enumerate(effective)):
+            return effective[:period]
+    return effective

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spotjax.models.attention import Scoring, as_one_page, attend, visibility
+from spotjax.models.attention import Scoring, as_one_page, attend, softcap, visibility
 from spotjax.models.config import DecoderConfig
 from spotjax.models.layers import DecoderLayer, project
 from spotjax.models.norm import Norm, normalize
@@ -38,6 +38,8 @@ def embed(
     Returns: (B, T, D).
     """
     x = _rows(inputs["embedding"], tokens, shard)
+    if config.embedding_scale is not None:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
     if config.embedding_width is not None:
         x = project(x, inputs["input_projection"])
     if config.positions == "learned":
@@ -56,7 +58,7 @@ def _rows(table: jax.Array, wanted: jax.Array, shard: TensorShard) -> jax.Array:
 
 
 def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: TensorShard = WHOLE) -> jax.Array:
-    """Final norm and output projection.
+    """Final norm, output projection, soft cap.
 
     Args:
       config: of the model.
@@ -65,12 +67,12 @@ def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: Tens
 
     Returns: (B, V) float32.
     """
-    if config.norm_place == "before":
+    if config.norm_place != "after":
         x = normalize(config, x, outputs["norm.scale"], outputs.get("norm.bias"))
     if config.embedding_width is not None:
         x = x @ outputs["output_projection"]
     local = x @ outputs["embedding"].T if config.tied_embeddings else x @ outputs["head"]
-    return shard.concatenate(local.astype(jnp.float32))[:, : config.vocab]
+    return softcap(shard.concatenate(local.astype(jnp.float32))[:, : config.vocab], config.logit_softcap)
 
 
 class _NoStore:
@@ -94,18 +96,20 @@ class Decoder(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
         add_parameters(self, config, "", rngs)
-        self.layers = nnx.List([DecoderLayer(config, rngs=rngs) for _ in range(config.layers)])
-        if config.norm_place == "before":
+        layers = [DecoderLayer(config, config.kind(layer), rngs=rngs) for layer in range(config.layers)]
+        self.layers = nnx.List(layers)
+        if config.norm_place != "after":
             self.norm = Norm(config, "norm", rngs=rngs)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Token ids (B, T) to logits (B, T, V) float32."""
         batch, length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-        spec, rotation = ModelSpec(self.config), rotations(self.config, positions)
+        spec = ModelSpec(self.config)
+        rotation = [rotations(self.config, kind, positions) for kind in spec.kinds]
         x = embed(self.config, {name: self._array(name) for name in spec.inputs}, tokens, positions)
-        for layer in self.layers:
-            x = layer(x, rotation, _NoStore())
+        for layer, kind in zip(self.layers, spec.layer_kinds, strict=True):
+            x = layer(x, rotation[kind], _NoStore())
         outputs = {name: self._array(name) for name in spec.outputs}
         return logits(self.config, outputs, x.reshape(batch * length, -1)).reshape(batch, length, -1)
 

@@ -17,8 +17,8 @@ from flax import nnx
 from jax import lax
 
 from spotjax.models.attention import Scoring
-from spotjax.models.config import DecoderConfig
-from spotjax.models.norm import Norm, rms_normalize
+from spotjax.models.config import DecoderConfig, LayerKind
+from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
 from spotjax.models.rope import Rotation, rotate
 from spotjax.models.shard import WHOLE, TensorShard
@@ -67,8 +67,8 @@ class Attention(nnx.Module):
     query_norm: Parameter  # (H,)
     key_norm: Parameter  # (H,)
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
-        self.config = config
+    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs) -> None:
+        self.config, self.scoring = config, Scoring.of(config, kind)
         add_parameters(self, config, "attention", rngs)
 
     def __call__(self, x: jax.Array, rotation: Rotation | None, store: KeyValueStore, shard: TensorShard) -> jax.Array:
@@ -81,8 +81,8 @@ class Attention(nnx.Module):
             keys = keys + self.key_bias[...][None, None]
             values = values + self.value_bias[...][None, None]
         if c.qk_norm:
-            query = rms_normalize(query, self.query_norm[...], c.norm_epsilon)
-            keys = rms_normalize(keys, self.key_norm[...], c.norm_epsilon)
+            query = normalize(c, query, self.query_norm[...], None)
+            keys = normalize(c, keys, self.key_norm[...], None)
         if rotation is not None:
             query, keys = rotate(query, rotation), rotate(keys, rotation)
         mixed = self._mix(query, keys, values, store, shard)  # (B, T, N, H)
@@ -98,7 +98,7 @@ class Attention(nnx.Module):
         Where kv heads do not split evenly (see ``layout.tensor_range``), a shard lacks some of the queries of its first
         and last one. Zeros stand in for these.
         """
-        c, m, scoring = self.config, shard.degree, Scoring(self.config.head_size**-0.5)
+        c, m, scoring = self.config, shard.degree, self.scoring
         if m == 1 or c.kv_heads % m == 0 or m % c.kv_heads == 0:
             return store.attend(query, keys, values, scoring)
         batch, length, mine, size = query.shape
@@ -111,7 +111,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """Two projections with an activation between, or SwiGLU (Shazeer 2020). Biases are as the configuration says."""
+    """Two projections with an activation between, or with a gate (Shazeer 2020). Biases are as configured."""
 
     gate: Parameter  # (D, F)
     up: Parameter  # (D, F)
@@ -141,17 +141,23 @@ class FeedForward(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and feed-forward, added to the residual stream; norms and order are as the configuration says."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, kind: LayerKind, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.attention_norm = Norm(config, "attention_norm", rngs=rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, kind, rngs=rngs)
         self.mlp_norm = Norm(config, "mlp_norm", rngs=rngs)
         self.mlp = FeedForward(config, rngs=rngs)
+        if config.norm_place == "both":
+            self.attention_output_norm = Norm(config, "attention_output_norm", rngs=rngs)
+            self.mlp_output_norm = Norm(config, "mlp_output_norm", rngs=rngs)
 
     def __call__(
         self, x: jax.Array, rotation: Rotation | None, store: KeyValueStore, shard: TensorShard = WHOLE
     ) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
+        if self.config.norm_place == "both":
+            x = x + self.attention_output_norm(self.attention(self.attention_norm(x), rotation, store, shard))
+            return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x), shard))
         if self.config.norm_place == "after":
             x = self.attention_norm(x + self.attention(x, rotation, store, shard))
             return self.mlp_norm(x + self.mlp(x, shard))

@@ -29,21 +29,26 @@ def normalize(config: DecoderConfig, x: jax.Array, scale: jax.Array, bias: jax.A
     """Normalises the last axis as the configuration says.
 
     Args:
-      config: kind of norm and its epsilon.
+      config: kind of norm, its epsilon, and whether one is added to the scale.
       x: (..., D).
       scale: (D,).
       bias: (D,) of LayerNorm, None of RMSNorm.
     """
     if bias is None:
-        return rms_normalize(x, scale, config.norm_epsilon)
+        return rms_normalize(x, scale, config.norm_epsilon, zero_centered=config.zero_centered_norm)
     return layer_normalize(x, scale, bias, config.norm_epsilon)
 
 
-def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Scales vectors to unit mean square (Zhang and Sennrich 2019), and multiplies by ``scale``."""
+def rms_normalize(x: jax.Array, scale: jax.Array, epsilon: float, *, zero_centered: bool = False) -> jax.Array:
+    """Scales vectors to unit mean square (Zhang and Sennrich 2019), and multiplies by ``scale``.
+
+    Where the scale is zero-centered, by 1 + scale, in float32 as in Gemma's own code.
+    """
     wide = x.astype(jnp.float32)
     mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
     normed = wide * jax.lax.rsqrt(mean_square + jnp.float32(epsilon))
+    if zero_centered:
+        return (normed * (1 + _like(scale.astype(jnp.float32), x))).astype(x.dtype)
     return normed.astype(x.dtype) * _like(scale, x)
 
 

@@ -14,13 +14,13 @@ from spotjax.models.spec import ArraySpec, ModelSpec
 Parameter = nnx.Param[jax.Array]
 
 
-def parameter(array: ArraySpec, rngs: nnx.Rngs) -> Parameter:
-    """Norms start at one, biases at zero; the rest is normal with variance 1 / fan-in."""
+def parameter(array: ArraySpec, config: DecoderConfig, rngs: nnx.Rngs) -> Parameter:
+    """Norms start at multiplying by one, biases at zero; the rest is normal with variance 1 / fan-in."""
     name = array.name.rsplit(".", 1)[-1]
     if name.endswith("bias"):
         value = jnp.zeros(array.shape, jnp.float32)
     elif name == "scale" or name.endswith("norm"):
-        value = jnp.ones(array.shape, jnp.float32)
+        value = jnp.full(array.shape, 0 if config.zero_centered_norm else 1, jnp.float32)
     else:
         fan_in = array.shape[-1] if name in ("embedding", "positions") else array.size // _outputs(array)
         value = jax.random.normal(rngs.params(), array.shape, jnp.float32) * fan_in**-0.5
@@ -34,7 +34,7 @@ def add_parameters(module: nnx.Module, config: DecoderConfig, name: str, rngs: n
     for array in (*spec.edges, *layer):
         owner, _, own_name = array.name.rpartition(".")
         if owner == name:
-            setattr(module, own_name, parameter(array, rngs))
+            setattr(module, own_name, parameter(array, config, rngs))
 
 
 def _outputs(array: ArraySpec) -> int:

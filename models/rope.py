@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spotjax.models.config import DecoderConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, LayerKind, RopeScaling
 
 Rotation = tuple[jax.Array, jax.Array]
 """Cosines and sines of the angles by which pairs of elements are rotated: two (B, T, 1, R / 2) float32 arrays."""
 
 
-def frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
+def frequencies(config: DecoderConfig, kind: LayerKind) -> tuple[np.ndarray, float]:
     """Angular frequency of every rotated pair, and the scale of the rotated vectors.
 
     Returns: ((R / 2,) float32 radians per position, attention scale), with R the rotated part of a head.
@@ -23,15 +23,15 @@ def frequencies(config: DecoderConfig) -> tuple[np.ndarray, float]:
     """
     size = config.rotary_size or config.head_size
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    base = (1.0 / np.float32(config.rope_base) ** exponents).astype(np.float32)
-    scaling = config.rope_scaling
+    base = (1.0 / np.float32(kind.rope_base) ** exponents).astype(np.float32)
+    scaling = kind.rope_scaling
     if scaling is None:
         return base, 1.0
     if scaling.kind == "linear":
         return base / np.float32(scaling.factor), 1.0
     if scaling.kind == "llama3":
         return _llama3(base, scaling), 1.0
-    return _yarn(base, scaling, config)
+    return _yarn(base, scaling, kind.rope_base)
 
 
 def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
@@ -43,13 +43,13 @@ def _llama3(base: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     return stretched.astype(np.float32)
 
 
-def _yarn(base: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> tuple[np.ndarray, float]:
+def _yarn(base: np.ndarray, scaling: RopeScaling, rope_base: float) -> tuple[np.ndarray, float]:
     """Interpolates the dimensions that turn seldom over the original context, keeps those that turn often."""
     pairs, size = len(base), 2 * len(base)
 
     def pair_of(turns: float) -> float:
         original = scaling.original_positions
-        ratio = math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_base))
+        ratio = math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope_base))
         return size * ratio
 
     low = max(math.floor(pair_of(scaling.beta_fast)), 0)
@@ -62,11 +62,11 @@ def _yarn(base: np.ndarray, scaling: RopeScaling, config: DecoderConfig) -> tupl
     return scaled.astype(np.float32), attention
 
 
-def rotations(config: DecoderConfig, positions: jax.Array) -> Rotation | None:
-    """How queries and keys at ``positions``, (B, T) int32, are rotated; None where the model rotates none."""
+def rotations(config: DecoderConfig, kind: LayerKind, positions: jax.Array) -> Rotation | None:
+    """How layers of a kind rotate queries and keys at ``positions``, (B, T) int32; None where they rotate none."""
     if config.positions != "rotary":
         return None
-    speed, scale = frequencies(config)
+    speed, scale = frequencies(config, kind)
     angles = positions.astype(jnp.float32)[:, :, None, None] * jnp.asarray(speed)[None, None, None, :]
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, LayerKind
 
 Axes = tuple[str, ...]
 """Logical axis names: ``vocab positions embed heads kv_heads head_size mlp pages page_slot kv``."""
@@ -52,9 +52,25 @@ class ModelSpec:
     dtype_bytes: int = 4
 
     @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds of layer that the model has, in the order in which they come first."""
+        return tuple(dict.fromkeys(map(self.config.kind, range(self.config.layers))))
+
+    @cached_property
+    def layer_kinds(self) -> tuple[int, ...]:
+        """For every layer the number of its kind in ``kinds``."""
+        numbers = {kind: number for number, kind in enumerate(self.kinds)}
+        return tuple(numbers[self.config.kind(layer)] for layer in range(self.config.layers))
+
+    @cached_property
     def layer_arrays(self) -> Arrays:
         """Shape and axes of each parameter of one decoder layer, by name within the layer."""
-        return self._norm("attention_norm") | self._attention() | self._norm("mlp_norm") | self._feed_forward()
+        attention = self._norm("attention_norm") | self._attention()
+        feed_forward = self._norm("mlp_norm") | self._feed_forward()
+        if self.config.norm_place == "both":
+            attention |= self._norm("attention_output_norm")
+            feed_forward |= self._norm("mlp_output_norm")
+        return attention | feed_forward
 
     @cached_property
     def inputs(self) -> dict[str, ArraySpec]:
@@ -72,7 +88,7 @@ class ModelSpec:
         """What turns the last layer's output into logits, by name; a tied embedding is an input as well."""
         c = self.config
         arrays: list[ArraySpec] = []
-        if c.norm_place == "before":
+        if c.norm_place != "after":
             arrays += [ArraySpec(name, shape, axes) for name, (shape, axes) in self._norm("norm").items()]
         if c.embedding_width is not None:
             arrays.append(ArraySpec("output_projection", (c.width, c.embedding_width), ("embed", "embed")))

@@ -48,7 +48,21 @@ _GPT = replace(
 OPT = replace(_GPT, positions="learned", activation="relu", tied_embeddings=True)
 NEOX = replace(_GPT, rotary_size=2, parallel_residual=True, activation="gelu")
 POST_NORM = replace(OPT, norm_place="after", embedding_width=10)
-"""The other architectures, as small."""
+GEMMA = replace(
+    SHARED_HEADS,
+    windows=(4, None),
+    local_rope_base=500.0,
+    norm_place="both",
+    zero_centered_norm=True,
+    activation="gelu_tanh",
+    attention_scale=0.4,
+    attention_softcap=3.0,
+    logit_softcap=5.0,
+    embedding_scale=24.0**0.5,
+    tied_embeddings=True,
+    qk_norm=True,
+)
+"""The other architectures, as small. ``GEMMA`` has layers of two kinds, and what Gemma 2 and Gemma 3 have."""
 
 
 class Letters:

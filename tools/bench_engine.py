@@ -72,17 +72,17 @@ class BareLoop:
             for layer in range(spec.config.layers)
         ]
         self._ends = tuple({name: arrays[name] for name in ends} for ends in (spec.inputs, spec.outputs))
-        graph = layer_graph(spec.config)
+        graphs = [layer_graph(spec.config, kind) for kind in spec.kinds]
 
         def step(layers: Any, ends: Any, kv: Any, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
             inputs, outputs = ends
             steps = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
             positions = jnp.broadcast_to(steps, tokens.shape)
-            rotation = rotations(self._config, positions)
+            rotation = [rotations(self._config, kind, positions) for kind in spec.kinds]
             hidden, extended = embed(self._config, inputs, tokens, positions), []
-            for layer, (keys, values) in zip(layers, kv, strict=True):
+            for kind, layer, (keys, values) in zip(spec.layer_kinds, layers, kv, strict=True):
                 store = ContiguousStore(keys, values, position)
-                hidden = bind(graph, layer)(hidden, rotation, store)
+                hidden = bind(graphs[kind], layer)(hidden, rotation[kind], store)
                 extended.append((store.keys, store.values))
             scores = logits(self._config, outputs, hidden[:, -1])
             return jnp.argmax(scores, axis=-1).astype(jnp.int32), extended

@@ -32,6 +32,8 @@ from spotjax.runtime.program_cache import ProgramCache
 from spotjax.runtime.sampling import sample
 
 Call = Callable[..., Any]
+Kinds = tuple[int, ...]
+"""Kinds of consecutive layers, by their numbers in ``ModelSpec.kinds``."""
 PAGES_PER_MOVE = 16
 """Pages that one ``read_pages`` or ``write_pages`` call moves."""
 
@@ -82,18 +84,19 @@ class CompiledModel:
             ("embed", len(devices), rows, span), devices, partial(self._lower_embed, rows, span)
         )
 
-    def block(self, devices: Devices, shape: StepShape, layers: int) -> Call | None:
-        """``(layers, pages, hidden, step) -> (hidden, pages)`` for that many layers, if compiled."""
-        return self.executables.get_if_ready(("layers", len(devices), shape, layers), devices)
+    def block(self, devices: Devices, shape: StepShape, kinds: Kinds) -> Call | None:
+        """``(layers, pages, hidden, step) -> (hidden, pages)`` for consecutive layers of these kinds, if compiled."""
+        return self.executables.get_if_ready(("layers", len(devices), shape, kinds), devices)
 
-    def request_block(self, devices: Devices, shape: StepShape, layers: int) -> None:
+    def request_block(self, devices: Devices, shape: StepShape, kinds: Kinds) -> None:
         """Has ``block`` compiled in the background."""
-        key = ("layers", len(devices), shape, layers)
-        self.executables.request(key, devices, partial(self._lower_layers, shape, layers))
+        key = ("layers", len(devices), shape, kinds)
+        self.executables.request(key, devices, partial(self._lower_layers, shape, kinds))
 
-    def layer(self, devices: Devices, shape: StepShape) -> Call:
+    def layer(self, devices: Devices, shape: StepShape, kind: int) -> Call:
         """The same for a single layer, compiled now if it never was."""
-        return self.executables.get(("layers", len(devices), shape, 1), devices, partial(self._lower_layers, shape, 1))
+        key = ("layers", len(devices), shape, (kind,))
+        return self.executables.get(key, devices, partial(self._lower_layers, shape, (kind,)))
 
     def logits(self, devices: Devices, rows: int, span: int) -> Call:
         """``(outputs, hidden, rows) -> logits``."""
@@ -192,8 +195,8 @@ class CompiledModel:
         arguments = [self._abstract_edge(self.spec.inputs, mesh), self._abstract_rows(rows, span, mesh)]
         return self._lower(self._functions(mesh).embed, arguments, replicated(mesh), mesh)
 
-    def _lower_layers(self, shape: StepShape, layers: int, devices: Devices) -> jax.stages.Lowered:
-        mesh = stage_mesh(devices)
+    def _lower_layers(self, shape: StepShape, kinds: Kinds, devices: Devices) -> jax.stages.Lowered:
+        mesh, layers = stage_mesh(devices), len(kinds)
         pages, numbers = self._abstract_pages(mesh, mesh.size), (shape.rows, shape.pages)
         arguments = [
             (self._abstract_layer(mesh),) * layers,
@@ -204,7 +207,7 @@ class CompiledModel:
             ),
         ]
         results = (replicated(mesh), (_shardings(pages),) * layers)
-        return self._lower(self._functions(mesh).layers, arguments, results, mesh, donate=(1,))
+        return self._lower(partial(self._functions(mesh).layers, kinds), arguments, results, mesh, donate=(1,))
 
     def _lower_logits(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)

@@ -1,6 +1,6 @@
 """The functions that a stage compiles: embedding, a block of decoder layers, logits. Pure, one tensor shard's view.
 
-A block function serves any layers of the model, because layers differ in their arrays only.
+A block function serves any layers of the same kinds, because such layers differ in their arrays only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, LayerKind
 from spotjax.models.decoder import EdgeArrays, embed, logits
 from spotjax.models.layers import DecoderLayer
 from spotjax.models.rope import rotations
@@ -24,9 +24,9 @@ LayerArrays = Mapping[str, jax.Array]
 """Parameters of one decoder layer by their name within the layer, e.g. ``attention.query``."""
 
 
-def layer_graph(config: DecoderConfig) -> nnx.GraphDef[DecoderLayer]:
-    """The structure of a decoder layer without its arrays; all layers of a model share it."""
-    abstract = nnx.eval_shape(lambda: DecoderLayer(config, rngs=nnx.Rngs(0)))
+def layer_graph(config: DecoderConfig, kind: LayerKind) -> nnx.GraphDef[DecoderLayer]:
+    """The structure of a decoder layer without its arrays; all layers of a kind share it."""
+    abstract = nnx.eval_shape(lambda: DecoderLayer(config, kind, rngs=nnx.Rngs(0)))
     graph, _ = nnx.split(abstract)
     return graph
 
@@ -45,25 +45,30 @@ class StageFunctions:
     """Functions of one model, for shards of one tensor degree."""
 
     def __init__(self, spec: ModelSpec, shard: TensorShard, attention: AttentionBackend) -> None:
-        self._config, self._shard, self._attention = spec.config, shard, attention
-        self._graph = layer_graph(spec.config)
+        self._config, self._kinds, self._shard, self._attention = spec.config, spec.kinds, shard, attention
+        self._graphs = [layer_graph(spec.config, kind) for kind in spec.kinds]
 
     def embed(self, inputs: EdgeArrays, rows: jax.Array) -> jax.Array:
         """The step's rows (B, 2 + T) to hidden vectors (B, T, D)."""
         return embed(self._config, inputs, rows[:, 2:], positions_of(rows), self._shard)
 
     def layers(
-        self, layers: Sequence[LayerArrays], pages: Sequence[DevicePages], hidden: jax.Array, step: StepInput
+        self,
+        kinds: Sequence[int],
+        layers: Sequence[LayerArrays],
+        pages: Sequence[DevicePages],
+        hidden: jax.Array,
+        step: StepInput,
     ) -> tuple[jax.Array, tuple[DevicePages, ...]]:
-        """Runs consecutive layers. DONATES ``pages``.
+        """Runs consecutive layers, whose kinds are ``ModelSpec.kinds`` of these numbers. DONATES ``pages``.
 
         Returns: hidden vectors (B, T, D) and the layers' extended pages.
         """
-        rotation = rotations(self._config, step.positions)
+        rotation = {kind: rotations(self._config, self._kinds[kind], step.positions) for kind in set(kinds)}
         extended = []
-        for arrays, kv in zip(layers, pages, strict=True):
+        for kind, arrays, kv in zip(kinds, layers, pages, strict=True):
             store = self._attention.store(kv, step)
-            hidden = bind(self._graph, arrays)(hidden, rotation, store, self._shard)
+            hidden = bind(self._graphs[kind], arrays)(hidden, rotation[kind], store, self._shard)
             extended.append(store.pages)
         return hidden, tuple(extended)
 

@@ -52,6 +52,7 @@ class Stage:
         self._model = model
         self._parameters = parameters
         self._replicated = replicated(self.mesh)
+        self._kinds = model.spec.layer_kinds[slice(*layers)]
         self._layers = tuple(
             {name: parameters[f"layers.{layer}.{name}"] for name in model.spec.layer_arrays} for layer in range(*layers)
         )
@@ -78,10 +79,9 @@ class Stage:
 
     def has_block(self, shape: StepShape) -> bool:
         """Whether all layers are compiled as one executable for this shape; asks for it if not."""
-        start, stop = self.layers
-        if self._model.block(self.devices, shape, stop - start) is not None:
+        if self._model.block(self.devices, shape, self._kinds) is not None:
             return True
-        self._model.request_block(self.devices, shape, stop - start)
+        self._model.request_block(self.devices, shape, self._kinds)
         return False
 
     def run(
@@ -126,12 +126,12 @@ class Stage:
     def _run_layers(self, shape: StepShape, hidden: Any, step: StepInput) -> Any:
         """All layers in one executable where that is compiled for this shape, else one after another."""
         order = range(*self.layers)
-        block = self._model.block(self.devices, shape, len(order))
+        block = self._model.block(self.devices, shape, self._kinds)
         if block is not None:
             hidden, extended = block(self._layers, tuple(self.pages[layer] for layer in order), hidden, step)
             self.pages.update(zip(order, extended, strict=True))
             return hidden
-        run_layer = self._model.layer(self.devices, shape)
-        for layer, arrays in zip(order, self._layers, strict=True):
-            hidden, (self.pages[layer],) = run_layer((arrays,), (self.pages[layer],), hidden, step)
+        run = {kind: self._model.layer(self.devices, shape, kind) for kind in set(self._kinds)}
+        for layer, kind, arrays in zip(order, self._kinds, self._layers, strict=True):
+            hidden, (self.pages[layer],) = run[kind]((arrays,), (self.pages[layer],), hidden, step)
         return hidden

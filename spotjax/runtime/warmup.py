@@ -40,7 +40,8 @@ def load(model: CompiledModel, groups: Sequence[Devices], steps: Iterable[Step])
     for shape, variant in dict.fromkeys(steps):
         for devices in groups:
             model.embed(devices, shape.rows, shape.span)
-            model.layer(devices, shape)
+            for kind in range(len(model.spec.kinds)):
+                model.layer(devices, shape, kind)
             model.logits(devices, shape.rows, shape.span)
             model.sample(own(devices)[0], variant, shape.rows)
 
@@ -51,7 +52,8 @@ def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator
         yield lambda rows=rows, span=span: model.embed(devices, rows, span)  # type: ignore[misc]
         yield lambda rows=rows, span=span: model.logits(devices, rows, span)  # type: ignore[misc]
     for shape in buckets.all_shapes():
-        yield lambda shape=shape: model.layer(devices, shape)  # type: ignore[misc]
+        for kind in range(len(model.spec.kinds)):
+            yield lambda shape=shape, kind=kind: model.layer(devices, shape, kind)  # type: ignore[misc]
     for rows in sorted({rows for rows, _ in steps}):
         for variant in Variant:
             yield lambda rows=rows, variant=variant: model.sample(own(devices)[0], variant, rows)  # type: ignore[misc]

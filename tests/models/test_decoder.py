@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from serving_cases import CASES, NEOX, OPT, POST_NORM, SHARED_HEADS, RandomCheckpoint, checkpoint, golden
+from serving_cases import CASES, GEMMA, NEOX, OPT, POST_NORM, SHARED_HEADS, RandomCheckpoint, checkpoint, golden
 
 from spotjax.meshes.slices import whole
 from spotjax.models.attention import Scoring, as_one_page, attend, visibility
@@ -86,20 +86,22 @@ def test_parameters_are_exactly_those_of_the_spec(config: DecoderConfig) -> None
     assert found == {array.name: (array.shape, array.axes) for array in ModelSpec(config).parameters}
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, POST_NORM], ids=["llama", "gpt"])
-def test_biases_start_at_zero_and_norms_at_one(config: DecoderConfig) -> None:
+@pytest.mark.parametrize("config", [EVERYTHING, POST_NORM, GEMMA], ids=["llama", "gpt", "gemma"])
+def test_biases_start_at_zero_and_norms_at_multiplying_by_one(config: DecoderConfig) -> None:
     model = nnx.jit(lambda: Decoder(replace(config, layers=1), rngs=nnx.Rngs(3)))()
     for path, parameter in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         name = str(path[-1])
         if name.endswith("bias"):
             np.testing.assert_array_equal(parameter[...], 0)
         elif name.endswith("norm") or name == "scale":
-            np.testing.assert_array_equal(parameter[...], 1)
+            np.testing.assert_array_equal(parameter[...], 0 if config.zero_centered_norm else 1)
         else:
             assert float(jnp.std(parameter[...])) > 0
 
 
-@pytest.mark.parametrize("config", [EVERYTHING, NEOX, OPT, POST_NORM], ids=["llama", "neox", "opt", "post-norm"])
+@pytest.mark.parametrize(
+    "config", [EVERYTHING, NEOX, OPT, POST_NORM, GEMMA], ids=["llama", "neox", "opt", "post-norm", "gemma"]
+)
 def test_no_position_sees_a_later_token(config: DecoderConfig) -> None:
     weights = RandomCheckpoint(config)
     tokens = np.random.default_rng(0).integers(0, EVERYTHING.vocab, 20)
@@ -108,6 +110,17 @@ def test_no_position_sees_a_later_token(config: DecoderConfig) -> None:
     before, after = logits(weights, tokens), logits(weights, changed)
     np.testing.assert_array_equal(before[:12], after[:12])
     assert np.abs(before[12:] - after[12:]).max() > 0.01
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_token_reaches_as_far_as_windows_and_layers_carry_it(layers: int) -> None:
+    window = 4
+    weights = RandomCheckpoint(replace(SHARED_HEADS, layers=layers, windows=(window,)))
+    tokens = np.random.default_rng(0).integers(0, SHARED_HEADS.vocab, 20)
+    changed = tokens.copy()
+    changed[2] = (changed[2] + 1) % SHARED_HEADS.vocab
+    differs = np.abs(logits(weights, tokens) - logits(weights, changed)).max(axis=-1) > 0
+    assert np.flatnonzero(differs).tolist() == list(range(2, 2 + layers * (window - 1) + 1))
 
 
 @pytest.mark.parametrize(

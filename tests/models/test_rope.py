@@ -17,11 +17,12 @@ from spotjax.models.rope import frequencies, rotate, rotations
 
 CONFIG = DecoderConfig(vocab=8, width=8, layers=1, heads=1, kv_heads=1, head_size=16, mlp=8, rope_base=1000.0)
 LLAMA3 = RopeScaling("llama3", factor=8.0, original_positions=256, low_frequency=1.0, high_frequency=4.0)
+KIND = CONFIG.kind(0)
 YARN = RopeScaling("yarn", factor=4.0, original_positions=256, beta_fast=8.0, beta_slow=1.0)
 
 
 def speeds(scaling: RopeScaling | None) -> np.ndarray:
-    return frequencies(replace(CONFIG, rope_scaling=scaling))[0].astype(np.float64)
+    return frequencies(CONFIG, replace(KIND, rope_scaling=scaling))[0].astype(np.float64)
 
 
 def wavelengths() -> np.ndarray:
@@ -65,9 +66,9 @@ def test_yarn_keeps_pairs_that_turn_often_and_interpolates_those_that_turn_seldo
 )
 def test_yarn_scales_the_rotated_vectors(factor: float, given_factor: float | None, expected: float) -> None:
     scaling = replace(YARN, factor=factor, attention_factor=given_factor)
-    config = replace(CONFIG, rope_scaling=scaling)
-    assert frequencies(config)[1] == pytest.approx(expected)
-    cos, sin = rotations(config, jnp.zeros((1, 1), jnp.int32))
+    kind = replace(KIND, rope_scaling=scaling)
+    assert frequencies(CONFIG, kind)[1] == pytest.approx(expected)
+    cos, sin = rotations(CONFIG, kind, jnp.zeros((1, 1), jnp.int32))
     np.testing.assert_allclose(cos, expected, rtol=1e-6)
     np.testing.assert_array_equal(sin, 0)
 
@@ -79,8 +80,9 @@ def test_scores_depend_on_the_distance_of_positions_alone(first: int, distance: 
     query, key = (jnp.asarray(generator.normal(size=(1, 1, 1, 16)), jnp.float32) for _ in range(2))
 
     def score(offset: int) -> float:
-        at = [rotations(CONFIG, jnp.full((1, 1), place + offset, jnp.int32)) for place in (first, first + distance)]
-        return float(jnp.sum(rotate(query, at[0]) * rotate(key, at[1])))
+        here, there = (jnp.full((1, 1), place + offset, jnp.int32) for place in (first, first + distance))
+        turned = rotate(query, rotations(CONFIG, KIND, here)), rotate(key, rotations(CONFIG, KIND, there))
+        return float(jnp.sum(turned[0] * turned[1]))
 
     assert score(shift) == pytest.approx(score(0), abs=2e-3)
 
@@ -88,7 +90,7 @@ def test_scores_depend_on_the_distance_of_positions_alone(first: int, distance: 
 def test_rotation_keeps_lengths_and_matches_complex_multiplication() -> None:
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 16)).astype(np.float32)
     positions = np.array([[0, 1, 2], [7, 8, 300]], np.int32)
-    turned = np.asarray(rotate(jnp.asarray(x), rotations(CONFIG, jnp.asarray(positions))))
+    turned = np.asarray(rotate(jnp.asarray(x), rotations(CONFIG, KIND, jnp.asarray(positions))))
     angles = positions[:, :, None, None] * (1000.0 ** -(np.arange(8) / 8))
     expected = (x[..., :8] + 1j * x[..., 8:]) * np.exp(1j * angles)
     np.testing.assert_allclose(turned[..., :8], expected.real, atol=2e-4)
@@ -98,5 +100,5 @@ def test_rotation_keeps_lengths_and_matches_complex_multiplication() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_rotation_keeps_the_dtype(dtype: jnp.dtype) -> None:
-    rotation = rotations(CONFIG, jnp.ones((1, 2), jnp.int32))
+    rotation = rotations(CONFIG, KIND, jnp.ones((1, 2), jnp.int32))
     assert jax.eval_shape(rotate, jnp.ones((1, 2, 1, 16), dtype), rotation).dtype == dtype

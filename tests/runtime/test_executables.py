@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from serving_cases import BUCKETS, build_stage, shared_heads
+from serving_cases import BUCKETS, PAGE_SIZE, PAGES, POSITIONS, SHARED_HEADS, build_stage, shared_heads
 
 from spotjax.meshes.sharding import stage_mesh
+from spotjax.models.spec import ModelSpec
 from spotjax.runtime.buckets import StepShape
-from spotjax.runtime.executables import Devices, Executables
+from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.executables import Devices, Executables, Key
 from spotjax.runtime.program_cache import ProgramCache
+from spotjax.runtime.warmup import warm
 
 SHAPE = StepShape(1, 1, 8)
 
@@ -89,11 +93,11 @@ def test_a_step_donates_its_pages_on_retargeted_devices() -> None:
     logits = []
     for devices in (jax.devices()[:2], jax.devices()[4:6]):
         stage = build_stage(model, weights, devices, stages=1, number=0)
-        before = [part.data.unsafe_buffer_pointer() for part in stage.pages[0].keys.addressable_shards]
+        before = [part.data.unsafe_buffer_pointer() for part in stage.pages[0][0].addressable_shards]
         kept = stage.pages[0]
         logits.append(np.asarray(stage.run(SHAPE, rows, pages, None)))
-        assert kept.keys.is_deleted() and kept.values.is_deleted()
-        assert [part.data.unsafe_buffer_pointer() for part in stage.pages[0].keys.addressable_shards] == before
+        assert all(array.is_deleted() for array in kept)
+        assert [part.data.unsafe_buffer_pointer() for part in stage.pages[0][0].addressable_shards] == before
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
@@ -240,6 +244,19 @@ def test_fused_stages_give_what_single_layers_give() -> None:
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize(("windows", "kinds"), [((), 1), ((8,), 1), ((8, None), 2), ((None, 4, 8), 3)])
+def test_a_layer_function_is_made_ready_for_each_kind_once(
+    windows: tuple[int | None, ...], kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ModelSpec(replace(SHARED_HEADS, layers=6, windows=windows))
+    model = CompiledModel(spec, PAGES, PAGE_SIZE, POSITIONS, jnp.float32)
+    asked: list[Key] = []
+    monkeypatch.setattr(model.executables, "get", lambda key, devices, lower: asked.append(key))
+    warm(model, BUCKETS, [group(0)])
+    assert len(asked) == len(set(asked))
+    assert sum(key[0] == "layers" for key in asked) == kinds * len(BUCKETS.all_shapes())
+
+
 def test_every_step_of_the_scheduler_finds_a_shape() -> None:
     find = partial(BUCKETS.shape, fine=True)
     for rows in range(1, BUCKETS.max_batch + 1):
@@ -258,11 +275,13 @@ def test_every_step_of_the_scheduler_finds_a_shape() -> None:
 
 SHARED = """
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 import jax, jax.numpy as jnp
 from spotjax.runtime.executables import Executables
 from spotjax.runtime.program_cache import ProgramCache
+from spotjax.runtime.warmup import warm
 
 def lower(devices):
     at = jax.sharding.SingleDeviceSharding(devices[0])
