@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -31,77 +30,22 @@ from spotjax import embedded
 from spotjax.config import ServeConfig
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
-from spotjax.meshes.slices import whole
-from spotjax.models.attention import Scoring, attend, visibility
 from spotjax.models.catalog import Model, open_model
-from spotjax.models.decoder import embed, logits
-from spotjax.models.rope import rotations
-from spotjax.runtime.functions import bind, layer_graph
 from spotjax.runtime.pipeline import LocalPipeline
+from spotjax.tools.bare_loop import BareLoop
 
 PROMPT, NEW = 128, 64
 """Tokens of every prompt, and new tokens of every sequence."""
 console = Console()
 
 
-class ContiguousStore:
-    """KV of one layer in one piece: (B, 1, K, H, S) keys and (B, 1, K, S, H) values, filled up to ``position``."""
-
-    def __init__(self, keys: jax.Array, values: jax.Array, position: jax.Array) -> None:
-        self.keys, self.values, self._position = keys, values, position
-
-    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring) -> jax.Array:
-        """See ``models.layers.KeyValueStore``."""
-        at = self._position
-        self.keys = jax.lax.dynamic_update_slice(self.keys, keys.transpose(0, 2, 3, 1)[:, None], (0, 0, 0, 0, at))
-        self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3)[:, None], (0, 0, 0, at, 0))
-        positions = at + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
-        visible = visibility(positions, self.keys.shape[-1], scoring.window)
-        return attend(query, self.keys, self.values, visible, scoring)
-
-
-class BareLoop:
-    """The model as one jitted function: the least that a decode step can be in plain jax."""
-
-    def __init__(self, model: Model) -> None:
-        spec = model.checkpoint.spec
-        self._config = spec.config
-        arrays = {a.name: jnp.asarray(model.checkpoint.read(a.name, whole(a.shape))) for a in spec.parameters}
-        self._layers = [
-            {name: arrays[f"layers.{layer}.{name}"] for name in spec.layer_arrays}
-            for layer in range(spec.config.layers)
-        ]
-        self._ends = tuple({name: arrays[name] for name in ends} for ends in (spec.inputs, spec.outputs))
-        graphs = [layer_graph(spec.config, kind) for kind in spec.kinds]
-
-        def step(layers: Any, ends: Any, kv: Any, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
-            inputs, outputs = ends
-            steps = position + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-            positions = jnp.broadcast_to(steps, tokens.shape)
-            rotation = [rotations(self._config, kind, positions) for kind in spec.kinds]
-            hidden, extended = embed(self._config, inputs, tokens, positions), []
-            for kind, layer, (keys, values) in zip(spec.layer_kinds, layers, kv, strict=True):
-                store = ContiguousStore(keys, values, position)
-                hidden = bind(graphs[kind], layer)(hidden, rotation[kind], store)
-                extended.append((store.keys, store.values))
-            scores = logits(self._config, outputs, hidden[:, -1])
-            return jnp.argmax(scores, axis=-1).astype(jnp.int32), extended
-
-        self._step = jax.jit(step, donate_argnums=2)
-
-    def run(self, prompts: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """Generates NEW tokens: (tokens (B, NEW), seconds to the first, seconds from the first to the last)."""
-        c, rows = self._config, len(prompts)
-        shape = (rows, 1, c.kv_heads, c.head_size, PROMPT + NEW)
-        kv = [(jnp.zeros(shape), jnp.zeros((*shape[:3], shape[4], shape[3]))) for _ in range(c.layers)]
-        begin = time.perf_counter()
-        token, kv = self._step(self._layers, self._ends, kv, jnp.asarray(prompts), jnp.int32(0))
-        out = [np.asarray(token)]
-        first = time.perf_counter()
-        for index in range(NEW - 1):
-            token, kv = self._step(self._layers, self._ends, kv, token[:, None], jnp.int32(PROMPT + index))
-            out.append(np.asarray(token))
-        return np.stack(out, axis=1), first - begin, time.perf_counter() - first
+def timed_steps(bare: BareLoop, prompts: np.ndarray) -> tuple[np.ndarray, float]:
+    """Generates NEW tokens: (tokens (B, NEW), seconds from the first to the last)."""
+    steps = bare.steps(prompts, NEW)
+    out = [next(steps)]
+    first = time.perf_counter()
+    out += steps
+    return np.stack(out, axis=1), time.perf_counter() - first
 
 
 class HostTime:
@@ -136,7 +80,7 @@ class Engine:
         self._runs = 0
 
     async def run(self, prompts: np.ndarray) -> tuple[np.ndarray, float, float]:
-        """The same as ``BareLoop.run``, through requests and streams."""
+        """Tokens (B, NEW), seconds until every row has one, and from then to the last; through requests and streams."""
         self._runs += 1
         service, begin = self.server.service, time.perf_counter()
         sampling = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
@@ -170,17 +114,17 @@ async def compare(model: Model, batch: int, repeats: int) -> dict[str, Any]:
     devices = embedded.local_instances(1, 1)
     config = ServeConfig(
         model=model.name, instances=1, devices_per_instance=1, mesh="1x1x1", max_batch=8, max_model_len=256,
-        prefill_tokens=128,
+        prefill_tokens=128, durability="none",
     )  # fmt: skip
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.checkpoint.spec.config.vocab, (batch, PROMPT)).astype(np.int32)
     bare, engine = BareLoop(model), Engine(await embedded.serve_model(config, model, devices))
     try:
-        bare.run(prompts)
+        timed_steps(bare, prompts)
         await engine.settle(prompts)
         rates: dict[str, list[float]] = {"bare": [], "engine": []}
         for _ in range(repeats):
-            expected, _, seconds = bare.run(prompts)
+            expected, seconds = timed_steps(bare, prompts)
             rates["bare"].append(batch * (NEW - 1) / seconds)
             tokens, _, seconds = await engine.run(prompts)
             rates["engine"].append((tokens.size - batch) / seconds)
@@ -204,7 +148,7 @@ async def compare(model: Model, batch: int, repeats: int) -> dict[str, Any]:
 
 async def pauses(model: Model, mesh: str, streams: int, seed: int) -> list[dict[str, Any]]:
     """Largest gap between two tokens of running streams, over their median gap, for one event of each kind."""
-    config = ServeConfig(model=model.name, mesh=mesh)
+    config = ServeConfig(model=model.name, mesh=mesh, durability="none")
     devices = embedded.local_instances(config.embedded_instances, config.devices_per_instance)
     server = await embedded.serve_model(config, model, devices)
     service, executables = server.service, server.cluster.model.executables

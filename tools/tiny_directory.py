@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
@@ -59,18 +59,20 @@ class Figures:
     samples: Mapping[str, str]
 
 
-def save_weights(config: DecoderConfig, arrays: Mapping[str, NDArray[np.float32]], directory: Path) -> None:
-    """Writes ``model.safetensors``: float16, matrices (out, in), named as transformers names them."""
+def save_weights(
+    config: DecoderConfig, arrays: Mapping[str, NDArray[np.float32]], directory: Path, dtype: DTypeLike = np.float16
+) -> None:
+    """Writes ``model.safetensors``: matrices (out, in), named as transformers names them."""
     spec = ModelSpec(config)
     stored = storages(spec, LAYOUT)
-    tensors: dict[str, NDArray[np.float16]] = {}
+    tensors: dict[str, NDArray[Any]] = {}
     for array in spec.parameters:
         value = arrays[array.name]
         if value.ndim > 1 and array.name != "embedding":
             # Only the attention output takes in two axes, (heads, head size); the others give out all but the first.
             inputs = array.size // value.shape[-1] if array.name.endswith("attention.output") else value.shape[0]
             value = value.reshape(inputs, -1).T
-        tensors[stored[array.name].tensor] = np.ascontiguousarray(value, np.float16)
+        tensors[stored[array.name].tensor] = np.ascontiguousarray(value, dtype)
     path = directory / "model.safetensors"
     save_file(tensors, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors lets only the owner read
