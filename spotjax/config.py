@@ -164,6 +164,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=MACHINE,
         ),
     ] = 0
+    attention: Annotated[
+        Literal["auto", "xla", "tpu", "gpu"],
+        Meta(
+            description="what computes attention: the kernels for TPUs or GPUs that come with jax, or plain XLA; auto: "
+            "those of the platform where they can serve the model",
+            extra=MACHINE,
+        ),
+    ] = "auto"
     fuse: Annotated[bool, Meta(description="compile whole stages in the background", extra=SERVING)] = True
     compilation_cache: Annotated[
         str,

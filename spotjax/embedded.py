@@ -27,6 +27,7 @@ from spotjax.models.fingerprint import fingerprint
 from spotjax.models.spec import ModelSpec
 from spotjax.models.tokenizer import Tokenizer
 from spotjax.reshard.local import LocalCluster
+from spotjax.runtime.attention.choice import choose_attention
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
 from spotjax.runtime.executables import Devices
@@ -97,7 +98,9 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
         kind = replace(kind, memory_bytes=memory)
     members = Membership(Instance(name, kind) for name in devices)
     programs = cache_directory(config.compilation_cache)
-    compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs)
+    device = next(iter(devices.values()))[0]
+    attention = choose_attention(config.attention, spec, config.page_size, dtype, device)
+    compiled = CompiledModel(spec, limits.pages, config.page_size, limits.max_positions, dtype, programs, attention)
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     served = await asyncio.to_thread(fingerprint, model.checkpoint, dtype)

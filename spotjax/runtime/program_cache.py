@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes")
 COMPILED_MODULES = (
-    "runtime/attention/xla.py", "runtime/compiled.py",
+    "runtime/attention/gpu.py", "runtime/attention/tpu.py", "runtime/attention/xla.py", "runtime/compiled.py",
     "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py", "runtime/sampling.py",
     "engine/request.py",
 )  # fmt: skip

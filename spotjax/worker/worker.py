@@ -32,6 +32,7 @@ from spotjax.reshard.host import Host
 from spotjax.reshard.parameter_store import ParameterStore
 from spotjax.reshard.shards import Shard, ShardStore
 from spotjax.reshard.transfer import Preparation, Survivors, Traffic
+from spotjax.runtime.attention.choice import AttentionSetting, choose_attention
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
@@ -88,6 +89,7 @@ class Worker:
         programs: Path | None,
         stores: Path | None,
         read_bandwidth: int = 0,
+        attention: AttentionSetting = "auto",
     ) -> Worker:
         """Opens the model, compiles and attaches to what an earlier process of this name left. Takes long, blocks.
 
@@ -102,10 +104,12 @@ class Worker:
           programs: directory of compiled programs, None for none.
           stores: directory of parameter stores, None for none.
           read_bandwidth: bytes per second at which parameters are read from the model at most; 0 for no limit.
+          attention: what computes it.
 
         Raises:
           CheckpointError: the model cannot be loaded.
-          ConfigError: its weights are not those that the controller has, or another process has the store.
+          ConfigError: its weights are not those that the controller has, another process has the store, or attention
+            cannot be computed as told.
         """
         dtype = np.dtype(setup.dtype)
         model = open_model(setup.model)
@@ -116,7 +120,8 @@ class Worker:
                 "files on both"
             )
         spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
-        compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs)
+        backend = choose_attention(attention, spec, setup.page_size, dtype, devices[0])
+        compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs, backend)
         buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
         store = ParameterStore.open(stores, cls.store_name(name), own_weights) if stores is not None else None
         memory = StoreMemory(store) if store is not None else None

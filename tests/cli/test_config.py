@@ -40,7 +40,7 @@ EMBEDDED = {
     "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
     "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
-    "compilation_cache": "off", "log_level": "debug", "log_format": "json",
+    "attention": "xla", "compilation_cache": "off", "log_level": "debug", "log_format": "json",
     "leave": "late", "durability": "interval", "commit_log": "/logs",
 }  # fmt: skip
 CONTROLLER = {
@@ -195,6 +195,7 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--listen", "h:1", "--zone", "z"], "zone", "listen"),
         (["--listen", "h:1", "--devices-per-instance", "4"], "devices_per_instance", "listen"),
         (["--listen", "h:1", "--compilation-cache", "off"], "compilation_cache", "listen"),
+        (["--listen", "h:1", "--attention", "gpu"], "attention", "listen"),
         (["--name", "n"], "name", "embedded"),
         (["--lease-seconds", "5"], "lease_seconds", "embedded"),
         (["--tls-key", "k"], "tls_key", "tls_certificate and tls_authority"),
