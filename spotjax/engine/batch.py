@@ -17,10 +17,10 @@ class Span:
 
     Attributes:
       sequence: key of the sequence within its replica.
-      tokens: token ids at positions ``start`` .. ``start + len(tokens)``.
+      tokens: token ids at positions ``start`` .. ``start + len(tokens)``; of a span that runs ahead ``ahead(row)``.
       start: first position; KV of all earlier positions is already in ``pages``.
       pages: KV pages of the sequence in position order, enough for the last position of the span.
-      state: the sequence; when ``samples`` its next token is drawn from the logits at the span's last position.
+      state: the sequence as committed; when ``samples`` a token is drawn from the logits at the span's last position.
       samples: whether the span reaches the sequence's end, so that a token is drawn.
     """
 
@@ -31,13 +31,30 @@ class Span:
     state: RequestState
     samples: bool
 
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + len(self.tokens)
+
+
+def ahead(row: int) -> int:
+    """In place of a token id: whatever the step that is followed draws in that row. Negative, as no token id is."""
+    return -1 - row
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Spans that run as one step. All decode or all prefill, so that one packed array comes back."""
+    """Spans that run as one step. All decode or all prefill, so that one packed array comes back.
+
+    Attributes:
+      step: number, counted up.
+      spans: one a row.
+      follows: the step before it that draws the tokens of spans that run ahead; None if there are no such spans.
+    """
 
     step: int
     spans: tuple[Span, ...]
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,11 +66,16 @@ class StepResult:
 
 
 class Pipeline(Protocol):
-    """Runs batches through the stages of one replica."""
+    """Runs batches through the stages of one replica, in the order in which they are given to it."""
 
     @property
     def depth(self) -> int:
-        """Batches that may be in flight at once: the number of stages."""
+        """Batches that it works on at once: the number of stages."""
+        ...
+
+    @property
+    def ahead(self) -> bool:
+        """Whether batches may follow steps that have not come back, because what these draw is where it is needed."""
         ...
 
     async def run(self, batch: Batch) -> StepResult:

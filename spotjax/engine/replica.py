@@ -1,16 +1,20 @@
 """The loop of one replica: schedule, run, commit, with as many steps in flight as the pipeline has stages.
 
-What is committed is delivered once the log has it, which the next step does not wait for.
+And one more, where steps may follow those that have not come back: so no stage ever waits for this loop. Steps are
+committed in the order in which they were scheduled. What is committed is delivered once the log has it, which the next
+step does not wait for.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
-from spotjax.engine.batch import Batch, Pipeline
+from spotjax.engine.batch import Batch, Pipeline, StepResult
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Scheduler
@@ -19,6 +23,15 @@ from spotjax.engine.text import Detokenizer, advance
 from spotjax.errors import InstanceLost
 
 Deliver = Callable[[Sequence[RequestState]], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
+    """A step in flight, since some time on the clock."""
+
+    batch: Batch
+    started: float
+    result: asyncio.Task[StepResult]
 
 
 class Replica:
@@ -51,6 +64,9 @@ class Replica:
         self._log, self._detokenizer, self._deliver, self._clock = log, detokenizer, deliver, clock
         self._wake = asyncio.Event()
         self._stopping = False
+        self._most = pipeline.depth + pipeline.ahead
+        self._back: deque[float] = deque(maxlen=pipeline.depth)
+        """When the last steps came back: of so many before it, a step waits for the first."""
 
     @property
     def stopping(self) -> bool:
@@ -68,53 +84,65 @@ class Replica:
 
     async def run(self) -> None:
         """Steps until stopped; returns early, with ``lost`` set, when an instance is lost. Other errors are raised."""
-        in_flight: set[asyncio.Task[None]] = set()
+        in_flight: deque[_Step] = deque()
+        try:
+            await self._run(in_flight)
+        finally:
+            for step in in_flight:
+                step.result.cancel()
+
+    async def _run(self, in_flight: deque[_Step]) -> None:
         while True:
             self._wake.clear()
-            while len(in_flight) < self.pipeline.depth and not self._stopping:
-                batch = self.scheduler.schedule()
+            while len(in_flight) < self._most and not self._stopping:
+                batch = self.scheduler.schedule(ahead=self.pipeline.ahead)
                 if batch is None:
                     break
-                in_flight.add(asyncio.create_task(self._step(batch)))
+                in_flight.append(_Step(batch, self._clock(), asyncio.create_task(self.pipeline.run(batch))))
             if in_flight:
-                in_flight = await self._progress(in_flight)
+                await self._progress(in_flight)
             elif self._stopping:
                 return
             else:
                 await self._wake.wait()
 
-    async def _progress(self, in_flight: set[asyncio.Task[None]]) -> set[asyncio.Task[None]]:
-        """Waits for a step to come back, or for something new while there is room for it. Returns those in flight."""
-        waiting = set(in_flight)
-        if len(in_flight) < self.pipeline.depth and not self._stopping:
-            waiting.add(asyncio.create_task(self._woken()))
-        done, pending = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting - in_flight:
-            task.cancel()
-        for step in done:
-            step.result()
-        return pending & in_flight
+    async def _progress(self, in_flight: deque[_Step]) -> None:
+        """Waits for the oldest step to come back and commits it, or for something new while there is room for it."""
+        oldest = in_flight[0].result
+        if len(in_flight) < self._most and not self._stopping:
+            woken = asyncio.create_task(self._wake.wait())
+            await asyncio.wait((oldest, woken), return_when=asyncio.FIRST_COMPLETED)
+            woken.cancel()
+        else:
+            await asyncio.wait((oldest,))
+        if oldest.done():
+            self._take(in_flight.popleft())
 
-    async def _woken(self) -> None:
-        await self._wake.wait()
-
-    async def _step(self, batch: Batch) -> None:
-        """One decoding step: run, commit. What a lost instance computed is dropped, never committed."""
-        started = self._clock()
+    def _take(self, step: _Step) -> None:
+        """Commits a step that is back. What a lost instance computed is dropped, and all that came after it."""
         try:
-            result = await self.pipeline.run(batch)
+            result = step.result.result()
         except InstanceLost:
             self.lost = True
             self.stop()
+        if self.lost:
             return
-        self.step_times.add(self._clock() - started)
+        self._time(step)
+        running = self.scheduler.running
         states = {
-            span.sequence: advance(span.state, result.sampled[span.sequence], self._detokenizer)
-            for span in batch.spans
-            if span.samples and self.scheduler.running[span.sequence].cancelled is None
+            sequence.key: advance(sequence.state, result.sampled[sequence.key], self._detokenizer)
+            for span in step.batch.spans
+            if span.samples and (sequence := running.get(span.sequence)) is not None and sequence.cancelled is None
         }
-        ended = self.scheduler.commit(batch, states)
+        ended = self.scheduler.commit(step.batch, states)
         cancelled = [sequence.state for sequence in ended if sequence.key not in states]
         committed = (*states.values(), *cancelled)
         if committed:
             self._log.append(committed, partial(self._deliver, committed))
+
+    def _time(self, step: _Step) -> None:
+        """Notes how long a step took: by itself, and until it was back."""
+        now, whole = self._clock(), len(self._back) == self._back.maxlen
+        begun = max(step.started, self._back[0]) if whole else step.started
+        self._back.append(now)
+        self.step_times.add(now - begun, now - step.started)

@@ -83,15 +83,18 @@ class SamplingParams:
             raise InvalidRequest(f"sampling.{name}", f"must be {accepted}, got {getattr(self, name)}")
 
     @property
+    def penalised(self) -> bool:
+        """Whether the next token depends on which tokens came before in other ways than through the model."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
     def plain_greedy(self) -> bool:
         """Whether the next token is simply the most likely one and nothing else is asked for."""
         return (
             self.temperature == 0
             and self.logprobs is None
             and not self.logit_bias
-            and self.repetition_penalty == 1
-            and self.presence_penalty == 0
-            and self.frequency_penalty == 0
+            and not self.penalised
         )
 
 

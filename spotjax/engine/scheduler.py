@@ -3,18 +3,38 @@
 Every sequence wants the same thing: KV of all its positions, then a token. A step gives it a span of positions. A fresh
 prompt, a decode step, and a sequence resumed after a preemption differ only in how many positions are missing, so there
 is one code path for all. Plain Python; knows no devices, no clock and no clients.
+
+A sequence may take part in a step while its step before is in flight: positions are known ahead, and the token, where
+it is not, is drawn on the device that needs it. If the sequence turns out to have ended, what the later step does for
+it is dropped; its pages are kept until that step is back.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from spotjax.engine.batch import Batch, Span
+from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import FinishReason, RequestState
+
+
+class Flight(NamedTuple):
+    """A sequence's part in a step that has not come back.
+
+    Attributes:
+      step, row: of the batch.
+      stop: the position after the last whose KV it writes.
+      samples: whether it draws a token.
+    """
+
+    step: int
+    row: int
+    stop: int
+    samples: bool
 
 
 @dataclass(slots=True, eq=False)
@@ -26,7 +46,7 @@ class Sequence:
       state: what is committed.
       pages: KV pages it owns, in position order; empty while it waits.
       computed: the watermark: positions whose KV is complete.
-      in_flight: part of a step that has not come back.
+      flights: its parts in steps that have not come back, in order.
       cancelled: why it is to end at the next token boundary, if it is.
     """
 
@@ -34,13 +54,33 @@ class Sequence:
     state: RequestState
     pages: list[int] = field(default_factory=list)
     computed: int = 0
-    in_flight: bool = False
+    flights: list[Flight] = field(default_factory=list)
     cancelled: FinishReason | None = None
 
     @property
+    def in_flight(self) -> bool:
+        """Whether it is part of a step that has not come back."""
+        return bool(self.flights)
+
+    @property
+    def begun(self) -> int:
+        """Positions whose KV is complete, or is when the steps in flight are back."""
+        return self.flights[-1].stop if self.flights else self.computed
+
+    @property
+    def length(self) -> int:
+        """Positions that it takes when the steps in flight are back, unless it ends before."""
+        return self.state.length + sum(flight.samples for flight in self.flights)
+
+    @property
     def missing(self) -> int:
-        """Positions whose KV is still to be computed; the last one's logits give the next token."""
-        return self.state.length - self.computed
+        """Positions whose KV no step computes yet; the last one's logits give the next token."""
+        needed = len(self.state.prompt) + self.state.sampling.max_tokens - 1  # nobody attends to the last token
+        return min(self.length, needed) - self.begun
+
+    def ground(self) -> None:
+        """Forgets the steps in flight: they never come back."""
+        self.flights.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +108,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}
         """By key, in the order in which they were last scheduled."""
+        self.leaving: dict[int, Sequence] = {}
+        """By key, those that have ended while later steps may still write to their pages."""
         self.reserved: dict[int, list[int]] = {}
         """Pages taken for sequences that are on their way here with their KV, by key."""
         self.preempted = 0
@@ -89,8 +131,11 @@ class Scheduler:
         self.reserved.pop(sequence.key, None)
         self.running[sequence.key] = sequence
 
-    def schedule(self) -> Batch | None:
+    def schedule(self, *, ahead: bool = False) -> Batch | None:
         """The next step, or None while there is nothing to run or all of it is in flight.
+
+        Args:
+          ahead: whether sequences with steps in flight take part, those that need to know which token they drew apart.
 
         Prefill and decode steps alternate when both have work, so that a long prompt delays running sequences by one
         prefill step at a time and new sequences still start soon.
@@ -98,33 +143,55 @@ class Scheduler:
         self._admit()
         kinds = (self._decode, self._prefill) if self._prefilled_last else (self._prefill, self._decode)
         for kind in kinds:
-            if spans := kind():
+            if spans := kind(ahead):
                 self._prefilled_last = kind == self._prefill
                 self._step += 1
-                return Batch(self._step, tuple(spans))
+                return self._take_off(spans)
         return None
 
     def commit(self, batch: Batch, states: Mapping[int, RequestState]) -> list[Sequence]:
         """Takes a step's outcome: new states of the sequences that sampled, after these were committed.
 
-        Returns: the sequences that ended, their pages released.
+        Steps come back in the order in which they were scheduled, as far as they have sequences in common.
+
+        Returns: the sequences that ended, their pages released or about to be.
         """
         ended = []
         for span in batch.spans:
-            sequence = self.running[span.sequence]
-            sequence.in_flight = False
-            sequence.computed = span.start + len(span.tokens)
+            if (sequence := self.running.get(span.sequence)) is None:
+                self._land(self.leaving[span.sequence])
+                continue
+            sequence.flights.pop(0)
+            sequence.computed = span.stop
             sequence.state = states.get(sequence.key, sequence.state)
             if sequence.cancelled is not None and sequence.state.finish is None:
                 sequence.state = sequence.state.finished(sequence.cancelled)
             if sequence.state.finish is not None:
-                self._release(sequence)
                 del self.running[sequence.key]
+                if sequence.in_flight:
+                    self.leaving[sequence.key] = sequence
+                else:
+                    self._release(sequence)
                 ended.append(sequence)
         return ended
 
+    def _land(self, sequence: Sequence) -> None:
+        """A step is back with a sequence that had ended before."""
+        sequence.flights.pop(0)
+        if not sequence.in_flight:
+            self._release(self.leaving.pop(sequence.key))
+
+    def ground(self) -> None:
+        """Nothing that is in flight ever comes back."""
+        for sequence in self.running.values():
+            sequence.ground()
+        for sequence in self.leaving.values():
+            sequence.ground()
+            self._release(sequence)
+        self.leaving.clear()
+
     def cancel(self, sequence: Sequence, reason: FinishReason) -> bool:
-        """Ends a sequence; True if it ended now, False if it will when its step comes back."""
+        """Ends a sequence; True if it ended now, False if it will when its next step comes back."""
         sequence.cancelled = reason
         if sequence.in_flight:
             return False
@@ -149,7 +216,8 @@ class Scheduler:
         Raises:
           AssertionError: a page is lost or shared, or a waiting sequence owns one.
         """
-        self.pages.check([*(sequence.pages for sequence in self.sequences()), *self.reserved.values()])
+        owners = (*self.sequences(), *self.leaving.values())
+        self.pages.check([*(sequence.pages for sequence in owners), *self.reserved.values()])
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
 
     def _admit(self) -> None:
@@ -162,35 +230,51 @@ class Scheduler:
             sequence.pages = self.pages.allocate(needed)
             self.running[sequence.key] = sequence
 
-    def _prefill(self) -> list[Span]:
+    def _prefill(self, ahead: bool) -> list[Span]:
         """Spans of sequences that miss more than one position, as many as fit one step."""
         chosen: list[tuple[Sequence, int]] = []
-        for sequence in self._idle():
+        for sequence in self._ready(ahead):
             if sequence.missing > 1:
                 length = min(sequence.missing, self.limits.prefill_tokens)
                 if chosen and not self.limits.prefill_fits([*(n for _, n in chosen), length]):
                     break
                 chosen.append((sequence, length))
-        return [self._span(sequence, length) for sequence, length in chosen]
+        return [_span(sequence, length, self.pages.needed(sequence.begun + length)) for sequence, length in chosen]
 
-    def _decode(self) -> list[Span]:
-        """One position each of the sequences that miss one, a fair share of them when several steps are in flight."""
+    def _decode(self, ahead: bool) -> list[Span]:
+        """One position each of the sequences that miss one, a fair share of them when several steps are in flight.
+
+        Those that run ahead all follow the same step. None does while a sequence waits for a page: it may get it from a
+        younger one, but only from one at rest.
+        """
         share = min(self.limits.max_batch, -(-len(self.running) // self.limits.depth))
-        spans: list[Span] = []
-        for sequence in list(self._idle()):
-            if len(spans) == share:
+        chosen: dict[int, Span] = {}
+        follows: int | None = None
+        for sequence in list(self._ready(ahead)):
+            if len(chosen) == share:
                 break
-            if sequence.missing == 1 and self._make_room(sequence):
-                spans.append(self._span(sequence, 1))
-        return spans
+            if sequence.missing != 1 or (sequence.in_flight and not ahead):
+                continue
+            unknown = sequence.flights[-1].step if sequence.length > sequence.state.length else None
+            if None not in (unknown, follows) and unknown != follows:
+                continue
+            if self._make_room(sequence, chosen):
+                follows = unknown if follows is None else follows
+                chosen[sequence.key] = _span(sequence, 1, self.pages.needed(sequence.begun + 1))
+            else:
+                ahead = False
+        return list(chosen.values())
 
-    def _make_room(self, sequence: Sequence) -> bool:
+    def _make_room(self, sequence: Sequence, chosen: Container[int]) -> bool:
         """Gives a sequence the page its next position needs, at the cost of the youngest; False if it must wait."""
-        while sequence.key in self.running and len(sequence.pages) < self.pages.needed(sequence.state.length):
+        while sequence.key in self.running and len(sequence.pages) < self.pages.needed(sequence.begun + 1):
             if self.pages.free:
                 sequence.pages += self.pages.allocate(1)
+            elif sequence.in_flight or self.leaving:
+                return False  # pages come free when the step in flight is back
             else:
-                youngest = max(self._idle(), key=lambda other: other.key)
+                resting = [s for s in self.running.values() if not s.in_flight and s.key not in chosen]
+                youngest = max(resting, key=lambda other: other.key)
                 if youngest.key < sequence.key or any(s.key > youngest.key for s in self.running.values()):
                     return False  # a younger one is in flight; its pages come free when it is back
                 self._preempt(youngest)
@@ -203,21 +287,43 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda waiting: waiting.key)
         self.preempted += 1
 
-    def _idle(self) -> Iterable[Sequence]:
-        return (sequence for sequence in self.running.values() if not sequence.in_flight)
+    def _ready(self, ahead: bool) -> Iterable[Sequence]:
+        """The running sequences that can take part in another step."""
+        return (s for s in self.running.values() if not s.in_flight or (ahead and _may_run_ahead(s)))
 
-    def _span(self, sequence: Sequence, length: int) -> Span:
-        state, start = sequence.state, sequence.computed
-        sequence.in_flight = True
-        self.running[sequence.key] = self.running.pop(sequence.key)  # now the most recently scheduled
-        stop = start + length
-        tokens = (state.prompt + state.tokens)[start:stop] if length > 1 else (_token_at(state, start),)
-        pages = tuple(sequence.pages[: self.pages.needed(stop)])
-        return Span(sequence.key, tokens, start, pages, state, samples=stop == state.length)
+    def _take_off(self, spans: list[Span]) -> Batch:
+        """The spans as a step that is in flight from now on."""
+        follows = None
+        for row, span in enumerate(spans):
+            sequence = self.running[span.sequence] = self.running.pop(span.sequence)  # now the most recently scheduled
+            if span.tokens[0] < 0:
+                follows = sequence.flights[-1].step
+            sequence.flights.append(Flight(self._step, row, span.stop, span.samples))
+        return Batch(self._step, tuple(spans), follows)
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed = [], 0
+
+
+def _may_run_ahead(sequence: Sequence) -> bool:
+    """Whether a sequence that is in flight can take part in one more step.
+
+    At most one of its tokens is unknown then, and nothing but the model is to know it.
+    """
+    unknown = sequence.length - sequence.state.length
+    return sequence.cancelled is None and (unknown == 0 or (unknown == 1 and not sequence.state.sampling.penalised))
+
+
+def _span(sequence: Sequence, length: int, pages: int) -> Span:
+    """The next positions of a sequence, which has at least so many pages."""
+    state, start = sequence.state, sequence.begun
+    stop = start + length
+    if length > 1:
+        tokens = (state.prompt + state.tokens)[start:stop]
+    else:
+        tokens = (_token_at(state, start) if start < state.length else ahead(sequence.flights[-1].row),)
+    return Span(sequence.key, tokens, start, tuple(sequence.pages[:pages]), state, samples=stop == sequence.length)
 
 
 def _token_at(state: RequestState, position: int) -> int:

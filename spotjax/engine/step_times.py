@@ -10,15 +10,21 @@ class StepTimes:
     """Running figures of one replica.
 
     Attributes:
-      typical: exponentially weighted mean, in seconds; 0 before the first step.
-      longest: in seconds, of some ten recent steps: the step under way may be a long prefill.
+      typical: exponentially weighted mean of what steps take, in seconds; 0 before the first step.
+      longest: in seconds, until some ten recent steps were back, those before them included: that long it may take until
+        nothing is in flight, and the step under way may be a long prefill.
     """
 
     def __init__(self) -> None:
         self.typical = 0.0
         self.longest = 0.0
 
-    def add(self, seconds: float) -> None:
-        """Counts one step."""
+    def add(self, seconds: float, until_back: float) -> None:
+        """Counts one step.
+
+        Args:
+          seconds: from when it could begin, because so many before it were back as there are stages.
+          until_back: from when it was scheduled.
+        """
         self.typical += (seconds - self.typical) * (WEIGHT if self.typical else 1.0)
-        self.longest = max(seconds, self.longest - (self.longest - self.typical) * WEIGHT)
+        self.longest = max(until_back, self.longest - (self.longest - self.typical) * WEIGHT)

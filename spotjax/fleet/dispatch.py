@@ -164,7 +164,7 @@ class Dispatcher:
         for number, replica in enumerate(self.replicas):
             for sequence in list(replica.scheduler.running.values()):
                 if sequence.cancelled is not None and number not in carried:
-                    sequence.in_flight = False
+                    sequence.ground()
                     replica.scheduler.cancel(sequence, sequence.cancelled)
                     ended.append(sequence.state)
         return ended
@@ -206,15 +206,15 @@ class Dispatcher:
                 scheduler.reserved.pop(sequence.key, None)
                 scheduler.pages.release(handover.pages[sequence.key])
             else:
-                sequence.pages, sequence.in_flight = handover.pages[sequence.key], False
+                sequence.ground()
+                sequence.pages = handover.pages[sequence.key]
                 sequence.computed = handover.progress[sequence.key]
                 scheduler.adopt(sequence)
 
     def rest(self) -> None:
         """Nothing goes on: what was in flight never comes back. The replicas must be stopped."""
         for replica in self.replicas:
-            for sequence in replica.scheduler.running.values():
-                sequence.in_flight = False
+            replica.scheduler.ground()
 
     def recall(self, schedulers: Sequence[Scheduler]) -> None:
         """Takes up stopped replicas with what they have: those of a mesh that another controller had."""
@@ -260,4 +260,5 @@ class Dispatcher:
 
 def _forget_kv(sequence: ScheduledSequence) -> None:
     """Nothing of it is on any device any more."""
-    sequence.pages, sequence.computed, sequence.in_flight = [], 0, False
+    sequence.ground()
+    sequence.pages, sequence.computed = [], 0

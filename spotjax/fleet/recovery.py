@@ -20,6 +20,8 @@ from spotjax.reshard.transfer import Remains
 class StoppedPipeline:
     """Of a replica that runs no more. An ``engine.batch.Pipeline``."""
 
+    ahead = False
+
     def __init__(self, depth: int) -> None:
         self.depth = depth
 

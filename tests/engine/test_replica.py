@@ -76,39 +76,40 @@ async def test_every_token_is_committed_then_delivered_whatever_order_steps_come
 
 
 async def test_as_many_steps_are_in_flight_as_the_pipeline_has_stages() -> None:
-    service = Service(PurePipeline(PAGE_SIZE, depth=3, delay=lambda: 50))
+    service = Service(PurePipeline(PAGE_SIZE, depth=3, delay=lambda: 50, ahead=False))
     for key in range(3):
         service.submit(key, prompt=1)
     loop = asyncio.create_task(service.replica.run())
     await turns(5)
-    assert service.pipeline.in_flight == {0, 1, 2} and len(service.pipeline.batches) == 3
+    assert service.pipeline.in_flight == [0, 1, 2] and len(service.pipeline.batches) == 3
     service.replica.stop()
     await loop
 
 
 async def test_an_arrival_does_not_wait_for_a_step_while_there_is_room_for_another() -> None:
-    service = Service(PurePipeline(PAGE_SIZE, depth=2, delay=lambda: 50))
+    service = Service(PurePipeline(PAGE_SIZE, depth=2, delay=lambda: 50, ahead=False))
     service.submit(0, prompt=1)
     loop = asyncio.create_task(service.replica.run())
     await turns(5)
-    assert service.pipeline.in_flight == {0}
+    assert service.pipeline.in_flight == [0]
     service.submit(1, prompt=1)
     await turns(5)
-    assert service.pipeline.in_flight == {0, 1}
+    assert service.pipeline.in_flight == [0, 1]
     service.replica.stop()
     await loop
 
 
-async def test_stopping_commits_the_steps_in_flight_and_starts_no_other() -> None:
-    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_stopping_commits_the_steps_in_flight_and_starts_no_other(ahead: bool) -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3, ahead=ahead))
     sequence = service.submit(0)
     loop = asyncio.create_task(service.replica.run())
     await turns(2)
-    assert service.pipeline.in_flight == {0}
+    assert service.pipeline.in_flight == [0] * (1 + ahead)
     service.replica.stop()
     await loop
     assert (service.tokens(0), sequence.in_flight) == (sequence.state.tokens, False)
-    assert len(service.tokens(0)) == len(service.pipeline.batches) == 1
+    assert len(service.tokens(0)) == len(service.pipeline.batches) == 1 + ahead
     assert service.replica.stopping and not service.replica.lost
     service.scheduler.check()
 
@@ -132,6 +133,58 @@ async def test_a_lost_instance_ends_the_loop_and_nothing_of_its_steps_is_committ
     assert service.replica.lost and service.replica.stopping
     assert not service.delivered and service.tokens(0) == service.tokens(1) == ()
     assert all(sequence.in_flight for sequence in service.scheduler.sequences())
+
+
+async def test_the_next_step_runs_while_the_last_one_is_committed() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 3))
+    in_flight: list[list[int]] = []
+    append = service.log.append
+
+    def noted(states: Sequence[RequestState], then: Callable[[], None]) -> None:
+        in_flight.append(list(service.pipeline.in_flight))
+        append(states, then)
+
+    service.log.append = noted  # type: ignore[method-assign]
+    service.submit(0, max_tokens=5)
+    loop = asyncio.create_task(service.replica.run())
+    await service.all_ended.wait()
+    assert in_flight == [[0]] * 4 + [[]]
+    service.replica.stop()
+    await loop
+
+
+async def test_a_loss_drops_the_steps_that_follow_too() -> None:
+    service = Service(PurePipeline(PAGE_SIZE, delay=lambda: 4))
+    sequence = service.submit(0, prompt=1)
+    loop = asyncio.create_task(service.replica.run())
+    while not service.tokens(0):
+        await turns(1)
+    service.pipeline.lost = True
+    await loop
+    assert service.replica.lost and len(service.tokens(0)) == len(sequence.state.tokens) == 1
+    assert sequence.computed == 1 and not service.pipeline.in_flight
+
+
+async def test_a_step_takes_as_long_as_it_had_the_pipeline_for_itself() -> None:
+    now = [0.0]
+
+    class Timed(PurePipeline):
+        async def run(self, batch: Batch) -> StepResult:
+            result = await super().run(batch)
+            now[0] += 0.1
+            return result
+
+    service = Service(Timed(PAGE_SIZE))
+    service.replica = Replica(
+        service.scheduler, service.pipeline, service.log, LETTERS, service.deliver, lambda: now[0]
+    )
+    service.submit(0, max_tokens=20)
+    loop = asyncio.create_task(service.replica.run())
+    await service.all_ended.wait()
+    assert service.replica.step_times.typical == pytest.approx(0.1, rel=0.05)
+    assert service.replica.step_times.longest == pytest.approx(0.2, rel=0.1), "two steps until nothing is in flight"
+    service.replica.stop()
+    await loop
 
 
 class Failing(PurePipeline):

@@ -8,9 +8,9 @@ from random import Random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pure_model import END, Letters, Pages, is_prefix, next_token, result_of, undisturbed
+from pure_model import END, Letters, Pages, Steps, is_prefix, next_token, undisturbed
 
-from spotjax.engine.batch import Batch
+from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler, Sequence
@@ -19,9 +19,11 @@ from spotjax.engine.text import advance
 LETTERS = Letters()
 
 
-def sequence(key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True) -> Sequence:
+def sequence(
+    key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True, penalty: float = 0.0
+) -> Sequence:
     tokens = tuple((7 * key + position) % END for position in range(prompt))
-    sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=ignore_eos)
+    sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=ignore_eos, presence_penalty=penalty)
     return Sequence(key, RequestState(f"r{key}", 0, tokens, sampling, LETTERS.end_tokens))
 
 
@@ -43,6 +45,10 @@ class Bench:
     computed: dict[int, int] = field(default_factory=dict)
     ended: dict[int, Sequence] = field(default_factory=dict)
     prefilled_last: bool = False
+    ahead: bool = False
+
+    def __post_init__(self) -> None:
+        self.steps = Steps(self.scheduler.pages.page_size, self.kv)
 
     def schedule(self) -> Batch | None:
         scheduler = self.scheduler
@@ -54,7 +60,7 @@ class Bench:
         preempted = scheduler.preempted
         flying = {span.sequence for batch in self.in_flight for span in batch.spans}
 
-        batch = scheduler.schedule()
+        batch = scheduler.schedule(ahead=self.ahead)
 
         assert {s.key: s.state for s in scheduler.sequences()} == states, "scheduling changes no state and loses nobody"
         running = len(scheduler.running) + scheduler.preempted - preempted
@@ -63,11 +69,13 @@ class Bench:
             "first come, first served"
         )
         scheduler.check()
+        self.check_pages_in_flight()
         if batch is None:
             assert self.in_flight or not scheduler.load, "work is left, and nothing is in flight"
             return None
         keys = [span.sequence for span in batch.spans]
-        assert len(keys) == len(set(keys)) and flying.isdisjoint(keys), "a sequence is in two steps at once"
+        assert len(keys) == len(set(keys)), "a sequence is twice in one step"
+        assert self.ahead or flying.isdisjoint(keys), "a sequence is in two steps at once"
         self.check_spans(batch, running)
         is_prefill = len(batch.spans[0].tokens) > 1
         if is_prefill and self.prefilled_last:
@@ -96,20 +104,44 @@ class Bench:
             assert span.start == self.computed.get(span.sequence, 0), "computed twice, or left out"
             self.computed[span.sequence] = span.start + len(span.tokens)
             own = span.state.prompt + span.state.tokens
-            assert span.tokens == own[span.start : span.start + len(span.tokens)]
+            if span.start == len(own):
+                self.check_runs_ahead(span, batch.follows)
+            else:
+                assert span.tokens == own[span.start : span.stop]
+        assert batch.follows is None or any(span.tokens[0] < 0 for span in batch.spans)
+
+    def check_runs_ahead(self, span: Span, follows: int | None) -> None:
+        """Its token is what a step in flight draws in the sequence's row."""
+        (before,) = (batch for batch in self.in_flight if batch.step == follows)
+        (row,) = (n for n, other in enumerate(before.spans) if span.tokens == (ahead(n),))
+        drawing = before.spans[row]
+        assert (drawing.sequence, drawing.stop, drawing.samples) == (span.sequence, span.start, True)
+        one = self.scheduler.running[span.sequence]
+        assert one.cancelled is None and not one.state.sampling.penalised
+        assert len(span.state.tokens) + 1 < span.state.sampling.max_tokens, "that it ends there is known ahead"
+
+    def check_pages_in_flight(self) -> None:
+        """No page that a step in flight may write belongs to another."""
+        scheduler = self.scheduler
+        owners = {page: s.key for s in (*scheduler.sequences(), *scheduler.leaving.values()) for page in s.pages}
+        for batch in self.in_flight:
+            for span in batch.spans:
+                assert all(owners.get(page) == span.sequence for page in span.pages), "a page changed hands too early"
 
     def complete(self, which: int = 0) -> None:
         batch = self.in_flight.pop(which)
-        sampled = result_of(batch, self.kv, self.scheduler.pages.page_size).sampled
+        sampled, running = self.steps.result_of(batch).sampled, self.scheduler.running
         states = {
-            span.sequence: advance(span.state, sampled[span.sequence], LETTERS)
+            one.key: advance(one.state, sampled[one.key], LETTERS)
             for span in batch.spans
-            if span.samples and self.scheduler.running[span.sequence].cancelled is None
+            if span.samples and (one := running.get(span.sequence)) is not None and one.cancelled is None
         }
         for ended in self.scheduler.commit(batch, states):
-            assert ended.state.finish is not None and not ended.pages
+            assert ended.state.finish is not None and bool(ended.pages) is ended.in_flight
+            assert ended.key not in self.ended, "ended twice"
             self.ended[ended.key] = ended
         self.scheduler.check()
+        self.check_pages_in_flight()
 
     def run(self, most: int = 10_000) -> None:
         """Until nothing is left, one step at a time."""
@@ -128,18 +160,22 @@ class Bench:
     rows=st.integers(1, 3),
     page_size=st.integers(1, 4),
     spare=st.integers(0, 12),
-    shapes=st.lists(st.tuples(st.integers(1, 14), st.integers(1, 8), st.booleans()), min_size=1, max_size=9),
+    shapes=st.lists(
+        st.tuples(st.integers(1, 14), st.integers(1, 8), st.booleans(), st.sampled_from((0.0, 0.0, 1.0))),
+        min_size=1, max_size=9,
+    ),
     cancels=st.booleans(),
+    ahead=st.booleans(),
     random=st.randoms(use_true_random=False),
 )
 def test_every_sequence_gets_exactly_its_tokens(
     max_batch: int, prefill_tokens: int, depth: int, rows: int, page_size: int, spare: int,
-    shapes: list[tuple[int, int, bool]], cancels: bool, random: Random,
+    shapes: list[tuple[int, int, bool, float]], cancels: bool, ahead: bool, random: Random,
 ) -> None:  # fmt: skip
-    longest = max(prompt + output for prompt, output, _ in shapes)
+    longest = max(prompt + output for prompt, output, *_ in shapes)
     allocator = PageAllocator(1 + -(-longest // page_size) + spare, page_size)
     scheduler = Scheduler(limits(max_batch, prefill_tokens, depth, rows), allocator)
-    bench = Bench(scheduler)
+    bench = Bench(scheduler, ahead=ahead)
     all_of_them = [sequence(key, *shape) for key, shape in enumerate(shapes)]
     arriving = list(reversed(all_of_them))
     expected = {s.key: undisturbed(s.state, LETTERS) for s in all_of_them}
@@ -158,10 +194,12 @@ def test_every_sequence_gets_exactly_its_tokens(
             if not flying:
                 bench.ended[chosen.key] = chosen
         assert max(scheduler.running, default=-1) < min((s.key for s in scheduler.waiting), default=99), "in order"
-        while len(bench.in_flight) < depth and bench.schedule() is not None:
+        while len(bench.in_flight) < depth + ahead and bench.schedule() is not None:
             assert len(scheduler.running) <= max_batch
         if bench.in_flight and random.random() < 0.7:
-            bench.complete(random.randrange(len(bench.in_flight)))
+            bench.complete(0 if ahead else random.randrange(len(bench.in_flight)))
+    while bench.in_flight:  # steps for what has ended
+        bench.complete()
     assert scheduler.pages.free == scheduler.pages.total, "at rest all pages are free"
     assert bench.ended.keys() == expected.keys()
     for key, ended in bench.ended.items():
@@ -292,3 +330,89 @@ def test_cancelling_what_is_in_flight_ends_it_when_its_step_is_back() -> None:
     assert scheduler.commit(batch, {}) == [flying]
     assert (flying.state.finish, flying.state.tokens) == (FinishReason.CANCELLED, ())
     assert scheduler.pages.free == scheduler.pages.total
+
+
+def test_a_step_is_scheduled_before_the_one_that_it_follows_is_back() -> None:
+    bench = Bench(make_scheduler(), ahead=True)
+    bench.scheduler.add(sequence(0, prompt=4, max_tokens=3))
+    bench.scheduler.add(sequence(1, prompt=4, max_tokens=2))
+    first, second, third = bench.schedule(), bench.schedule(), bench.schedule()
+    assert first is not None and second is not None and third is None, "of two tokens each at most one is unknown"
+    assert [span.sequence for span in second.spans] == [0, 1]
+    assert [span.tokens for span in second.spans] == [(ahead(0),), (ahead(1),)]
+    assert (first.follows, second.follows, second.spans[0].start) == (None, first.step, 4)
+    bench.complete()
+    third = bench.schedule()
+    assert third is not None and [span.sequence for span in third.spans] == [0], "the other ends by length"
+    bench.run()
+    assert {key: len(one.state.tokens) for key, one in bench.ended.items()} == {0: 3, 1: 2}
+
+
+def test_what_ends_while_a_later_step_runs_leaves_its_pages_when_that_is_back() -> None:
+    scheduler = make_scheduler(pages=3, page_size=4)
+    ending, waiting = sequence(0, prompt=4, max_tokens=4), sequence(1, prompt=5, max_tokens=1)
+    for one in (ending, waiting):
+        scheduler.add(one)
+    first, second = scheduler.schedule(ahead=True), scheduler.schedule(ahead=True)
+    assert first is not None and second is not None and scheduler.pages.free == 0
+    stopped = advance(ending.state, next_token(ending.state.prompt, ending.state), LETTERS).finished(FinishReason.STOP)
+    assert scheduler.commit(first, {0: stopped}) == [ending], "it has ended for all others"
+    assert not scheduler.running and scheduler.schedule(ahead=True) is None, "its pages may still be written to"
+    scheduler.check()
+    assert scheduler.commit(second, {}) == [] and ending.state is stopped
+    third = scheduler.schedule(ahead=True)
+    assert third is not None and third.spans[0].sequence == 1
+
+
+def test_what_was_cancelled_runs_ahead_no_more_and_ends_with_its_oldest_step() -> None:
+    scheduler = make_scheduler()
+    flying = sequence(0)
+    scheduler.add(flying)
+    first = scheduler.schedule(ahead=True)
+    assert first is not None and not scheduler.cancel(flying, FinishReason.CANCELLED)
+    assert scheduler.schedule(ahead=True) is None
+    assert scheduler.commit(first, {}) == [flying] and scheduler.pages.free == scheduler.pages.total
+
+
+def test_who_must_know_its_tokens_waits_for_them_and_its_chunks_do_not() -> None:
+    bench = Bench(make_scheduler(prefill_tokens=4), ahead=True)
+    bench.scheduler.add(sequence(0, prompt=8, max_tokens=3, penalty=1.0))
+    first, second, third = bench.schedule(), bench.schedule(), bench.schedule()
+    assert first is not None and second is not None and third is None
+    assert [(span.start, span.samples) for span in (*first.spans, *second.spans)] == [(0, False), (4, True)]
+    bench.complete()
+    assert bench.schedule() is None
+    bench.run()
+    assert len(bench.ended[0].state.tokens) == 3
+
+
+def test_nobody_runs_ahead_while_another_waits_for_its_page() -> None:
+    """Else the younger would never be at rest, and the older would never get a page from it."""
+    scheduler = make_scheduler(pages=3, page_size=4, prefill_tokens=16)
+    old, young = sequence(0, prompt=4, max_tokens=5), sequence(1, prompt=1, max_tokens=8)
+    bench = Bench(scheduler, ahead=True)
+    for one in (old, young):
+        scheduler.add(one)
+    for _ in range(20):
+        if bench.schedule() is None or len(bench.in_flight) == 2:
+            bench.complete()
+        if scheduler.preempted:
+            break
+    assert scheduler.preempted == 1 and [one.key for one in scheduler.waiting] == [1]
+    assert len(young.state.tokens) <= 3
+    bench.run()
+    assert sorted(bench.ended) == [0, 1]
+
+
+def test_what_never_comes_back_leaves_no_pages_behind() -> None:
+    scheduler = make_scheduler()
+    ending, going_on = sequence(0, max_tokens=4), sequence(1, max_tokens=4)
+    for one in (ending, going_on):
+        scheduler.add(one)
+    first, second = scheduler.schedule(ahead=True), scheduler.schedule(ahead=True)
+    assert first is not None and second is not None
+    scheduler.commit(first, {0: ending.state.finished(FinishReason.STOP), 1: going_on.state})
+    scheduler.ground()
+    scheduler.check()
+    assert not scheduler.leaving and not going_on.in_flight
+    assert scheduler.pages.total - scheduler.pages.free == len(going_on.pages)

@@ -40,11 +40,13 @@ class TimedPipeline(PurePipeline):
     async def run(self, batch: Batch) -> StepResult:
         self.working += 1
         try:
-            await asyncio.sleep(self.seconds())
-            self.steps.append(now())
             return await super().run(batch)
         finally:
             self.working -= 1
+
+    async def work(self) -> None:
+        await asyncio.sleep(self.seconds())
+        self.steps.append(now())
 
 
 class TimedCluster(PureCluster):
