@@ -52,14 +52,17 @@ def own(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
     return tuple(device for device in devices if device.process_index == device.client.process_index())
 
 
-def place(content: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A host array on the devices of ``sharding``; with devices of several processes, all must give the same content.
+def place(content: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The same array on all devices of ``sharding``; where they are several processes', all must give the same.
 
     ``jax.device_put`` would then compare what they gave, which takes a computation of its own.
     """
     if sharding.is_fully_addressable:
         placed: jax.Array = jax.device_put(content, sharding)
         return placed
+    if isinstance(content, jax.Array):
+        copies = [jax.device_put(content, device) for device in own(list(sharding.mesh.devices.flat))]
+        return jax.make_array_from_single_device_arrays(content.shape, sharding, copies)
     return jax.make_array_from_callback(content.shape, sharding, lambda index: content[index])
 
 

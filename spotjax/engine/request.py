@@ -90,12 +90,7 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """Whether the next token is simply the most likely one and nothing else is asked for."""
-        return (
-            self.temperature == 0
-            and self.logprobs is None
-            and not self.logit_bias
-            and not self.penalised
-        )
+        return self.temperature == 0 and self.logprobs is None and not self.logit_bias and not self.penalised
 
 
 class Logprobs(NamedTuple):

@@ -11,8 +11,8 @@ class StepTimes:
 
     Attributes:
       typical: exponentially weighted mean of what steps take, in seconds; 0 before the first step.
-      longest: in seconds, until some ten recent steps were back, those before them included: that long it may take until
-        nothing is in flight, and the step under way may be a long prefill.
+      longest: in seconds, from when one of some ten recent steps was scheduled until it was back: that long it may take
+        until nothing is in flight, and the step under way may be a long prefill.
     """
 
     def __init__(self) -> None:

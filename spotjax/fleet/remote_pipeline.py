@@ -46,6 +46,11 @@ class RemotePipeline:
         """Steps that may be in flight at once: one for each stage."""
         return len(self.instances)
 
+    @property
+    def ahead(self) -> bool:
+        """What is drawn stays on the worker that drew it, so that must be the one that needs it."""
+        return len(self.instances) == 1
+
     async def run(self, batch: Batch) -> StepResult:
         """Runs one batch.
 
@@ -59,7 +64,9 @@ class RemotePipeline:
         result: asyncio.Future[StepResult] = asyncio.get_running_loop().create_future()
         self._running[batch.step] = batch, want, result
         sequences = tuple(span.sequence for span in batch.spans)
-        header = StepHeader(self.name, batch.step, 0, shape, packed.variant, sequences, want, ready=want is not None)
+        header = StepHeader(
+            self.name, batch.step, 0, shape, packed.variant, sequences, want, want is not None, batch.follows
+        )
         try:
             self._send(header, step_payload(packed, None))
             return await result

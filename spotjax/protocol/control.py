@@ -22,7 +22,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
 
 METHOD = "/spotjax.v1.Workers/Join"
-VERSION = 2
+VERSION = 3
 """Both sides must speak the same."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """What the controller's port takes of anybody."""

@@ -35,6 +35,7 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
       sequences: keys of the sequences of the real rows, in order.
       want: a close-fitting shape that stages should get ready in the background.
       ready: whether all stages so far have ``want`` ready.
+      follows: the step that draws tokens which the rows lack, see ``sampling.fill_in``; None if they lack none.
     """
 
     pipeline: str
@@ -45,6 +46,7 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     sequences: tuple[int, ...]
     want: StepShape | None
     ready: bool
+    follows: int | None = None
 
 
 class ResultHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):

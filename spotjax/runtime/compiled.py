@@ -29,7 +29,7 @@ from spotjax.runtime.executables import Devices, Executables
 from spotjax.runtime.functions import StageFunctions
 from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
 from spotjax.runtime.program_cache import ProgramCache
-from spotjax.runtime.sampling import sample
+from spotjax.runtime.sampling import drawn_tokens, fill_in, sample
 
 Call = Callable[..., Any]
 Kinds = tuple[int, ...]
@@ -105,9 +105,13 @@ class CompiledModel:
         )
 
     def sample(self, device: jax.Device, variant: Variant, rows: int) -> Call:
-        """``(logits, controls) -> packed result`` on one device."""
+        """``(logits, controls) -> (packed result, drawn tokens)`` on one device; see ``sampling.drawn_tokens``."""
         lower = partial(self._lower_sample, variant, rows)
         return self.executables.get(("sample", variant, rows), (device,), lower)
+
+    def fill_in(self, device: jax.Device, rows: int, drawn: int) -> Call:
+        """``(rows, drawn tokens) -> rows`` on one device; see ``sampling.fill_in``."""
+        return self.executables.get(("fill in", rows, drawn), (device,), partial(self._lower_fill_in, rows, drawn))
 
     def read_pages(self, devices: Devices) -> Call:
         """``(pages, chosen) -> content`` for PAGES_PER_MOVE pages, on this process's part of these devices."""
@@ -225,8 +229,18 @@ class CompiledModel:
             jax.ShapeDtypeStruct((rows, self.spec.config.vocab), jnp.float32, sharding=at),
             jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=at),
         ]
+
+        def draw(logits: jax.Array, controls: jax.Array) -> tuple[jax.Array, jax.Array]:
+            result = sample(variant, logits, controls)
+            return result, drawn_tokens(result)
+
         # greedy ignores its controls; keeping them makes all variants callable alike
-        return jax.jit(partial(sample, variant), keep_unused=True).lower(*arguments)
+        return jax.jit(draw, keep_unused=True).lower(*arguments)
+
+    def _lower_fill_in(self, rows: int, drawn: int, devices: Devices) -> jax.stages.Lowered:
+        at = jax.sharding.SingleDeviceSharding(devices[0])
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at) for shape in ((rows, 3), (drawn,))]
+        return jax.jit(fill_in).lower(*arguments)
 
     def _lower_read(self, tensor: int, devices: Devices) -> jax.stages.Lowered:
         mesh = stage_mesh(devices)

@@ -35,8 +35,7 @@ def variant_for(rows: Sequence[SamplingParams]) -> Variant:
 
 
 def _needs_full(row: SamplingParams) -> bool:
-    penalised = row.repetition_penalty != 1 or row.presence_penalty != 0 or row.frequency_penalty != 0
-    return penalised or bool(row.logit_bias) or row.logprobs is not None
+    return row.penalised or bool(row.logit_bias) or row.logprobs is not None
 
 
 def controls_width(variant: Variant, max_positions: int) -> int:
@@ -44,8 +43,17 @@ def controls_width(variant: Variant, max_positions: int) -> int:
     return len(FIELDS) + (2 * MAX_LOGIT_BIAS + max_positions if variant is Variant.FULL else 0)
 
 
-def pack_controls(states: Sequence[RequestState | None], variant: Variant, max_positions: int) -> np.ndarray:
+def pack_controls(
+    states: Sequence[RequestState | None], variant: Variant, max_positions: int, positions: Sequence[int] | None = None
+) -> np.ndarray:
     """One row of controls per row of the step, None for rows that draw nothing.
+
+    Args:
+      states: the sequences.
+      variant: how tokens are drawn.
+      max_positions: longest sequence.
+      positions: of the tokens that are drawn, where other tokens come between them and those of the states, as may be
+        where there are no penalties; None if there is no such row.
 
     Returns: (B, C) int32.
     """
@@ -60,7 +68,8 @@ def pack_controls(states: Sequence[RequestState | None], variant: Variant, max_p
                            s.frequency_penalty)  # fmt: skip
         packed[row, 1] = min(s.top_k, 2**31 - 1)
         seed = np.array([s.seed >> 32, s.seed & 0xFFFFFFFF], np.uint32).view(np.int32)
-        packed[row, 7:14] = (*seed, state.choice, state.length, len(state.prompt), state.length, len(s.logit_bias))
+        position = state.length if positions is None else positions[row]
+        packed[row, 7:14] = (*seed, state.choice, position, len(state.prompt), state.length, len(s.logit_bias))
         if variant is Variant.FULL:
             ids = len(FIELDS)
             values, tokens = ids + MAX_LOGIT_BIAS, ids + 2 * MAX_LOGIT_BIAS

@@ -1,16 +1,15 @@
 """The stages of one replica inside one process: a step is dispatched to all of them, then its one result array is read.
 
-Dispatch is asynchronous, so stages work on different steps at the same time. Steps enter one after another (a lock);
-each step's reader waits in a thread of its own.
+Dispatch is asynchronous, so stages work on different steps at the same time, and a step is dispatched while the one
+that it follows still runs. Steps enter one after another, in a thread of their own; results are read in another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -19,6 +18,7 @@ from spotjax.engine.batch import Batch, StepResult
 from spotjax.errors import InstanceLost
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import pack_step, step_shape, unpack_result
 from spotjax.runtime.warmup import Step
@@ -41,8 +41,9 @@ class LocalPipeline:
         self._model, self._buckets, self._fuse = model, buckets, fuse
         self.recent: deque[Step] = deque(maxlen=RECENT_STEPS)
         """What the last steps ran, oldest first; whoever goes on elsewhere will soon need the same."""
-        self._entry = threading.Lock()
-        self._threads = ThreadPoolExecutor(len(self.stages), thread_name_prefix="pipeline")
+        self._drawn = Drawn(model)
+        self._entrance = ThreadPoolExecutor(1, thread_name_prefix="pipeline-in")
+        self._exit = ThreadPoolExecutor(1, thread_name_prefix="pipeline-out")
         self._lost: str | None = None
 
     @property
@@ -50,22 +51,32 @@ class LocalPipeline:
         """Steps that may be in flight at once."""
         return len(self.stages)
 
+    @property
+    def ahead(self) -> bool:
+        """What the last stage draws goes to the first without the host."""
+        return True
+
     async def run(self, batch: Batch) -> StepResult:
         """Runs one batch.
 
         Raises:
           InstanceLost: ``lose`` was called before the result was read.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self.execute, batch)
+        reading = await asyncio.wrap_future(self._entrance.submit(self._enter, batch))
+        return await asyncio.wrap_future(reading)
 
-    def execute(self, batch: Batch) -> StepResult:
-        """The same, blocking."""
+    def _enter(self, batch: Batch) -> Future[StepResult]:
         try:
-            with self._entry:
-                result = self._dispatch(batch)
-            read = np.asarray(result)
+            return self._exit.submit(self._read, batch, self._dispatch(batch))
         except RuntimeError:
             # jax raises one of several RuntimeErrors when a buffer is deleted under a running step
+            self._check_alive()
+            raise
+
+    def _read(self, batch: Batch, result: jax.Array) -> StepResult:
+        try:
+            read = np.asarray(result)
+        except RuntimeError:  # see above
             self._check_alive()
             raise
         self._check_alive()
@@ -77,7 +88,8 @@ class LocalPipeline:
 
     def close(self) -> None:
         """Ends the threads; no step may be in flight."""
-        self._threads.shutdown(wait=True)
+        self._entrance.shutdown(wait=True)
+        self._exit.shutdown(wait=True)
 
     def _check_alive(self) -> None:
         if self._lost is not None:
@@ -88,16 +100,21 @@ class LocalPipeline:
         self._check_alive()
         common = step_shape(batch, self._buckets, fine=False)
         step = pack_step(batch, self._buckets, self._fused_shape(batch, common) or common)
+        rows: np.ndarray | jax.Array = step.rows
+        if batch.follows is not None:
+            rows = self._drawn.fill_in(step.rows, batch.follows, self.stages[0].devices[0])
         out: jax.Array | None = None
         for stage in self.stages:
-            out = stage.run(step.shape, step.rows, step.pages, out)
+            out = stage.run(step.shape, rows if stage.first else step.rows, step.pages, out)
         assert out is not None
         self.recent.append((common, step.variant))
         logits = out.addressable_shards[0].data  # every shard holds all logits
         device = self.stages[-1].devices[0]
         sample = self._model.sample(device, step.variant, step.shape.rows)
-        drawn: jax.Array = sample(logits, jax.device_put(step.controls, device))
-        return drawn
+        result: jax.Array
+        result, tokens = sample(logits, jax.device_put(step.controls, device))
+        self._drawn.keep(batch.step, tokens)
+        return result
 
     def _fused_shape(self, batch: Batch, common: StepShape) -> StepShape | None:
         """A close-fitting shape for decode steps once all stages are compiled whole for it; asks for that if not.

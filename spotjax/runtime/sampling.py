@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from spotjax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS
 from spotjax.runtime.controls import FIELDS, Variant
 
+_WIDTH = 128
+
 
 @dataclass(frozen=True)
 class Controls:
@@ -69,6 +71,29 @@ def sample(variant: Variant, logits: jax.Array, packed: jax.Array) -> jax.Array:
     missing = ((0, 0), (0, MAX_LOGPROBS - ids.shape[1]))
     bits = [jax.lax.bitcast_convert_type(part, jnp.int32) for part in (own, jnp.pad(top, missing))]
     return jnp.concatenate([chosen[:, None], bits[0], jnp.pad(ids, missing), bits[1]], axis=1)
+
+
+def drawn_width(rows: int) -> int:
+    """Length of what ``drawn_tokens`` returns for so many rows: the same for nearly all steps."""
+    return rows + -rows % _WIDTH
+
+
+def drawn_tokens(result: jax.Array) -> jax.Array:
+    """The tokens alone of ``sample``'s (B, R) result, for ``fill_in``: (W,) int32, padded with zeros."""
+    return jnp.pad(result[:, 0], (0, drawn_width(len(result)) - len(result)))
+
+
+def fill_in(rows: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Puts tokens that another step has drawn into the rows of a decode step.
+
+    Args:
+      rows: (B, 3) int32: position, length, and a token id or ``engine.batch.ahead`` of the other step's row.
+      drawn: (W,) int32, see ``drawn_tokens``.
+
+    Returns: (B, 3) int32, see ``kv.StepInput``.
+    """
+    tokens = rows[:, 2]
+    return rows.at[:, 2].set(jnp.where(tokens < 0, drawn[-1 - tokens], tokens))
 
 
 def _penalise(logits: jax.Array, controls: Controls) -> jax.Array:

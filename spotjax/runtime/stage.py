@@ -85,13 +85,17 @@ class Stage:
         return False
 
     def run(
-        self, shape: StepShape, rows: np.ndarray, pages: np.ndarray, hidden: jax.Array | np.ndarray | None
+        self,
+        shape: StepShape,
+        rows: np.ndarray | jax.Array,
+        pages: np.ndarray,
+        hidden: jax.Array | np.ndarray | None,
     ) -> jax.Array:
         """Dispatches one step; returns at once with arrays that are still being computed.
 
         Args:
           shape: padded extents of the step.
-          rows, pages: as in ``kv.StepInput``.
+          rows, pages: as in ``kv.StepInput``; at the first stage the rows may be on the first of its own devices.
           hidden: (B, T, D) from the stage before; None at the first.
 
         Returns: hidden vectors (B, T, D), or logits (B, V) from the last stage.
@@ -99,7 +103,7 @@ class Stage:
         with self._model.calls(self.devices):
             return self._run(shape, self._step_input(rows, pages), hidden)
 
-    def _step_input(self, rows: np.ndarray, pages: np.ndarray) -> StepInput:
+    def _step_input(self, rows: np.ndarray | jax.Array, pages: np.ndarray) -> StepInput:
         if len(self.own) == len(self.devices):
             return StepInput(*jax.device_put((rows, pages), self._replicated))
         return StepInput(place(rows, self._replicated), place(pages, self._replicated))

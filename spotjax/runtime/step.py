@@ -20,7 +20,7 @@ class PackedStep:
     Attributes:
       shape: padded extents.
       variant: how tokens are drawn.
-      rows: (B, 2 + T) int32, see ``kv.StepInput``.
+      rows: (B, 2 + T) int32, see ``kv.StepInput``; of a step that follows another ``sampling.fill_in``.
       pages: (B, N) int32, see ``kv.StepInput``.
       controls: (B, C) int32, see ``controls.pack_controls``.
     """
@@ -52,8 +52,9 @@ def pack_step(batch: Batch, buckets: Buckets, shape: StepShape) -> PackedStep:
         pages[row, : len(span.pages)] = span.pages
     states = _sampling_states(batch.spans)
     variant = variant_for([state.sampling for state in states if state is not None])
-    padded = [*states, *[None] * (shape.rows - len(states))]
-    return PackedStep(shape, variant, rows, pages, pack_controls(padded, variant, buckets.max_positions))
+    padded, stops = [*states, *[None] * (shape.rows - len(states))], [span.stop for span in batch.spans]
+    controls = pack_controls(padded, variant, buckets.max_positions, stops)
+    return PackedStep(shape, variant, rows, pages, controls)
 
 
 def unpack_result(batch: Batch, result: np.ndarray) -> StepResult:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 from spotjax.meshes.sharding import own
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.controls import Variant
 from spotjax.runtime.executables import Devices
+from spotjax.runtime.sampling import drawn_width
 
 Step = tuple[StepShape, Variant]
 """What a step runs: its padded shape, and how tokens are drawn."""
@@ -44,6 +46,8 @@ def load(model: CompiledModel, groups: Sequence[Devices], steps: Iterable[Step])
                 model.layer(devices, shape, kind)
             model.logits(devices, shape.rows, shape.span)
             model.sample(own(devices)[0], variant, shape.rows)
+            if shape.span == 1:
+                model.fill_in(own(devices)[0], shape.rows, drawn_width(shape.rows))
 
 
 def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator[Callable[[], object]]:
@@ -57,6 +61,9 @@ def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator
     for rows in sorted({rows for rows, _ in steps}):
         for variant in Variant:
             yield lambda rows=rows, variant=variant: model.sample(own(devices)[0], variant, rows)  # type: ignore[misc]
+    widths = sorted({drawn_width(rows) for rows, _ in steps})
+    for rows, width in product(buckets.decode_rows, widths):
+        yield lambda rows=rows, width=width: model.fill_in(own(devices)[0], rows, width)  # type: ignore[misc]
     yield lambda: model.read_pages(devices)
     yield lambda: model.write_pages(devices)
     yield lambda: model.empty_pages(devices)

@@ -1,5 +1,8 @@
 """Runs steps on this worker's stages: each stage in a thread of its own, results handed on as soon as they are there.
 
+A stage's next step is dispatched while the one before runs; another thread waits for results. A step may even follow
+one whose tokens nobody has read yet, where the first stage is on the worker of the last.
+
 Frames come in from the data plane and go out to the next stage, or to the controller from the last. A frame of a
 pipeline that is not installed belongs to another epoch and is dropped.
 """
@@ -9,7 +12,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import msgspec
@@ -18,6 +22,7 @@ import numpy as np
 from spotjax.protocol.steps import ResultHeader, StepHeader, read_step, result_payload, step_payload
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
 from spotjax.worker.ledger import StageLedger
@@ -55,10 +60,11 @@ class Role:
 
 @dataclass(frozen=True)
 class _Post:
-    """A role and the thread that fills it."""
+    """A role, the thread that fills it, and the one that waits for what comes of it."""
 
     role: Role
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="stage"))
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="result"))
 
 
 class StageExecutor:
@@ -78,22 +84,26 @@ class StageExecutor:
         self._name, self._model, self._max_positions = name, model, max_positions
         self._send, self._failed, self._watchdog = send, failed, watchdog
         self._posts: Mapping[tuple[str, int], _Post] = {}
+        self._drawn: dict[str, Drawn] = {}
 
     def install(self, roles: Mapping[tuple[str, int], Role]) -> None:
         """Makes these the roles, by pipeline and stage number. Pipelines that were there before go on undisturbed."""
         before = self._posts
         self._posts = {
-            key: _Post(role, before[key].thread) if key in before else _Post(role) for key, role in roles.items()
+            key: replace(before[key], role=role) if key in before else _Post(role) for key, role in roles.items()
         }
+        self._drawn = {pipeline: self._drawn.get(pipeline) or Drawn(self._model) for pipeline, _ in roles}
         for key, post in before.items():
             if key not in self._posts:
                 post.thread.shutdown(wait=False, cancel_futures=True)
+                post.reader.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         """Gives up all roles; waits for steps under way."""
         before, self._posts = self._posts, {}
         for post in before.values():
             post.thread.shutdown(wait=True, cancel_futures=True)
+            post.reader.shutdown(wait=True, cancel_futures=True)
 
     def receive(self, header: StepHeader, payload: memoryview) -> None:
         """Takes a frame from the data plane; returns at once."""
@@ -107,33 +117,56 @@ class StageExecutor:
             log.debug("dropped step %d of pipeline %s: not of this epoch", header.step, header.pipeline)
             return
         try:
-            post.thread.submit(self._run, post.role, header, packed, hidden)
+            post.thread.submit(self._run, post, header, packed, hidden)
         except RuntimeError:  # the thread was shut down: the pipeline is of the past
             log.debug("dropped step %d of pipeline %s", header.step, header.pipeline)
 
-    def _run(self, role: Role, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
-        """One step on one stage. Whatever goes wrong is this instance's failure, not the end of the thread."""
+    def _run(self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
+        """One step on one stage."""
+        self._watched("step", header, partial(self._step, post, header, packed, hidden))
+
+    def _watched(self, what: str, header: StepHeader, work: Callable[[], None]) -> None:
+        """Whatever goes wrong is this instance's failure, not the end of the thread."""
         try:
-            with self._watchdog.over(f"step {header.step} of pipeline {header.pipeline}"):
-                self._step(role, header, packed, hidden)
+            with self._watchdog.over(f"{what} {header.step} of pipeline {header.pipeline}"):
+                work()
         except Exception as problem:
             if (header.pipeline, header.stage) in self._posts:
-                log.exception("step %d of pipeline %s failed", header.step, header.pipeline)
+                log.exception("%s %d of pipeline %s failed", what, header.step, header.pipeline)
                 self._failed(f"a step failed: {problem}")
 
-    def _step(self, role: Role, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
-        ready = header.ready and self._has(role.stage, header.want)
+    def _step(self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
+        """Dispatches it; what it comes to is waited for in another thread."""
+        role, stage = post.role, post.role.stage
+        ready = header.ready and self._has(stage, header.want)
+        rows: np.ndarray | jax.Array = packed.rows
+        if header.follows is not None:
+            rows = self._drawn[header.pipeline].fill_in(packed.rows, header.follows, stage.own[0])
         if role.ledger is not None:
             role.ledger.begin(header.sequences, packed.rows, packed.pages)
-        out = role.stage.run(packed.shape, packed.rows, packed.pages, hidden)
+        out = stage.run(packed.shape, rows, packed.pages, hidden)
         if role.ledger is not None:
             role.ledger.written(header.sequences, packed.rows)
-        self._hand_on(role, header, packed, out, ready)
+        if role.last:
+            out = self._draw(stage, header, packed, out)
+        if self._hands_on(stage):
+            hand_on = partial(self._hand_on, role, header, packed, out, ready)
+            post.reader.submit(self._watched, "the result of step", header, hand_on)
+
+    def _draw(self, stage: Stage, header: StepHeader, packed: PackedStep, logits: jax.Array) -> jax.Array:
+        """Starts to draw tokens, and keeps them for a step that follows."""
+        draw = self._model.sample(stage.own[0], packed.variant, packed.shape.rows)
+        # every shard holds all logits
+        controls = jax.device_put(packed.controls, stage.own[0])
+        result: jax.Array
+        result, tokens = draw(logits.addressable_shards[0].data, controls)
+        self._drawn[header.pipeline].keep(header.step, tokens)
+        return result
 
     def _hand_on(self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool) -> None:
         """What becomes of a step's output on one stage; waits for it."""
         if role.last:
-            result = self._draw(role.stage, packed, out)
+            result = np.asarray(out)
             rows, columns = result.shape
             answer = ResultHeader(header.pipeline, header.step, rows, columns, ready)
             self._send(CONTROLLER, answer, result_payload(result))
@@ -144,11 +177,9 @@ class StageExecutor:
         else:
             self._send(role.next, onward, step_payload(packed, np.asarray(out.addressable_shards[0].data)))
 
-    def _draw(self, stage: Stage, packed: PackedStep, logits: jax.Array) -> np.ndarray:
-        device = stage.devices[0]
-        draw = self._model.sample(device, packed.variant, packed.shape.rows)
-        # every shard holds all logits
-        return np.asarray(draw(logits.addressable_shards[0].data, jax.device_put(packed.controls, device)))
+    def _hands_on(self, stage: Stage) -> bool:
+        """Whether it is this process that hands on what the stage computes."""
+        return True
 
     def _has(self, stage: Stage, want: StepShape | None) -> bool:
         return want is not None and stage.has_block(want)

@@ -22,7 +22,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
-from spotjax.worker.executor import Failed, Role, Send, StageExecutor
+from spotjax.worker.executor import Failed, Send, StageExecutor
 from spotjax.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -112,23 +112,11 @@ class SliceExecutor(StageExecutor):
             return
         width, dtype = self._model.spec.config.width, self._model.dtype
         packed, hidden = read_step(header, payload, width, self._max_positions, dtype)
-        self._run(post.role, header, packed, hidden)
+        self._run(post, header, packed, hidden)
 
-    def _hand_on(self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool) -> None:
-        """Only the host of the stage's first device does, and the order goes on meanwhile."""
-        post = self._posts.get((header.pipeline, header.stage))
-        if post is not None and role.stage.own[0] == role.stage.devices[0]:
-            post.thread.submit(self._wait_and_hand_on, role, header, packed, out, ready)
-
-    def _wait_and_hand_on(
-        self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool
-    ) -> None:
-        try:
-            with self._watchdog.over(f"the result of step {header.step} of pipeline {header.pipeline}"):
-                super()._hand_on(role, header, packed, out, ready)
-        except Exception as problem:
-            log.exception("step %d of pipeline %s failed", header.step, header.pipeline)
-            self._failed(f"a step failed: {problem}")
+    def _hands_on(self, stage: Stage) -> bool:
+        """Only the host of the stage's first device does."""
+        return bool(stage.own[0] == stage.devices[0])
 
     def _submit(self, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
         """The next stage is in this slice, on whichever hosts."""

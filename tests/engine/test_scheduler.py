@@ -19,9 +19,7 @@ from spotjax.engine.text import advance
 LETTERS = Letters()
 
 
-def sequence(
-    key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True, penalty: float = 0.0
-) -> Sequence:
+def sequence(key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True, penalty: float = 0.0) -> Sequence:
     tokens = tuple((7 * key + position) % END for position in range(prompt))
     sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=ignore_eos, presence_penalty=penalty)
     return Sequence(key, RequestState(f"r{key}", 0, tokens, sampling, LETTERS.end_tokens))
@@ -162,7 +160,8 @@ class Bench:
     spare=st.integers(0, 12),
     shapes=st.lists(
         st.tuples(st.integers(1, 14), st.integers(1, 8), st.booleans(), st.sampled_from((0.0, 0.0, 1.0))),
-        min_size=1, max_size=9,
+        min_size=1,
+        max_size=9,
     ),
     cancels=st.booleans(),
     ahead=st.booleans(),

@@ -104,14 +104,16 @@ class Pipeline(RemotePipeline):
         """Nothing is open."""
 
 
-@pytest.mark.parametrize("homes", [("a", "b", "a"), ("a", "a", "b")])
+@pytest.mark.parametrize("homes", [("a", "b", "a"), ("a", "a", "b"), ("a",)])
 def test_stages_of_two_workers_give_what_one_process_gives(net: Net, homes: tuple[str, ...]) -> None:
     model, weights = shared_heads()
     states = [greedy(prompt, 6) for prompt in PROMPTS]
     expected = generate(build_pipelines(model, weights, MeshShape(1, 1, 1)), states)
     install(net, "1.0", homes)
+    followed: list[bool] = []
 
     def send(header: StepHeader, payload: Sequence[memoryview]) -> None:
+        followed.append(header.follows is not None)
         loop = asyncio.get_running_loop()
         net.deliver = lambda header, payload: loop.call_soon_threadsafe(pipeline.receive, header, payload) and None
         net.executors[homes[0]].receive(header, whole(payload))
@@ -119,6 +121,7 @@ def test_stages_of_two_workers_give_what_one_process_gives(net: Net, homes: tupl
     pipeline = Pipeline("1.0", homes, BUCKETS, send, fuse=False)
     assert generate([pipeline], states) == expected
     assert set(net.crossings) == {(a, b) for a, b in zip(homes, (*homes[1:], CONTROLLER), strict=True) if a != b}
+    assert any(followed) is (len(homes) == 1), "what is drawn stays on its worker"
     assert not net.failures
 
 

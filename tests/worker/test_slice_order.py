@@ -50,7 +50,7 @@ def executor(stage: NotedStage, failures: list[str]) -> SliceExecutor:
     model = SimpleNamespace(spec=SimpleNamespace(config=SimpleNamespace(width=8)), dtype=np.dtype(np.float32))
     nobody = cast(Any, None)
     made = SliceExecutor("slice", cast(Any, model), 16, nobody, failures.append, Watchdog(), nobody)
-    made.install({("1.0", 0): Role(cast(Any, stage), 0, True, "")})
+    made.install({("1.0", 0): Role(cast(Any, stage), 0, False, "")})
     return made
 
 
