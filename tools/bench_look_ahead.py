@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -80,7 +80,7 @@ class Waits:
 
     def _run(self, stage: Stage, queue: SimpleQueue[Any], shape: Any, *inputs: Any) -> jax.Array:
         entered = time.perf_counter()
-        out = self._original[stage](shape, *inputs)
+        out: jax.Array = self._original[stage](shape, *inputs)
         if self._slow and stage.last:
             out = sleeping(self._slow)(out)
         if shape.span == 1:
@@ -105,6 +105,7 @@ class Waits:
         return statistics.median(waits), sum(waits) / whole
 
 
+@cache
 def sleeping(seconds: float) -> Callable[[jax.Array], jax.Array]:
     """A computation that takes so long and changes nothing."""
 
@@ -115,10 +116,8 @@ def sleeping(seconds: float) -> Callable[[jax.Array], jax.Array]:
     def slow(values: jax.Array) -> jax.Array:
         return values + jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.float32), values[0, 0])
 
-    return _compiled_sleep.setdefault(seconds, jax.jit(slow))
-
-
-_compiled_sleep: dict[float, Any] = {}
+    compiled: Callable[[jax.Array], jax.Array] = jax.jit(slow)
+    return compiled
 
 
 @dataclass
