@@ -80,7 +80,7 @@ def day_table(done: Mapping[Run, Summary]) -> str:
         )
         lines.append(
             f"| {one.model} | {one.system} | {summary.requests:,} | {summary.censored} | {mean:.1f} s | {middle:.1f} s "
-            f"| {tail:.1f} s | {summary.restarts} | {summary.changes} | {usd:.2f} |"
+            f"| {tail:.1f} s | {summary.restarted} | {summary.changes} | {usd:.2f} |"
         )
     return "\n".join(lines)
 
@@ -94,7 +94,7 @@ def large_fleet() -> str:
     mean, middle, tail, gap, usd = map(summary.number, names)
     return (
         f"A day of 200 instances on average, {LARGE.model} at {LARGE.rate:g} requests per second (Poisson):\n"
-        f"{summary.requests:,} requests, {summary.changes:,} changes of the mesh, {summary.restarts} restarted,\n"
+        f"{summary.requests:,} requests, {summary.changes:,} changes of the mesh, {summary.restarted} restarted,\n"
         f"{summary.lost} lost, {summary.censored} still running at the end; latency {mean:.2f} s on average, "
         f"P50 {middle:.2f} s,\nP99 {tail:.2f} s, largest gap {gap:.1f} s; {usd:.2f} USD per million tokens. Simulated "
         f"in {seconds:.0f} s\nof one core, {seconds / summary.requests * 1e6:.0f} us a request."

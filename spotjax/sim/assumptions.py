@@ -29,7 +29,7 @@ class Assumptions:
     )
     on_demand_start_seconds: float = _assumed(90.0, "s", "launch of an on-demand instance in the S+O traces")
     switch_seconds: float = _assumed(0.5, "s", "stop and start at a change of the mesh; the constant of the artifact")
-    engine_start_seconds: float = _assumed(5.0, "s", "assumed: a serving process starts anew (MPI, CUDA, NCCL)")
+    engine_start_seconds: float = _assumed(5.0, "s", "assumed: a serving process starts, in all systems")
     checkpoint_bandwidth: float = _assumed(7e8, "B/s", "assumed: one instance reads parameters from storage")
     scale: float = _assumed(1.0, "x", "factor on all times of the profile; the published results need none")
 

@@ -112,15 +112,18 @@ class StaticReplica:
 
     def kill(self) -> list[int]:
         """Gone at once. Returns its requests, oldest first; who waits for its end is told that it has come."""
-        running = () if self._running is None else self._cut(self._running)
+        self.commit()
+        running = () if self._running is None else self._running.requests
         lost = sorted([*running, *(request for _, request in self._waiting)])
         self._running, self._waiting = None, []
         self._end(None)
         return lost
 
-    def _cut(self, batch: Parked) -> tuple[int, ...]:
-        """Notes the tokens that had come when a batch ended in the middle. Returns its requests."""
-        book = self._book
+    def commit(self) -> None:
+        """Writes down the tokens that have come of the batch that runs, for when it ends in the middle."""
+        if self._running is None:
+            return
+        batch, book = self._running, self._book
         steps = max(0, int((self._queue.now - self._began) / self._step))
         for request in batch.requests:
             got = min(batch.steps + steps, book.output[request])
@@ -129,7 +132,6 @@ class StaticReplica:
                 book.last_token[request] = self._began + (got - batch.steps) * self._step
             elif book.first_token[request] > self._queue.now:
                 book.first_token[request] = nan
-        return batch.requests
 
     def _next(self) -> None:
         """A batch boundary: runs the next batch, or some of it, or ends."""

@@ -46,6 +46,8 @@ class RequestBook:
 
     def restart(self, request: int) -> None:
         """Its tokens are lost with its replica: it begins again from nothing, as its client does."""
+        if self.generated[request]:
+            self.recomputed[request] += self.prompt[request] + self.generated[request] - 1
         self.generated[request] = 0
         self.restarts[request] += 1
 

@@ -165,6 +165,10 @@ class Outcome:
         )
         for times in (first_token, finish):
             times[times > end] = np.nan
+        last_token = np.array(book.last_token[:count], dtype=np.float64)
+        going_on = np.isnan(finish) & (np.array(book.generated[:count]) < trace.output[:count])
+        gap = np.where(going_on, np.fmax(gap, end - last_token), gap)  # its client is waiting now
+        gap = np.fmin(gap, end - first_token)
         restarts, recomputed = (np.array(column[:count], dtype=np.int32) for column in (book.restarts, book.recomputed))
         lost = np.zeros(count, dtype=np.bool_)
         lost[sorted(book.lost)] = True

@@ -73,7 +73,10 @@ class System(Protocol):
     name: str
 
     def begin(self, world: World) -> None:
-        """The start; instances that are there from the first second are ready in ``world.instances``."""
+        """The start; instances that are there from the first second are ready in ``world.instances``.
+
+        Parameters are in place, processes are not started: see ``Assumptions.engine_start_seconds``.
+        """
         ...
 
     def arrived(self, request: int) -> None:
@@ -94,6 +97,10 @@ class System(Protocol):
 
     def lost(self, names: Sequence[str]) -> None:
         """They are gone, with or without notice."""
+        ...
+
+    def ended(self) -> None:
+        """The time is over: writes down which tokens the requests that run have by now."""
         ...
 
 
@@ -142,6 +149,7 @@ class World:
             if event.removed:
                 self._schedule_removal(system, event.removed, event.seconds, event.notice)
         self.queue.run(spot.duration, self.book.arrival, system.arrived)
+        system.ended()
         for name in list(self._since):
             self._pay(name)
 

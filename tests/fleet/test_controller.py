@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service, read
@@ -52,18 +53,22 @@ async def until(service: Service, condition: Callable[[], bool]) -> None:
 # --- everything at once ---------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=120, deadline=None)
-@given(
-    fleet=st.tuples(st.integers(2, 5), st.integers(1, 2), st.booleans()),
-    pages=st.integers(11, 24),
-    operations=st.lists(
+LIVES: dict[str, st.SearchStrategy[Any]] = {
+    "fleet": st.tuples(st.integers(2, 5), st.integers(1, 2), st.booleans()),
+    "pages": st.integers(11, 24),
+    "operations": st.lists(
         st.sampled_from(["submit", "submit", "preempt", "preempt", "grace", "brief grace", "add", "cancel", "leave"]),
         min_size=4,
         max_size=16,
     ),
-    faults=st.integers(0, 3),
-    seed=st.integers(0, 2**32),
-)
+    "faults": st.integers(0, 3),
+    "seed": st.integers(0, 2**32),
+}
+"""Arguments of ``life``."""
+
+
+@settings(max_examples=120, deadline=None)
+@given(**LIVES)
 def test_whatever_happens_every_request_gets_exactly_its_tokens(
     fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, seed: int
 ) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pure_model import turns
 from test_change import DEMAND, GONE, NOTICED, READY, first_mesh, live_on, used, with_states
-from test_controller import finish, life
+from test_controller import LIVES, finish, life
 from virtual_time import run
 
 from spotjax.config import ServeConfig, refuse_contradictions
@@ -197,18 +197,7 @@ def test_the_first_mesh_is_the_planners(recovery: Recovery) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    recovery=st.sampled_from(BASELINES),
-    fleet=st.tuples(st.integers(2, 5), st.integers(1, 2), st.booleans()),
-    pages=st.integers(11, 24),
-    operations=st.lists(
-        st.sampled_from(["submit", "submit", "preempt", "preempt", "grace", "brief grace", "add", "cancel", "leave"]),
-        min_size=4,
-        max_size=16,
-    ),
-    faults=st.integers(0, 3),
-    seed=st.integers(0, 2**32),
-)
+@given(recovery=st.sampled_from(BASELINES), **LIVES)
 def test_whatever_happens_every_request_gets_exactly_its_tokens(
     recovery: Recovery, fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, seed: int
 ) -> None:

@@ -123,7 +123,7 @@ def consistent(world: World, request: int, arrival: float) -> None:
     first, finish, last = book.first_token[request], book.finish[request], book.last_token[request]
     assert isnan(first) or first > arrival
     if isnan(finish):
-        assert book.generated[request] < book.output[request]
+        assert book.generated[request] <= book.output[request], "a batch ends as a whole"
     else:
         assert arrival < first <= finish == last <= world.now
         assert book.generated[request] == book.output[request]

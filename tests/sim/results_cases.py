@@ -73,6 +73,8 @@ class FixedTime:
             self.waiting.appendleft(self.running)
             self.next()
 
+    def ended(self) -> None: ...
+
 
 def scenario(requests: RequestTrace, spot: SpotTrace | None = None, **assumed: float) -> Scenario:
     """With one instance for 100 s if nothing else is said."""

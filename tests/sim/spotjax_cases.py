@@ -25,6 +25,7 @@ POSITION_BYTES = SPEC.kv_bytes_per_position
 REPLICA = 2
 """Instances of a replica of two stages."""
 SWITCH_SECONDS = 0.5
+WORKER_SECONDS = Assumptions().engine_start_seconds
 
 
 def scenario(

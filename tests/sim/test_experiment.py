@@ -43,6 +43,40 @@ def test_every_system_can_be_set_up_and_serves(name: str) -> None:
     assert summary.changes >= 1 and summary.number("latency.largest") < 30
 
 
+RECOVERING = ["spotjax", "skyserve", "spotserve", "reparallelization", "rerouting"]
+
+
+@pytest.mark.parametrize("name", RECOVERING)
+def test_clients_that_wait_for_a_token_at_the_end_have_waited_since_their_last_one(name: str) -> None:
+    """All instances go at 45 s, while it decodes."""
+    spot = by_counts("gone", [(0, 2), (45, 0)], 100.0)
+    result = simulate(scenario(RequestTrace.of("one", [40.0], 300, 400), spot, notice_seconds=0.0), name)
+    assert not result.finished.any() and result.first_token[0] < 45
+    assert 55 <= result.largest_gap[0] < 56
+
+
+@pytest.mark.parametrize("name", RECOVERING)
+def test_requests_that_run_at_the_end_have_waited_for_the_tokens_that_they_have(name: str) -> None:
+    request, steady = RequestTrace.of("one", [40.0], 300, 400), by_counts("steady", [(0, 2)], 45.0)
+    result = simulate(scenario(request, steady), name)
+    assert not result.finished.any() and 0 < result.largest_gap[0] < 1
+
+
+@pytest.mark.parametrize("name", [*RECOVERING, "on-demand:2", "spotserve:2", "skyserve:2"])
+def test_every_system_waits_for_its_processes_to_start(name: str) -> None:
+    """Also where instances come later, and where it has never had any."""
+    first = []
+    for spot in (by_counts("there", [(0, 2)], 200.0), by_counts("later", [(50, 2)], 200.0)):
+        for seconds in (0.0, 20.0):
+            case = scenario(RequestTrace.of("one", [0.0], 300, 4), spot, engine_start_seconds=seconds)
+            first.append(float(simulate(case, name).first_token[0]))
+    assert first[1] == pytest.approx(first[0] + 20)
+    if ":" in name:
+        assert first[2:] == first[:2]
+    else:
+        assert 50 < first[2] < first[3]
+
+
 def test_published_systems_are_told_the_rate_that_they_must_serve_and_their_pool() -> None:
     workload = registry.published_workload(CASE, None)
     assert workload.least_devices == 4 and workload.required == ((0.0, 3 / 80),)

@@ -34,6 +34,9 @@ class Listener:
     def lost(self, names: Sequence[str]) -> None:
         self.told.append(("lost", self.world.now))
 
+    def ended(self) -> None:
+        pass
+
 
 @pytest.mark.parametrize(("notice", "told"), [(None, 70.0), (10.0, 90.0), (0.0, None)])
 def test_an_event_can_have_a_notice_of_its_own(notice: float | None, told: float | None) -> None:

@@ -116,6 +116,11 @@ class ArtifactSystem:
             self._enqueue(FleetEvent(self.world.now, (), sudden))
         self.dispatch()
 
+    def ended(self) -> None:
+        """Batches that run are in the middle."""
+        for replica in self.replicas:
+            replica.commit()
+
     # What systems do.
 
     def start(self) -> None:
@@ -150,7 +155,6 @@ class ArtifactSystem:
         book = self.world.book
         for request in requests:
             if book.generated[request]:
-                book.recomputed[request] += book.prompt[request] + book.generated[request] - 1
                 book.restart(request)
             insort(self._queue, (book.arrival[request], request))
 

@@ -70,7 +70,7 @@ class Reparallelization(ArtifactSystem):
         start = self.world.scenario.assumptions.engine_start_seconds
         load = self.load_seconds(self._choice.shape)
         wait = self.there_at(self.names) - self.world.now
-        stall = max(start + max(start, load), wait)  # daemons, then engines while they load
+        stall = wait + start + max(start, load)  # daemons, then engines while they load
         self.world.at(self.world.now + stall, self._restarted, self._choice, list(self.names), stall, dropped)
 
     def _restarted(self, choice: OriginalChoice, names: Sequence[str], stall: float, dropped: int) -> None:

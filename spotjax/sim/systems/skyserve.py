@@ -3,9 +3,9 @@
 SpotHedge (Mao et al., EuroSys 2025) keeps N replicas that the load needs and E more, on spot instances where it gets
 them; while fewer than N + E of these are ready, up to N replicas on demand stand in. A replica that loses an instance
 is lost as a whole and its requests begin again elsewhere; a notice is only used to send it no more requests. Nothing is
-moved: a new replica starts an engine and reads its parameters from storage. The engine is the continuous batching that
-Spotjax has, on the smallest mesh that holds the model. Of one zone here; spreading over zones is not simulated. All
-spot instances that the market gives are taken, as by all systems here.
+moved: a new replica starts an engine and then reads its parameters from storage. The engine is the continuous batching
+that Spotjax has, on the smallest mesh that holds the model; a replica has its instances to itself. Of one zone here;
+spreading over zones is not simulated. All instances of the trace are taken, as by all systems here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Standing:
     Attributes:
       names: its instances.
       replica: None while its engine starts and parameters are read.
-      leaving: it gets no more requests.
+      leaving: it gets no more requests while others can take them.
     """
 
     names: tuple[str, ...]
@@ -64,11 +64,12 @@ class SkyServe:
         self._extra = extra
         self._standing: list[Standing] = []
         self._parked: list[int] = []
-        self._rented = 0
+        self._requests = 0
+        self._rented: set[str] = set()
         self._load = LoadEstimator()
 
     def begin(self, world: World) -> None:
-        """As many replicas as the instances carry, with everything in place.
+        """As many replicas as the instances carry, with parameters in place; their engines have to start.
 
         Raises:
           ConfigError: no instances of the type, however many, hold the model.
@@ -76,8 +77,8 @@ class SkyServe:
         self._world, scenario = world, world.scenario
         demand = typical_demand(world.book.prompt, world.book.output, BATCH, 1.0)
         shape = _smallest(world, demand)
-        self._shape, self._capacity = shape.shape, shape.rate
-        self._size = -(-shape.shape.devices // scenario.kind.devices)
+        self._shape, self._capacity = shape.shape, shape.rate / shape.shape.data
+        self._size = -(-shape.shape.stage * shape.shape.tensor // scenario.kind.devices)
         times = ReplicaTimes(scenario.latency, shape.shape, shape.layers, scenario.assumptions.scale)
 
         def make() -> ContinuousReplica:
@@ -87,9 +88,7 @@ class SkyServe:
             )  # fmt: skip
 
         self._make: Callable[[], ContinuousReplica] = make
-        for names in self._free_groups():
-            self._standing.append(Standing(names, self._make()))
-        self._record("start")
+        self._start(scenario.assumptions.engine_start_seconds, "start")
         world.at(world.now + LOOK_SECONDS, self._look)
 
     def arrived(self, request: int) -> None:
@@ -105,22 +104,33 @@ class SkyServe:
         self._open()
 
     def noticed(self, names: Sequence[str], deadline: float) -> None:
-        """Their replicas get no more requests."""
-        for one in self._standing:
-            one.leaving |= not set(names).isdisjoint(one.names)
+        """Their replicas get no more requests; those that had not begun never will."""
+        for one in self._on(names):
+            one.leaving = True
+            if one.replica is None:
+                self._standing.remove(one)
         self._open()
 
     def lost(self, names: Sequence[str]) -> None:
         """Their replicas are gone; requests begin again elsewhere."""
-        book = self._world.book
-        for one in [one for one in self._standing if not set(names).isdisjoint(one.names)]:
-            self._standing.remove(one)
-            for request, _ in one.replica.stop() if one.replica is not None else ():
-                if book.generated[request]:
-                    book.restart(request)
-                self._add(request)
-        self._record("lost")
+        book, hurt = self._world.book, self._on(names)
+        self._standing = [one for one in self._standing if one not in hurt]
+        left = [progress for one in hurt if one.replica is not None for progress in one.replica.stop()]
+        if hurt:
+            self._record("lost")
+        for request, computed in sorted(left):
+            if book.generated[request]:
+                book.restart(request)
+            else:
+                book.recomputed[request] += computed
+            self._add(request)
         self._open()
+
+    def ended(self) -> None:
+        """All that runs is in the middle."""
+        for one in self._standing:
+            if one.replica is not None:
+                one.replica.stop()
 
     def _add(self, request: int) -> None:
         serving = [one.replica for one in self._standing if one.replica is not None and not one.leaving]
@@ -135,21 +145,23 @@ class SkyServe:
         world = self._world
         needed = max(1, ceil(self._load.load(world.now).rate / (self._capacity * USED)))
         spot = sum(one.replica is not None and not one.leaving for one in self._standing if not self._is_rented(one))
-        wanted = min(needed, max(0, needed + self._extra - spot)) * self._size
-        rented = [one for one in world.instances.values() if one.on_demand and one.name.startswith(PREFIX)]
-        if wanted > len(rented):
-            self._rented += 1
-            world.request_on_demand(self, wanted - len(rented), f"{PREFIX}-{self._rented}")
-        surplus = len(rented) - wanted
-        for one in [one for one in self._standing if self._is_rented(one)][: max(0, surplus) // self._size]:
-            self._close(one)
+        wanted = min(needed, max(0, needed + self._extra - spot))
+        if (missing := wanted * self._size - len(self._rented)) > 0:
+            self._requests += 1
+            self._rented |= set(world.request_on_demand(self, missing, f"{PREFIX}-{self._requests}"))
+        rented = [one for one in self._standing if self._is_rented(one)]
+        rented.sort(key=lambda one: (one.replica is None, one.leaving))  # those that serve stay
+        for number, one in enumerate(rented):
+            one.leaving = number >= wanted
+            if one.leaving:
+                self._close(one)
         world.at(world.now + LOOK_SECONDS, self._look)
 
     def _close(self, one: Standing) -> None:
-        """Gives a replica's on-demand instances back, once it has nothing to do."""
-        one.leaving = True
+        """Gives a replica's on-demand instances back, if it has nothing to do."""
         if one.replica is None or one.replica.load == 0:
             self._standing.remove(one)
+            self._rented.difference_update(one.names)
             for name in one.names:
                 self._world.release(name)
             self._record("released")
@@ -157,30 +169,34 @@ class SkyServe:
     def _open(self) -> None:
         """Starts replicas on the instances that none stands on."""
         assumed, spec = self._world.scenario.assumptions, self._world.scenario.spec
-        for names in self._free_groups():
-            one = Standing(names)
-            self._standing.append(one)
-            seconds = spec.parameter_bytes / self._size / assumed.checkpoint_bandwidth
-            self._world.at(self._world.now + assumed.engine_start_seconds + seconds, self._opened, one)
+        reading = spec.parameter_bytes / self._size / assumed.checkpoint_bandwidth
+        self._start(assumed.engine_start_seconds + reading, "opened", spec.parameter_bytes)
 
-    def _opened(self, one: Standing) -> None:
-        if one not in self._standing:
-            return
-        one.replica = self._make()
-        parked, self._parked = self._parked, []
-        for request in parked:
-            one.replica.add(request)
-        self._record("opened", loaded=self._world.scenario.spec.parameter_bytes)
+    def _start(self, seconds: float, reason: str, loaded: int = 0) -> None:
+        """Replicas that serve after so many seconds, if nothing happens to them until then."""
+        if new := [Standing(names) for names in self._free_groups()]:
+            self._standing += new
+            self._world.at(self._world.now + seconds, self._opened, new, reason, loaded)
+
+    def _opened(self, new: Sequence[Standing], reason: str, loaded: int) -> None:
+        opened = [one for one in new if one in self._standing]
+        for one in opened:
+            one.replica = self._make()
+        if opened:
+            self._record(reason, loaded * len(opened))
+            parked, self._parked = self._parked, []
+            for request in parked:
+                self._add(request)
 
     def _free_groups(self) -> list[tuple[str, ...]]:
-        """Instances that no replica stands on, in groups for one replica each; spot and on demand are not mixed."""
+        """Instances that no replica stands on, in groups for one replica each; those in reserve are not mixed in."""
         taken = {name for one in self._standing for name in one.names}
         groups = []
-        for on_demand in (False, True):
+        for in_reserve in (False, True):
             free = [
                 one.name
                 for one in self._world.ready_instances()
-                if one.name not in taken and one.on_demand == on_demand
+                if one.name not in taken and (one.name in self._rented) == in_reserve
             ]
             groups += [
                 tuple(free[n : n + self._size]) for n in range(0, len(free) // self._size * self._size, self._size)
@@ -188,7 +204,11 @@ class SkyServe:
         return groups
 
     def _is_rented(self, one: Standing) -> bool:
-        return one.names[0].startswith(PREFIX)
+        return one.names[0] in self._rented
+
+    def _on(self, names: Sequence[str]) -> list[Standing]:
+        """Those that stand on any of these instances."""
+        return [one for one in self._standing if not set(names).isdisjoint(one.names)]
 
     def _record(self, reason: str, loaded: int = 0) -> None:
         serving = sum(one.replica is not None for one in self._standing)

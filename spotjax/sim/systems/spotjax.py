@@ -5,11 +5,12 @@ What is decided here is decided by the functions that the server calls; only eff
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from spotjax.fleet.change import Planning
 from spotjax.fleet.recovery_policies import POLICIES
+from spotjax.meshes.instance import Instance, InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.goal import Goal
@@ -45,7 +46,7 @@ class Spotjax:
         self.name = self._options.recovery if without is None else f"spotjax-no-{without}"
 
     def begin(self, world: World) -> None:
-        """The first mesh, with everything in place."""
+        """The first mesh, with parameters in place; its workers have to start."""
         scenario, options = world.scenario, self._options
         demand = options.demand or typical_demand(world.book.prompt, world.book.output, options.batch, options.kv_room)
         demand = replace(demand, kv_pages=demand.pages)
@@ -93,7 +94,8 @@ class Spotjax:
             world, planning, self._shapes, self._replicas, self._boundary, options, self._without
         )
         self._fallback = Fallback(world, self, planning, options) if options.fallback else None
-        self._reconfigurer.begin()
+        self._start_workers([instance.name for instance in world.ready_instances()])
+        world.at(world.now + assumed.engine_start_seconds, self._reconfigurer.begin)
         world.at(world.now + options.look_seconds, self._look)
 
     @property
@@ -109,9 +111,8 @@ class Spotjax:
         """Nothing can be done with them before they are ready."""
 
     def ready(self, names: Sequence[str]) -> None:
-        """Looks for a better mesh."""
-        if names:
-            self._reconfigurer.look(f"{len(names)} joined")
+        """Their workers start."""
+        self._start_workers(names)
 
     def noticed(self, names: Sequence[str], deadline: float) -> None:
         """Leaves them in time."""
@@ -125,6 +126,29 @@ class Spotjax:
             self._boundary.deadlines.pop(name, None)
         forced = self._replicas.lose(names, self._world.instances, self._world.now)
         self._reconfigurer.interrupted(f"{len(names)} lost", forced=forced)
+
+    def ended(self) -> None:
+        """All that runs is in the middle."""
+        self._replicas.stop(self._replicas.running(), self._world.now)
+
+    def _start_workers(self, names: Sequence[str]) -> None:
+        """Instances join when their processes have started; until then nothing is planned with them."""
+        there, starting = self._world.instances, dict[str, Instance]()
+        for name in names:
+            starting[name] = there[name] = replace(there[name], state=InstanceState.JOINING)
+        if names:
+            self._world.at(
+                self._world.now + self._world.scenario.assumptions.engine_start_seconds, self._joined, starting
+            )
+
+    def _joined(self, starting: Mapping[str, Instance]) -> None:
+        """Looks for a better mesh with those that were neither noticed nor lost since."""
+        there = self._world.instances
+        joined = [name for name, instance in starting.items() if there.get(name) is instance]
+        for name in joined:
+            there[name] = replace(there[name], state=InstanceState.READY)
+        if joined:
+            self._reconfigurer.look(f"{len(joined)} joined")
 
     def _look(self) -> None:
         if self._fallback is not None:

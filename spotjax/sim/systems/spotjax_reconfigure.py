@@ -60,10 +60,11 @@ class Reconfigurer:
         self._needs: dict[DeviceRef, Needs] = {}
         """Parameters on those that it does."""
         self._underway: Underway | None = None
-        self._suspended = False
+        self._begun = self._suspended = False
 
     def begin(self) -> None:
-        """The first mesh, with everything in place."""
+        """The first mesh, with parameters in place. Before, nothing is changed."""
+        self._begun = True
         try:
             decision = self._decide()
         except NoFeasibleShape as problem:
@@ -83,6 +84,8 @@ class Reconfigurer:
 
     def look(self, reason: str) -> None:
         """Makes the mesh fit, if it does not, to the instances that there are now."""
+        if not self._begun:
+            return
         if self._underway is not None:
             if not self._is_void(self._underway):
                 return  # what has come meanwhile is looked at when it is done

@@ -175,13 +175,18 @@ class Replicas:
             going_on.get(number) or Member(self._make(placement), now) for number in range(placement.shape.data)
         ]
         self._running = [member.replica for member in self.members]
-        kept = 0
+        kept, book = 0, self._book
         for cohort in cohorts:
             for sequence in cohort.sequences:
-                if left.pop(sequence.key, None) is not None:
+                computed = left.pop(sequence.key, None)
+                if computed is not None:
+                    if not book.generated[sequence.key]:  # else they are counted when they are computed again
+                        book.recomputed[sequence.key] += computed - sequence.progress
                     self.members[cohort.new].replica.add(sequence.key, sequence.progress)
                     kept += 1
         for request in sorted(left):
+            if not book.generated[request]:
+                book.recomputed[request] += left[request]
             self.add(request)
         return kept, sum(computed > 0 for computed in left.values())
 

@@ -169,7 +169,7 @@ class SpotServe(ArtifactSystem):
         seconds = self.load_seconds(choice.shape) if plan is None else self._transfer_seconds(plan)
         self._placement, self._moved_at = placement, self.world.now + seconds
         wait = self.there_at(device.instance for device in placement.devices.values()) - self.world.now
-        stall = max(seconds, self.world.scenario.assumptions.engine_start_seconds, wait)
+        stall = max(seconds, wait + self.world.scenario.assumptions.engine_start_seconds)
         self.world.at(self.world.now + stall, self._resume, choice, heirs, stall, plan, len(requests))
 
     def _resume(
