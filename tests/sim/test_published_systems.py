@@ -169,6 +169,15 @@ def test_a_second_notice_during_a_switch_is_handled_after_it() -> None:
     assert world.book.generated == [128] * 60
 
 
+def test_nothing_starts_on_an_instance_before_it_is_there() -> None:
+    """The mesh has stopped before the newcomer that it grows by is ready, because it had nothing to do."""
+    for name, least in (("spotserve", 20.0), ("reparallelization", 20.0 + 81048059904 / 4 / 7e8)):
+        events = [start(3), SpotEvent(100.0, added=NAMES[3:4])]
+        world = run(scenario(events, engine_start_seconds=20.0), SYSTEMS[name](workload()))
+        assert shapes(world) == ["1x3x4", "1x2x8"]
+        assert world.changes[1].seconds >= 100 + least
+
+
 def test_parked_batches_without_a_replica_are_queued_again() -> None:
     events = [start(8), SpotEvent(40.0, removed=NAMES[:5])]
     world = run(scenario(events, THREE_BATCHES_EACH), SpotServe(workload(), 1))

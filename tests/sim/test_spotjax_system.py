@@ -5,17 +5,7 @@ from __future__ import annotations
 from math import isnan
 
 import pytest
-from spotjax_cases import (
-    KIND,
-    NAMES,
-    POSITION_BYTES,
-    SPEC,
-    SWITCH_SECONDS,
-    WORKER_SECONDS,
-    finished,
-    run,
-    scenario,
-)  # fmt: skip
+from spotjax_cases import KIND, NAMES, POSITION_BYTES, SPEC, SWITCH_SECONDS, WORKER_SECONDS, finished, run, scenario
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.shape import MeshShape
