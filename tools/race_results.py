@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich.table import Table
 
 from spotjax.errors import ConfigError
@@ -276,7 +277,7 @@ def read_race(path: Path) -> Inputs:
         }
         profile, measured = content["profile"], content["measured"]
         return Inputs(
-            spec=ModelSpec(DecoderConfig(**content["model"]), dtype_bytes=DTYPE_BYTES),
+            spec=ModelSpec(msgspec.convert(content["model"], DecoderConfig), dtype_bytes=DTYPE_BYTES),
             kind=replace(VIRTUAL_CPU, memory_bytes=content["memory"]),
             demand=Demand(**content["demand"]),
             requests=requests,
