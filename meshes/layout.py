@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import lru_cache
 
-from spotjax.meshes.rules import DEFAULT_RULES
+from spotjax.meshes.rules import DEFAULT_RULES, EXPERT_RULES, AxisRules
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import Index, Range
 from spotjax.models.spec import ArraySpec, ModelSpec
 
-TENSOR_AXES = DEFAULT_RULES.split_by("tensor")
-"""Logical axes that the ``tensor`` mesh axis splits; all others are whole at every position."""
+_DEFAULT_AXES, _EXPERT_AXES = DEFAULT_RULES.split_by("tensor"), EXPERT_RULES.split_by("tensor")
+
+NARROWEST_EXPERT = 128
+"""Least width of a shard of an expert: what the matrix units of accelerators take at once."""
 
 LayerRanges = tuple[Range, ...]
 """For every stage, the half-open range of decoder layers it runs."""
@@ -38,6 +40,24 @@ def split_layers(layers: int, stages: int) -> LayerRanges:
         ranges.append((start, stop))
         start = stop
     return tuple(ranges)
+
+
+def rules_of(spec: ModelSpec, tensor: int) -> AxisRules:
+    """Which logical axes ``tensor`` shards split.
+
+    Every shard has a part of each expert: all then have the same to do, whatever the router chooses, where whole
+    experts would keep most shards idle at small batches. Only where the parts would be too narrow for the hardware,
+    whole experts are dealt out, if they can be evenly.
+    """
+    c = spec.config
+    if c.experts is None or tensor == 1 or c.experts.count % tensor or c.mlp >= NARROWEST_EXPERT * tensor:
+        return DEFAULT_RULES
+    return EXPERT_RULES
+
+
+def tensor_axes(spec: ModelSpec, tensor: int) -> frozenset[str]:
+    """Logical axes that ``tensor`` shards split; all others are whole at every position."""
+    return _EXPERT_AXES if rules_of(spec, tensor) is EXPERT_RULES else _DEFAULT_AXES
 
 
 def tensor_range(extent: int, axis: str, spec: ModelSpec, tensor: int, m: int) -> Range:
@@ -72,8 +92,9 @@ def kv_heads_per_shard(heads: int, kv_heads: int, tensor: int) -> int:
 
 def shard_index(array: ArraySpec, spec: ModelSpec, tensor: int, m: int) -> Index:
     """The logical index ranges of ``array`` that tensor shard ``m`` holds, wherever its stage is."""
+    split = tensor_axes(spec, tensor)
     return tuple(
-        tensor_range(extent, axis, spec, tensor, m) if axis in TENSOR_AXES else (0, extent)
+        tensor_range(extent, axis, spec, tensor, m) if axis in split else (0, extent)
         for extent, axis in zip(array.shape, array.axes, strict=True)
     )
 

@@ -18,6 +18,9 @@ _DEFAULT: Mapping[str, str | None] = MappingProxyType(
         "kv_heads": "tensor",
         "head_size": None,
         "mlp": "tensor",
+        "expert": None,
+        "expert_mlp": "tensor",
+        "choices": None,
         "pages": None,
         "page_slot": None,
         "kv": None,
@@ -73,4 +76,8 @@ class AxisRules:
 
 
 DEFAULT_RULES = AxisRules()
-"""Heads, feed-forward width, vocabulary and learned positions are split over ``tensor``; everything else is whole."""
+"""Heads, feed-forward width (of every expert, too), vocabulary and learned positions are split over ``tensor``, nothing
+else is."""
+
+EXPERT_RULES = AxisRules(MappingProxyType({**_DEFAULT, "expert": "tensor", "expert_mlp": None}))
+"""The same, but that each shard has some of the experts, whole. Where which holds, ``layout.rules_of`` says."""

@@ -12,12 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from spotjax.meshes.layout import shard_shape
-from spotjax.meshes.rules import AxisRules
-from spotjax.models.spec import ArraySpec, Axes, ModelSpec
+from spotjax.meshes.layout import rules_of, shard_shape
+from spotjax.models.spec import ArraySpec, ModelSpec
 
 TENSOR_AXIS = "tensor"
-RULES = AxisRules()
 
 
 def stage_mesh(devices: Sequence[jax.Device]) -> Mesh:
@@ -25,25 +23,20 @@ def stage_mesh(devices: Sequence[jax.Device]) -> Mesh:
     return Mesh(np.array(devices), (TENSOR_AXIS,))
 
 
-def partition_spec(axes: Axes) -> PartitionSpec:
-    """Logical axes to mesh axes."""
-    return PartitionSpec(*RULES.partition(axes))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device of the stage."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def array_sharding(array: ArraySpec, mesh: Mesh) -> NamedSharding:
+def array_sharding(array: ArraySpec, spec: ModelSpec, mesh: Mesh) -> NamedSharding:
     """How ``array`` lies on the stage's devices."""
-    return NamedSharding(mesh, partition_spec(array.axes))
+    return NamedSharding(mesh, PartitionSpec(*rules_of(spec, mesh.size).partition(array.axes)))
 
 
 def stacked_shape(array: ArraySpec, spec: ModelSpec, tensor: int) -> tuple[int, ...]:
     """Shape of the jax array that holds all M shards side by side, padding and shared kv heads included."""
     local = shard_shape(array, spec, tensor)
-    split = RULES.partition(array.axes)
+    split = rules_of(spec, tensor).partition(array.axes)
     return tuple(extent * tensor if axis else extent for extent, axis in zip(local, split, strict=True))
 
 
@@ -98,4 +91,4 @@ def assemble(array: ArraySpec, spec: ModelSpec, mesh: Mesh, shards: Sequence[jax
     Where some devices are other processes', ``shards`` are those of this one.
     """
     shape = stacked_shape(array, spec, mesh.size)
-    return jax.make_array_from_single_device_arrays(shape, array_sharding(array, mesh), list(shards))
+    return jax.make_array_from_single_device_arrays(shape, array_sharding(array, spec, mesh), list(shards))

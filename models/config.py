@@ -46,6 +46,29 @@ class LayerKind:
 
 
 @dataclass(frozen=True, slots=True)
+class Experts:
+    """Experts of which a router chooses a few for each token, in place of one feed-forward layer.
+
+    Attributes:
+      count: E, experts of every layer.
+      per_token: k, how many of them compute a token.
+      normalized: the weights of the chosen ones are made to sum to one.
+      shared_mlp: width of an expert that computes every token, scaled by a gate of its own (Qwen2-MoE); 0 for none.
+    """
+
+    count: int
+    per_token: int
+    normalized: bool = True
+    shared_mlp: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.per_token <= self.count:
+            raise ValueError(f"per_token must be from 1 to the {self.count} experts, got {self.per_token}")
+        if self.shared_mlp < 0:
+            raise ValueError(f"shared_mlp must not be negative, got {self.shared_mlp}")
+
+
+@dataclass(frozen=True, slots=True)
 class DecoderConfig:
     """A decoder, by its sizes and by which of the known parts it is made of. Defaults are those of Llama.
 
@@ -59,7 +82,7 @@ class DecoderConfig:
       heads: N, query heads.
       kv_heads: K, key and value heads; divides ``heads``.
       head_size: H.
-      mlp: F, width of the feed-forward layer.
+      mlp: F, width of the feed-forward layer; of each expert where there are experts.
       max_positions: longest context that the model was made for, in tokens.
       positions: ``rotary`` turns queries and keys; ``learned`` adds a vector for each position to the embedding.
       rotary_size: how many of the H elements of a head are rotated, the first ones; None for all.
@@ -87,6 +110,7 @@ class DecoderConfig:
       attention_softcap: bound c of the scores, c tanh(score / c); None for none.
       logit_softcap: the same of the logits.
       embedding_scale: what embedded tokens are multiplied by; None for 1.
+      experts: what every layer has in place of one feed-forward layer, or None.
     """
 
     vocab: int
@@ -120,6 +144,7 @@ class DecoderConfig:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     embedding_scale: float | None = None
+    experts: Experts | None = None
 
     def kind(self, layer: int) -> LayerKind:
         """What is special about a layer."""
@@ -145,6 +170,8 @@ class DecoderConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows must be at least 1, got {self.windows}")
+        if self.experts is not None and (self.mlp_bias or not self.gated_mlp):
+            raise ValueError("experts need gated_mlp, and have no mlp_bias")
         if self.positions == "rotary":
             self._check_rotary()
 

@@ -13,9 +13,10 @@ from flax import nnx
 
 from spotjax.models.attention import Scoring, as_one_page, attend, softcap, visibility
 from spotjax.models.config import DecoderConfig
-from spotjax.models.layers import DecoderLayer, project
+from spotjax.models.layers import DecoderLayer
 from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
+from spotjax.models.projection import project
 from spotjax.models.rope import rotations
 from spotjax.models.shard import WHOLE, TensorShard
 from spotjax.models.spec import ModelSpec

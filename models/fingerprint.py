@@ -29,8 +29,9 @@ class Sampled(Protocol):
 def fingerprint(checkpoint: Checkpoint | Sampled, dtype: np.dtype) -> str:
     """A hash of the configuration, the dtype that it is served at, all vectors and the first row of every matrix.
 
-    The samples count as they are served: weights that round to the same are the same. Fields of the configuration count
-    where they differ from their defaults, so that fields which are added later change no fingerprint.
+    Every expert has matrices of its own. The samples count as they are served: weights that round to the same are the
+    same. Fields of the configuration count where they differ from their defaults, so that fields which are added later
+    change no fingerprint.
     """
     spec = checkpoint.spec
     values = ((field.name, getattr(spec.config, field.name), field.default) for field in fields(spec.config))
@@ -48,6 +49,8 @@ def fingerprint(checkpoint: Checkpoint | Sampled, dtype: np.dtype) -> str:
 def sample_index(array: ArraySpec) -> Index:
     """What of an array goes into a fingerprint."""
     index = whole(array.shape)
+    if array.axes[0] == "expert":
+        return (index[0], (0, 1), *index[2:])
     return index if len(index) == 1 else ((0, 1), *index[1:])
 
 

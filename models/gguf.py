@@ -133,12 +133,11 @@ class GgufCheckpoint:
         """See ``Checkpoint.read``."""
         if name not in self._storages:
             raise CheckpointError(f"the model has no array {name!r}")
-        tensor = self._tensors[self._storages[name].tensor]
         module, array = name.rsplit(".", 1) if "." in name else ("", name)
         rotated = module.endswith("attention") and array in ("query", "key", "query_bias", "key_bias")
 
-        def read_tensor(ranges: Index) -> NDArray[np.float32]:
-            block = _read_tensor(tensor, ranges)
+        def read_tensor(tensor: str, ranges: Index) -> NDArray[np.float32]:
+            block = _read_tensor(self._tensors[tensor], ranges)
             return _half_split(block, self._spec.config.head_size) if rotated and self._interleaved else block
 
         return self._storages[name].read(index, read_tensor)

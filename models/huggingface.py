@@ -50,7 +50,7 @@ class HuggingFaceCheckpoint:
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in self._tensors.items()}
             unneeded = _unneeded(shapes, layout.names["head"] if config.tied_embeddings else "")
             check_tensors(self._storages.values(), shapes, directory, unneeded)
-            for name in dict.fromkeys(storage.tensor for storage in self._storages.values()):
+            for name in dict.fromkeys(name for storage in self._storages.values() for name in storage.tensors):
                 if (dtype := self._tensors[name].get_dtype()) not in DTYPES:
                     raise CheckpointError(f"{directory}: tensor {name} is {dtype}, only {', '.join(DTYPES)} are read")
             self._files = files.pop_all()
@@ -71,13 +71,11 @@ class HuggingFaceCheckpoint:
         """See ``Checkpoint.read``."""
         if name not in self._storages:
             raise CheckpointError(f"the model has no array {name!r}")
-        tensor = self._tensors[self._storages[name].tensor]
+        return self._storages[name].read(index, self._read_tensor)
 
-        def read_tensor(ranges: Index) -> NDArray[np.float32]:
-            block: NDArray[np.float32] = tensor[tuple(slice(*pair) for pair in ranges)].astype(np.float32, copy=False)
-            return block
-
-        return self._storages[name].read(index, read_tensor)
+    def _read_tensor(self, tensor: str, ranges: Index) -> NDArray[np.float32]:
+        content: NDArray[np.generic] = self._tensors[tensor][tuple(slice(*pair) for pair in ranges)]
+        return content.astype(np.float32, copy=False)
 
     def close(self) -> None:
         """Unmaps the files."""

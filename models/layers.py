@@ -7,8 +7,6 @@ its logical axes. Where KV is kept is the caller's business: layers are given a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Protocol
 
 import jax
@@ -18,17 +16,12 @@ from jax import lax
 
 from spotjax.models.attention import Scoring
 from spotjax.models.config import DecoderConfig, LayerKind
+from spotjax.models.experts import MixtureOfExperts
 from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
+from spotjax.models.projection import ACTIVATIONS, project
 from spotjax.models.rope import Rotation, rotate
 from spotjax.models.shard import WHOLE, TensorShard
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "relu": jax.nn.relu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
-}
 
 
 class KeyValueStore(Protocol):
@@ -45,12 +38,6 @@ class KeyValueStore(Protocol):
         Returns: (B, T, N, H).
         """
         ...
-
-
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(B, T, in) times (in, ...) as one plain matrix product; blocked layouts are 5-10 times slower on CPU."""
-    flat = x.reshape(-1, x.shape[-1]) @ kernel.reshape(kernel.shape[0], -1)
-    return flat.reshape(*x.shape[:-1], *kernel.shape[1:])
 
 
 class Attention(nnx.Module):
@@ -146,7 +133,7 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = Norm(config, "attention_norm", rngs=rngs)
         self.attention = Attention(config, kind, rngs=rngs)
         self.mlp_norm = Norm(config, "mlp_norm", rngs=rngs)
-        self.mlp = FeedForward(config, rngs=rngs)
+        self.mlp = MixtureOfExperts(config, rngs=rngs) if config.experts is not None else FeedForward(config, rngs=rngs)
         if config.norm_place == "both":
             self.attention_output_norm = Norm(config, "attention_output_norm", rngs=rngs)
             self.mlp_output_norm = Norm(config, "mlp_output_norm", rngs=rngs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 # Registers bfloat16 with numpy, which has none of its own.
@@ -138,23 +139,26 @@ def as_slices(index: Index) -> tuple[slice, ...]:
 
 
 def split_axis(shape: tuple[int, ...], chunk: tuple[int, ...]) -> int:
-    """The axis along which an array has several chunks; at most one has."""
+    """The first axis along which an array has several chunks."""
     return next((axis for axis, (extent, part) in enumerate(zip(shape, chunk, strict=True)) if part < extent), 0)
 
 
 def chunk_runs(shape: tuple[int, ...], chunk: tuple[int, ...], itemsize: int) -> Iterator[Index]:
     """An array in runs of whole chunks, in order, of about ``RUN_BYTES`` each."""
     axis = split_axis(shape, chunk)
-    chunks = max(1, RUN_BYTES // (int(np.prod(chunk)) * itemsize))
-    for start in range(0, shape[axis], chunks * chunk[axis]):
-        index = list(whole(shape))
-        index[axis] = (start, min(start + chunks * chunk[axis], shape[axis]))
-        yield tuple(index)
+    row = int(np.prod(shape)) // shape[axis] * chunk[axis] * itemsize
+    step = max(1, RUN_BYTES // row) * chunk[axis]
+    for start in range(0, shape[axis], step):
+        extents = (*shape[:axis], min(step, shape[axis] - start), *shape[axis + 1 :])
+        split_further = row > RUN_BYTES and any(part < extent for extent, part in zip(extents, chunk, strict=True))
+        for index in chunk_runs(extents, chunk, itemsize) if split_further else [whole(extents)]:
+            first, last = index[axis]
+            yield (*index[:axis], (start + first, start + last), *index[axis + 1 :])
 
 
 def add_chunks(digest: xxhash.xxh3_64, run: np.ndarray, chunk: tuple[int, ...]) -> None:
     """Adds the contents of a run of chunks to a checksum: chunk after chunk, without padding."""
-    axis = split_axis(run.shape, chunk)
-    for start in range(0, run.shape[axis], chunk[axis]):
-        picks = (*(slice(None),) * axis, slice(start, start + chunk[axis]))
+    starts = (range(0, extent, part) for extent, part in zip(run.shape, chunk, strict=True))
+    for corner in product(*starts):
+        picks = tuple(slice(start, start + part) for start, part in zip(corner, chunk, strict=True))
         digest.update(np.ascontiguousarray(run[picks]).reshape(-1).view(np.uint8))

@@ -38,6 +38,8 @@ def add_parameters(module: nnx.Module, config: DecoderConfig, name: str, rngs: n
 
 
 def _outputs(array: ArraySpec) -> int:
-    """To how many outputs a kernel connects each input."""
+    """To how many outputs a kernel connects each input; to those of all experts."""
+    if array.axes[0] == "expert":
+        return array.size // array.shape[1]
     inputs = 2 if array.axes[0] == "heads" else 1
     return prod(array.shape[inputs:])

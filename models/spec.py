@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
-from spotjax.models.config import DecoderConfig, LayerKind
+from spotjax.models.config import DecoderConfig, Experts, LayerKind
 
 Axes = tuple[str, ...]
-"""Logical axis names: ``vocab positions embed heads kv_heads head_size mlp pages page_slot kv``."""
+"""Logical axis names: ``vocab positions embed heads kv_heads head_size mlp pages page_slot kv``; of experts ``expert``,
+``expert_mlp`` (the width of each), and ``choices`` (what a router gives a score, which no mesh splits)."""
 
 Arrays = dict[str, tuple[tuple[int, ...], Axes]]
 """Shapes and axes by name."""
@@ -156,10 +157,24 @@ class ModelSpec:
 
     def _feed_forward(self) -> Arrays:
         c = self.config
+        if c.experts is not None:
+            return self._experts(c.experts)
         into = ("gate", "up") if c.gated_mlp else ("up",)
         arrays: Arrays = {f"mlp.{name}": ((c.width, c.mlp), ("embed", "mlp")) for name in into}
         arrays["mlp.down"] = ((c.mlp, c.width), ("mlp", "embed"))
         if c.mlp_bias:
             arrays |= {f"mlp.{name}_bias": ((c.mlp,), ("mlp",)) for name in into}
             arrays["mlp.down_bias"] = ((c.width,), ("embed",))
+        return arrays
+
+    def _experts(self, experts: Experts) -> Arrays:
+        width, mlp, shared = self.config.width, self.config.mlp, experts.shared_mlp
+        arrays: Arrays = {"mlp.router": ((width, experts.count), ("embed", "choices"))}
+        into, out = ("expert", "embed", "expert_mlp"), ("expert", "expert_mlp", "embed")
+        arrays |= {f"mlp.{name}": ((experts.count, width, mlp), into) for name in ("gate", "up")}
+        arrays["mlp.down"] = ((experts.count, mlp, width), out)
+        if shared:
+            arrays |= {f"mlp.shared_{name}": ((width, shared), ("embed", "mlp")) for name in ("gate", "up")}
+            arrays["mlp.shared_down"] = ((shared, width), ("mlp", "embed"))
+            arrays["mlp.shared_router"] = ((width,), ("embed",))
         return arrays

@@ -25,6 +25,9 @@ PART = -1
 StorageAxes = tuple[tuple[int, ...], ...]
 """For every axis of a published tensor, which axes of our array it is the product of, major first."""
 
+ReadTensor = Callable[[str, Index], NDArray[np.float32]]
+"""Reads index ranges of a tensor by its name."""
+
 Part = tuple[int, int]
 """Which of the arrays that a tensor joins is ours, from 0, and how many there are."""
 
@@ -38,6 +41,9 @@ STORAGE_AXES: dict[Axes, StorageAxes] = {
     ("heads", "head_size", "embed"): ((2,), (0, 1)),
     ("embed", "mlp"): ((1,), (0,)),
     ("mlp", "embed"): ((1,), (0,)),
+    ("embed", "choices"): ((1,), (0,)),
+    ("expert", "embed", "expert_mlp"): ((0,), (2,), (1,)),
+    ("expert", "expert_mlp", "embed"): ((0,), (2,), (1,)),
     ("heads", "head_size"): ((0, 1),),
     ("kv_heads", "head_size"): ((0, 1),),
     ("embed",): ((0,),),
@@ -52,7 +58,8 @@ class TensorLayout:
     """How checkpoints of a family keep their arrays.
 
     Attributes:
-      names: published name of each array outside of the layers, and of each array within a layer.
+      names: published name of each array outside of the layers, and of each array within a layer. With ``{}`` in it,
+        one tensor for each index of the array's first axis, whose number stands there.
       layer_prefix: format of what stands before the latter, given the layer's number.
       axes: of arrays, named as in ``names``, that are not kept as ``STORAGE_AXES`` says.
       parts: of arrays that share a tensor with others.
@@ -91,12 +98,17 @@ class Storage:
         rows, *others = (prod(extents[axis] for axis in axes) for axes in self.axes)
         return self.skipped + rows, *others
 
-    def read(self, index: Index, read_tensor: Callable[[Index], NDArray[np.float32]]) -> NDArray[np.float32]:
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every tensor that the array is in."""
+        return {self.tensor: self.shape}
+
+    def read(self, index: Index, read_tensor: ReadTensor) -> NDArray[np.float32]:
         """The part of the array that ``index`` covers.
 
         Args:
           index: index ranges of the array; where several axes are merged in the tensor, all of the minor ones are read.
-          read_tensor: reads index ranges of the tensor.
+          read_tensor: reads index ranges of a tensor.
 
         Raises:
           ValueError: ``index`` reaches outside the array.
@@ -116,16 +128,42 @@ class Storage:
             ranges.append((start * prod(inner), stop * prod(inner)))
             stored += [stop - start, *inner]
         ranges[0] = (ranges[0][0] + self.skipped, ranges[0][1] + self.skipped)
-        block = read_tensor(tuple(ranges)).reshape(stored)
+        block = read_tensor(self.tensor, tuple(ranges)).reshape(stored)
         order = [axis for group in groups for axis in group]
         majors = {major for major, *_ in groups}
         picks = [slice(None) if axis in majors else slice(*wanted[axis]) for axis in order]
         return np.ascontiguousarray(block[tuple(picks)].transpose(np.argsort(order)).reshape(shape), np.float32)
 
 
-def storages(spec: ModelSpec, layout: TensorLayout) -> dict[str, Storage]:
+@dataclass(frozen=True, slots=True)
+class JoinedStorage:
+    """An array of which every index of the first axis is a tensor of its own.
+
+    Attributes:
+      array: ours.
+      members: where it is at each index, as arrays of one axis less.
+    """
+
+    array: ArraySpec
+    members: tuple[Storage, ...]
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[int, ...]]:
+        """See ``Storage.tensors``."""
+        return {member.tensor: member.shape for member in self.members}
+
+    def read(self, index: Index, read_tensor: ReadTensor) -> NDArray[np.float32]:
+        """See ``Storage.read``."""
+        check_index(self.array, index)
+        content = np.empty([stop - start for start, stop in index], np.float32)
+        for place, member in enumerate(self.members[slice(*index[0])]):
+            content[place] = member.read(index[1:], read_tensor)
+        return content
+
+
+def storages(spec: ModelSpec, layout: TensorLayout) -> dict[str, Storage | JoinedStorage]:
     """Where every array of the model is in a checkpoint of that layout."""
-    found = {}
+    found: dict[str, Storage | JoinedStorage] = {}
     for array in spec.parameters:
         name, prefix = array.name, ""
         if array.layer is not None:
@@ -133,12 +171,22 @@ def storages(spec: ModelSpec, layout: TensorLayout) -> dict[str, Storage]:
             prefix = layout.layer_prefix.format(array.layer)
         axes = layout.axes.get(name, STORAGE_AXES[array.axes])
         part, skipped = layout.parts.get(name, (0, 1)), layout.skipped.get(name, 0)
-        found[array.name] = Storage(array, prefix + layout.names[name], axes, part, skipped)
+        tensor = prefix + layout.names[name]
+        if "{}" not in tensor:
+            found[array.name] = Storage(array, tensor, axes, part, skipped)
+            continue
+        member = ArraySpec(array.name, array.shape[1:], array.axes[1:], array.layer)
+        inner = tuple(tuple(axis - 1 for axis in group) for group in axes[1:])
+        members = tuple(Storage(member, tensor.format(number), inner) for number in range(array.shape[0]))
+        found[array.name] = JoinedStorage(array, members)
     return found
 
 
 def check_tensors(
-    storages: Iterable[Storage], stored: Mapping[str, tuple[int, ...]], where: object, ignored: Iterable[str] = ()
+    storages: Iterable[Storage | JoinedStorage],
+    stored: Mapping[str, tuple[int, ...]],
+    where: object,
+    ignored: Iterable[str] = (),
 ) -> None:
     """Checks that exactly the tensors of a model are there, each in its shape.
 
@@ -151,7 +199,7 @@ def check_tensors(
     Raises:
       CheckpointError: a tensor is missing, has another shape, or is one that the model does not have.
     """
-    needed = {storage.tensor: storage.shape for storage in storages}
+    needed = {name: shape for storage in storages for name, shape in storage.tensors.items()}
     for name, wanted in needed.items():
         if name not in stored:
             raise CheckpointError(f"{where}: tensor {name} {wanted} is missing")

@@ -24,7 +24,7 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh
 from spotjax.meshes.slices import Index
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.buckets import Buckets
@@ -62,6 +62,7 @@ GEMMA = replace(
     tied_embeddings=True,
     qk_norm=True,
 )
+EXPERTS = replace(SHARED_HEADS, mlp=10, experts=Experts(4, 2, normalized=False, shared_mlp=7))
 """The other architectures, as small. ``GEMMA`` has layers of two kinds, and what Gemma 2 and Gemma 3 have."""
 
 
@@ -86,7 +87,8 @@ class RandomCheckpoint:
         if not self._arrays:
             generator, arrays = np.random.default_rng(self._seed), {}
             for array in self.spec.parameters:
-                fan_in = np.prod(array.shape[:-1]) if array.name.endswith("output") else array.shape[0]
+                inputs = array.shape[array.axes[0] == "expert"]
+                fan_in = np.prod(array.shape[:-1]) if array.name.endswith("output") else inputs
                 scale = 1.0 if len(array.shape) < 2 else 2.0 * float(fan_in) ** -0.5
                 content = generator.normal(0, scale, array.shape).astype(np.float32)
                 scales = array.name.endswith(("scale", "_norm"))

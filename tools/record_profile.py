@@ -122,7 +122,7 @@ def _random_parameters(spec: ModelSpec, devices: Devices, dtype: str) -> dict[st
     return {
         array.name: jax.device_put(
             (0.02 * chance.standard_normal(stacked_shape(array, spec, len(devices)), np.float32)).astype(dtype),
-            array_sharding(array, mesh),
+            array_sharding(array, spec, mesh),
         )
         for array in spec.parameters
     }

@@ -72,7 +72,8 @@ def save_weights(
             # Only the attention output takes in two axes, (heads, head size); the others give out all but the first.
             inputs = array.size // value.shape[-1] if array.name.endswith("attention.output") else value.shape[0]
             value = value.reshape(inputs, -1).T
-        tensors[stored[array.name].tensor] = np.ascontiguousarray(value, dtype)
+        (tensor,) = stored[array.name].tensors
+        tensors[tensor] = np.ascontiguousarray(value, dtype)
     path = directory / "model.safetensors"
     save_file(tensors, path, {"format": "pt"})
     path.chmod(0o644)  # safetensors lets only the owner read

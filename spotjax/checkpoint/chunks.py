@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from spotjax.meshes.layout import TENSOR_AXES, tensor_degrees, tensor_range
+from spotjax.meshes.layout import tensor_axes, tensor_degrees, tensor_range
 from spotjax.meshes.slices import Range
 from spotjax.models.spec import ArraySpec, ModelSpec
 
@@ -18,23 +18,25 @@ WHOLE = 64 << 10
 
 
 def chunk_shape(array: ArraySpec, spec: ModelSpec, itemsize: int) -> tuple[int, ...]:
-    """Extents of an array's chunks: whole but for the axis that the mesh splits.
+    """Extents of an array's chunks: whole but for the axes that the mesh splits, some of them at some tensor degrees.
 
-    Heads are chunks of their own, because every shard holds whole ones. Feed-forward width and vocabulary split at
-    other places for every tensor degree; their chunks are the largest that suit all degrees.
+    Heads and experts are chunks of their own, because every shard holds whole ones. Feed-forward width and vocabulary
+    split at other places for every tensor degree; their chunks are the largest that suit all degrees.
     """
-    axes = [axis for axis, name in enumerate(array.axes) if name in TENSOR_AXES]
-    if not axes or array.size * itemsize <= WHOLE:
+    if array.size * itemsize <= WHOLE:
         return array.shape
-    (axis,) = axes
-    extent, name = array.shape[axis], array.axes[axis]
-    if name in ("heads", "kv_heads"):
-        return (*array.shape[:axis], 1, *array.shape[axis + 1 :])
+    units = ("heads", "kv_heads", "expert")
+    chunk = tuple(1 if name in units else extent for extent, name in zip(array.shape, array.axes, strict=True))
     degrees = tensor_degrees(spec, spec.config.heads)
-    shards = [[tensor_range(extent, name, spec, tensor, m) for m in range(tensor)] for tensor in degrees]
-    limit = LARGEST // (prod(array.shape) // extent * itemsize)
-    chunk = chunk_extent(shards, max(1, limit), OVERHEAD / (_layer_share(spec, name) if array.layer is not None else 1))
-    return (*array.shape[:axis], chunk, *array.shape[axis + 1 :])
+    for axis, name in enumerate(array.axes):
+        splitting = [tensor for tensor in degrees if name in tensor_axes(spec, tensor)]
+        if chunk[axis] > 1 and splitting:
+            extent = chunk[axis]
+            shards = [[tensor_range(extent, name, spec, tensor, m) for m in range(tensor)] for tensor in splitting]
+            limit = LARGEST // (prod(chunk) // extent * itemsize)
+            overhead = OVERHEAD / (_layer_share(spec, name) if array.layer is not None else 1)
+            chunk = (*chunk[:axis], chunk_extent(shards, max(1, limit), overhead), *chunk[axis + 1 :])
+    return chunk
 
 
 def _layer_share(spec: ModelSpec, axis: str) -> float:

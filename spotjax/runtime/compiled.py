@@ -161,7 +161,8 @@ class CompiledModel:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
     def _abstract_array(self, array: ArraySpec, mesh: Mesh) -> Any:
-        return self._abstract(stacked_shape(array, self.spec, mesh.size), array_sharding(array, mesh), self.dtype)
+        shape, sharding = stacked_shape(array, self.spec, mesh.size), array_sharding(array, self.spec, mesh)
+        return self._abstract(shape, sharding, self.dtype)
 
     def _abstract_layer(self, mesh: Mesh) -> Mapping[str, Any]:
         return {name: self._abstract_array(self._arrays[f"layers.0.{name}"], mesh) for name in self.spec.layer_arrays}

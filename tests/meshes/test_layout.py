@@ -4,13 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotjax.meshes.layout import (
-    TENSOR_AXES,
     kv_heads_per_shard,
     shard_index,
     shard_shape,
     slices_at,
     split_layers,
     stage_holds,
+    tensor_axes,
     tensor_degrees,
     tensor_range,
 )
@@ -71,7 +71,7 @@ def test_shards_of_one_array_cover_it_and_only_kv_heads_overlap(case: tuple[Mode
         for m in range(tensor):
             counts[tuple(slice(*r) for r in shard_index(array, spec, tensor, m))] += 1
         assert counts.min() >= 1
-        if "kv_heads" not in array.axes and TENSOR_AXES & set(array.axes):
+        if "kv_heads" not in array.axes and tensor_axes(spec, tensor) & set(array.axes):
             assert counts.max() == 1
 
 

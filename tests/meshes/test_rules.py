@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
-from spotjax.meshes.layout import TENSOR_AXES
-from spotjax.meshes.rules import DEFAULT_RULES, AxisRules
-from spotjax.models.config import DecoderConfig
+from spotjax.meshes.layout import rules_of, tensor_axes
+from spotjax.meshes.rules import DEFAULT_RULES, EXPERT_RULES, AxisRules
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ModelSpec
 
 FULL = DecoderConfig(
@@ -23,16 +25,29 @@ FULL = DecoderConfig(
 )
 
 
-def test_every_array_of_a_model_and_its_kv_has_a_partition() -> None:
-    spec = ModelSpec(FULL)
+EXPERTS = replace(FULL, mlp_bias=False, experts=Experts(6, 2, shared_mlp=5))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("config", [FULL, EXPERTS], ids=["dense", "experts"])
+def test_every_array_of_a_model_and_its_kv_has_a_partition(config: DecoderConfig, tensor: int) -> None:
+    spec = ModelSpec(config)
     for array in (*spec.parameters, spec.kv_array(0, 3, 4)):
-        partition = DEFAULT_RULES.partition(array.axes)
+        partition = rules_of(spec, tensor).partition(array.axes)
         assert len(partition) == len(array.shape)
-        assert [axis in TENSOR_AXES for axis in array.axes] == [to == "tensor" for to in partition]
+        assert [axis in tensor_axes(spec, tensor) for axis in array.axes] == [to == "tensor" for to in partition]
+
+
+def test_experts_are_whole_only_where_parts_are_narrow_and_shards_have_as_many() -> None:
+    for mlp, tensor, rules in ((1024, 8, DEFAULT_RULES), (1023, 8, EXPERT_RULES), (8, 3, DEFAULT_RULES)):
+        config = replace(EXPERTS, heads=24, kv_heads=24, mlp=mlp, experts=Experts(16, 2))
+        assert rules_of(ModelSpec(config), tensor) is rules
 
 
 def test_defaults_split_heads_mlp_vocabulary_and_positions_over_tensor_and_nothing_else() -> None:
-    assert DEFAULT_RULES.split_by("tensor") == {"heads", "kv_heads", "mlp", "vocab", "positions"} == TENSOR_AXES
+    everywhere = {"heads", "kv_heads", "mlp", "vocab", "positions"}
+    assert DEFAULT_RULES.split_by("tensor") == everywhere | {"expert_mlp"}
+    assert EXPERT_RULES.split_by("tensor") == everywhere | {"expert"}
     assert not DEFAULT_RULES.split_by("data") and not DEFAULT_RULES.split_by("stage")
     assert DEFAULT_RULES.partition(("embed", "heads", "head_size")) == (None, "tensor", None)
 

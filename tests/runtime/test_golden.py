@@ -10,6 +10,7 @@ import pytest
 from serving_cases import (
     BUCKETS,
     CASES,
+    EXPERTS,
     GEMMA,
     LONGER,
     NEOX,
@@ -58,7 +59,9 @@ def test_greedy_tokens_of_all_architectures_equal_hugging_face(case: str, mesh: 
 
 
 @pytest.mark.parametrize("tensor", [2, 3, 4, 6])
-@pytest.mark.parametrize("config", [SHARED_HEADS, POST_NORM, NEOX, GEMMA], ids=["llama", "opt", "neox", "gemma"])
+@pytest.mark.parametrize(
+    "config", [SHARED_HEADS, POST_NORM, NEOX, GEMMA, EXPERTS], ids=["llama", "opt", "neox", "gemma", "experts"]
+)
 def test_logits_of_shards_equal_those_of_one_device(config: DecoderConfig, tensor: int) -> None:
     prompt = np.random.default_rng(7).integers(0, 97, 13)
     np.testing.assert_allclose(prefill_logits(config, tensor, prompt), prefill_logits(config, 1, prompt), atol=4e-5)
