@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ class CompiledModel:
                 out_specs=jax.tree.map(lambda at: at.spec, results),
                 check_vma=False,
             )
-        lowered: jax.stages.Lowered = jax.jit(function, donate_argnums=donate, out_shardings=results).lower(*arguments)
+        jitted = jax.jit(function, donate_argnums=donate, out_shardings=results)
+        with exact_products(self.dtype, mesh.devices.flat[0].platform):
+            lowered: jax.stages.Lowered = jitted.lower(*arguments)
         return lowered
 
     def _lower_embed(self, rows: int, span: int, devices: Devices) -> jax.stages.Lowered:
@@ -265,6 +268,14 @@ class CompiledModel:
 
     def _abstract_chosen(self, mesh: Mesh) -> Any:
         return self._abstract((PAGES_PER_MOVE,), replicated(mesh), jnp.int32)
+
+
+def exact_products(dtype: DTypeLike, platform: str) -> AbstractContextManager[object]:
+    """Where float32 is served it is multiplied as such; accelerators take fewer bits unless they are told not to."""
+    precision: AbstractContextManager[object] = nullcontext()
+    if dtype == jnp.float32 and platform != "cpu":
+        precision = jax.default_matmul_precision("highest")
+    return precision
 
 
 def _shardings(arrays: Sequence[Any]) -> tuple[Any, ...]:

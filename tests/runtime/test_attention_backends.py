@@ -121,12 +121,22 @@ def run(
 )
 def test_the_kernel_for_tpus_attends_as_xla_does(name: str) -> None:
     case = CASES[name]
-    check(case, TpuAttention(case.head_size, case.page_size, 4, blocks=(2, 8)), jnp.dtype(jnp.float32), 2e-6)
+    check(
+        case,
+        TpuAttention(case.head_size, case.page_size, 4, pages_per_block=2, queries_per_block=8),
+        jnp.dtype(jnp.float32),
+        2e-6,
+    )
 
 
 def test_the_kernel_for_tpus_attends_in_bfloat16_as_xla_does() -> None:
     case = CASES["chunks"]
-    check(case, TpuAttention(case.head_size, case.page_size, 2, blocks=(2, 8)), jnp.dtype(jnp.bfloat16), 0.02)
+    check(
+        case,
+        TpuAttention(case.head_size, case.page_size, 2, pages_per_block=2, queries_per_block=8),
+        jnp.dtype(jnp.bfloat16),
+        0.02,
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Source: Jiang et al., "Ragged Paged Attention" (2025); the kernel ships with ``j
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -19,6 +20,9 @@ from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
 
 LANES = 128
 """What the last axis of an array in a TPU's memory is a multiple of; the kernel wants it to be so in the shape."""
+
+BLOCK_BYTES = 2 << 20
+"""Of pages that the kernel takes at a time, at most: a TPU core has 16 MiB for two blocks, queries and sums."""
 
 
 def padded_size(head_size: int) -> int:
@@ -41,14 +45,15 @@ class TpuAttention:
       head_size: H.
       page_size: G.
       bytes_per_element: of keys and values.
-      blocks: pages and queries that the kernel takes at a time; None for those that jax has measured for the TPU that
-        it runs on.
+      pages_per_block, queries_per_block: what the kernel takes at a time, at most. More pages spill its registers; most
+        entries of jax's table of measured blocks have these values. The table itself has no contexts of many pages.
     """
 
     head_size: int
     page_size: int
     bytes_per_element: int
-    blocks: tuple[int, int] | None = None
+    pages_per_block: int = 16
+    queries_per_block: int = 32
 
     @staticmethod
     def misfit(config: DecoderConfig, dtype: np.dtype, device: jax.Device) -> str | None:
@@ -66,7 +71,7 @@ class TpuAttention:
 
     def store(self, pages: DevicePages, step: StepInput) -> TpuStore:
         """A layer's pages for one step."""
-        return TpuStore(pages, step, self.blocks)
+        return TpuStore(pages, step, self)
 
     def read_pages(self, pages: DevicePages, chosen: jax.Array, heads: int) -> LayerPages[jax.Array]:
         """Takes pages out."""
@@ -82,9 +87,9 @@ class TpuAttention:
 class TpuStore:
     """Attends to the positions in use, and to no page beyond them."""
 
-    def __init__(self, pages: DevicePages, step: StepInput, blocks: tuple[int, int] | None) -> None:
+    def __init__(self, pages: DevicePages, step: StepInput, backend: TpuAttention) -> None:
         self.pages = pages
-        self._step, self._blocks = step, blocks
+        self._step, self._backend = step, backend
 
     def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, scoring: Scoring) -> jax.Array:
         """See ``models.layers.KeyValueStore``."""
@@ -98,7 +103,6 @@ class TpuStore:
         # where a position of the padded step is among the valid ones of all rows
         place = jnp.where(step.valid, ends[:-1, None] + jnp.arange(length, dtype=jnp.int32)[None], batch * length)
         packed = jnp.zeros((batch * length, *query.shape[2:]), query.dtype).at[place].set(query, mode="drop")
-        pages_per_block, queries_per_block = self._blocks or (None, None)
         mixed = ragged_paged_attention(
             packed,
             pages,
@@ -109,12 +113,18 @@ class TpuStore:
             sm_scale=scoring.scale,
             sliding_window=scoring.window,
             soft_cap=scoring.softcap,
-            num_kv_pages_per_block=pages_per_block and min(pages_per_block, step.pages.shape[1]),
-            num_queries_per_block=queries_per_block and min(queries_per_block, batch * length),
+            num_kv_pages_per_block=self._pages_per_block(),
+            num_queries_per_block=min(self._backend.queries_per_block, batch * length),
         )
         # for padding the kernel leaves whatever the memory had
         out: jax.Array = mixed[:, :heads, :size].at[place].get(mode="fill", fill_value=0)
         return out
+
+    def _pages_per_block(self) -> int:
+        """As many as there are, as may be, and as fit in a block that is read while another one is computed."""
+        (pages,) = self.pages
+        fitting = max(1, BLOCK_BYTES // (math.prod(pages.shape[1:]) * pages.dtype.itemsize))
+        return min(self._backend.pages_per_block, self._step.pages.shape[1], fitting)
 
 
 def _interleaved(keys: jax.Array, values: jax.Array, pages: jax.Array) -> jax.Array:
