@@ -114,7 +114,8 @@ def sleeping(seconds: float) -> Callable[[jax.Array], jax.Array]:
         return np.zeros((), np.float32)
 
     def slow(values: jax.Array) -> jax.Array:
-        return values + jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.float32), values[0, 0])
+        zero: jax.Array = jax.pure_callback(sleep, jax.ShapeDtypeStruct((), jnp.float32), values[0, 0])
+        return values + zero
 
     compiled: Callable[[jax.Array], jax.Array] = jax.jit(slow)
     return compiled

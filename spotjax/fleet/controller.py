@@ -288,5 +288,6 @@ class Controller:
 
 def _replica_status(number: int, replica: Replica) -> ReplicaStatus:
     scheduler = replica.scheduler
-    used = scheduler.pages.total - scheduler.pages.free
+    leaving = sum(len(sequence.pages) for sequence in scheduler.leaving.values())
+    used = scheduler.pages.total - scheduler.pages.free - leaving
     return ReplicaStatus(number, len(scheduler.running), len(scheduler.waiting), used, scheduler.pages.total)
