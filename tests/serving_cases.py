@@ -153,7 +153,10 @@ def build_stage(
             array,
             model.spec,
             mesh,
-            [jax.device_put(shard(weights, array, tensor, m), device) for m, device in enumerate(group)],
+            [
+                jax.device_put(shard(weights, array, tensor, m).astype(model.dtype), device)
+                for m, device in enumerate(group)
+            ],
         )
         for array in model.spec.parameters
         if stage_holds(array, model.spec, ranges, number)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 from serving_cases import (
     BUCKETS,
     CASES,
@@ -14,6 +16,9 @@ from serving_cases import (
     GEMMA,
     LONGER,
     NEOX,
+    PAGE_SIZE,
+    PAGES,
+    POSITIONS,
     POST_NORM,
     SHARED_HEADS,
     build_pipelines,
@@ -28,6 +33,7 @@ from serving_cases import (
 
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.config import DecoderConfig
+from spotjax.runtime.compiled import CompiledModel
 
 MESHES = [MeshShape(*degrees) for degrees in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)) if np.prod(degrees) <= 8]
 ON_ALL_MESHES = ("llama-gqa-linear-bias", "gpt-neox", "opt")
@@ -67,9 +73,19 @@ def test_logits_of_shards_equal_those_of_one_device(config: DecoderConfig, tenso
     np.testing.assert_allclose(prefill_logits(config, tensor, prompt), prefill_logits(config, 1, prompt), atol=4e-5)
 
 
-def prefill_logits(config: DecoderConfig, tensor: int, prompt: np.ndarray) -> np.ndarray:
+def test_logits_in_bfloat16_are_near_those_in_float32() -> None:
+    prompt = np.random.default_rng(7).integers(0, 97, 13)
+    wide, narrow = prefill_logits(SHARED_HEADS, 1, prompt), prefill_logits(SHARED_HEADS, 3, prompt, jnp.bfloat16)
+    np.testing.assert_allclose(narrow, wide, atol=0.15 * wide.std())
+
+
+def prefill_logits(
+    config: DecoderConfig, tensor: int, prompt: np.ndarray, dtype: DTypeLike = jnp.float32
+) -> np.ndarray:
     """Logits (V,) after ``prompt`` from a single stage of that tensor degree."""
     model, weights = random_weights(config)
+    if dtype != model.dtype:
+        model = CompiledModel(weights.spec, PAGES, PAGE_SIZE, POSITIONS, dtype)
     stage = build_stage(model, weights, jax.devices()[:tensor], stages=1, number=0)
     rows = np.zeros((1, 2 + 16), np.int32)
     rows[0, : 2 + len(prompt)] = (0, len(prompt), *prompt)
