@@ -122,6 +122,10 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=SERVING,
         ),
     ] = 0
+    prefix_cache: Annotated[
+        bool,
+        Meta(description="keep KV of prompts and outputs for later ones that begin alike", extra=SERVING),
+    ] = True
     queue_limit: Annotated[
         int, Meta(ge=1, description="waiting requests from which on new ones are refused", extra=SERVING)
     ] = 1024

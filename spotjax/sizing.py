@@ -53,6 +53,7 @@ def resolve_limits(config: ServeConfig, spec: ModelSpec) -> tuple[ServiceLimits,
         queue=config.queue_limit,
         retain_seconds=config.retain_seconds,
         replica=lambda depth: Limits(config.max_batch, config.prefill_tokens, depth, buckets.prefill_fits),
+        prefix_cache=config.prefix_cache,
     )
     return limits, buckets
 

@@ -114,7 +114,7 @@ async def compare(model: Model, batch: int, repeats: int) -> dict[str, Any]:
     devices = embedded.local_instances(1, 1)
     config = ServeConfig(
         model=model.name, instances=1, devices_per_instance=1, mesh="1x1x1", max_batch=8, max_model_len=256,
-        prefill_tokens=128, durability="none",
+        prefill_tokens=128, durability="none", prefix_cache=False,  # prompts are repeated
     )  # fmt: skip
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, model.checkpoint.spec.config.vocab, (batch, PROMPT)).astype(np.int32)

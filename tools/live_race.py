@@ -125,6 +125,7 @@ class LimitedFleet(LocalFleet):
         flags = ["--model", str(setup.model), "--recovery", recovery, "--max-batch", str(setup.max_batch)]
         flags += ["--max-model-len", str(setup.max_positions), "--prefill-tokens", str(setup.prefill_tokens)]
         flags += ["--dtype", "float32", "--no-fuse"]  # compiling beside serving would be paid by whoever runs first
+        flags += ["--no-prefix-cache"]  # prompts are repeated
         if recovery == "rerouting":
             flags += ["--mesh", f"{len(names) // setup.stages}x{setup.stages}x1"]
         worker = ["--devices-per-instance", "1", "--instance-memory-bytes", str(setup.memory)]

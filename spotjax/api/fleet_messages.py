@@ -42,7 +42,16 @@ STATUS_FIELDS = (
     "reconfigurations",
     "uptime_seconds",
 )
-REPLICA_FIELDS = ("data", "running", "waiting", "pages_used", "pages_total")
+REPLICA_FIELDS = (
+    "data",
+    "running",
+    "waiting",
+    "pages_used",
+    "pages_total",
+    "pages_cached",
+    "tokens_prefilled",
+    "tokens_reused",
+)
 RECONFIGURATION_FIELDS = (
     "epoch",
     "bytes_in_place",

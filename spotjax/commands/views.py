@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spotjax.commands.output import shown_bytes
-from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
+from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 
@@ -73,13 +73,21 @@ def mesh_tables(status: FleetStatus) -> list[RenderableType]:
     loads = {replica.data: replica for replica in status.replicas}
     for data in range(placement.shape.data):
         load = loads.get(data)
-        shown = (
-            (str(load.running), str(load.waiting), f"{load.pages_used}/{load.pages_total}") if load else ("", "", "")
-        )
+        shown = load_cells(load) if load else ("",) * 3
         table.add_row(
             str(data), *(devices_of(placement, data, stage) for stage in range(placement.shape.stage)), *shown
         )
     return [table]
+
+
+def load_cells(load: ReplicaStatus) -> tuple[str, ...]:
+    """Sequences, and KV pages; of the prefix cache its pages and the share of prompts' positions that it had."""
+    pages = f"{load.pages_used}/{load.pages_total}"
+    if load.pages_cached:
+        pages += f"\n{load.pages_cached} cached"
+    if load.tokens_reused:
+        pages += f"\n{load.tokens_reused / (load.tokens_reused + load.tokens_prefilled):.0%} hits"
+    return str(load.running), str(load.waiting), pages
 
 
 def devices_of(placement: Placement, data: int, stage: int) -> str:

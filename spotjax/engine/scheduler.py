@@ -1,8 +1,8 @@
 """Decides what the next step of one replica runs: continuous batching with chunked prefill over paged KV.
 
 Every sequence wants the same thing: KV of all its positions, then a token. A step gives it a span of positions. A fresh
-prompt, a decode step, and a sequence resumed after a preemption differ only in how many positions are missing, so there
-is one code path for all. Plain Python; knows no devices, no clock and no clients.
+prompt, one whose beginning is cached, a decode step, and a sequence resumed after a preemption differ only in how many
+positions are missing, so there is one code path for all. Plain Python; knows no devices, no clock and no clients.
 
 A sequence may take part in a step while its step before is in flight: positions are known ahead, and the token, where
 it is not, is drawn on the device that needs it. If the sequence turns out to have ended, what the later step does for
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.pages import PageAllocator
+from spotjax.engine.prefix_cache import ROOT, Node, Tokens
 from spotjax.engine.request import FinishReason, RequestState
 
 
@@ -44,8 +45,9 @@ class Sequence:
     Attributes:
       key: unique in the process, in order of acceptance.
       state: what is committed.
-      pages: KV pages it owns, in position order; empty while it waits.
+      pages: KV pages it refers to, in position order; empty while it waits.
       computed: the watermark: positions whose KV is complete.
+      cached: leading pages that are in the prefix cache, where others find them.
       flights: its parts in steps that have not come back, in order.
       cancelled: why it is to end at the next token boundary, if it is.
     """
@@ -54,6 +56,7 @@ class Sequence:
     state: RequestState
     pages: list[int] = field(default_factory=list)
     computed: int = 0
+    cached: int = 0
     flights: list[Flight] = field(default_factory=list)
     cancelled: FinishReason | None = None
 
@@ -114,6 +117,8 @@ class Scheduler:
         """Pages taken for sequences that are on their way here with their KV, by key."""
         self.preempted = 0
         """Times that a sequence lost its KV to another for lack of pages."""
+        self.prefilled, self.reused = 0, 0
+        """Positions of prefill spans whose KV was computed, and positions whose KV was found in the prefix cache."""
         self._step = 0
         self._prefilled_last = False
 
@@ -130,6 +135,13 @@ class Scheduler:
         """Takes over a running sequence whose pages are already claimed and filled up to its watermark."""
         self.reserved.pop(sequence.key, None)
         self.running[sequence.key] = sequence
+        sequence.cached = 0
+        self._remember(sequence)
+
+    def cached_pages(self, state: RequestState) -> list[int]:
+        """Pages of the longest prefix of a sequence that is cached; its last position is left to be computed."""
+        most = (state.length - 1) // self.pages.page_size
+        return self.pages.cache.match(state.prompt + state.tokens, self.pages.page_size, most)
 
     def schedule(self, *, ahead: bool = False) -> Batch | None:
         """The next step, or None while there is nothing to run or all of it is in flight.
@@ -141,6 +153,7 @@ class Scheduler:
         prefill step at a time and new sequences still start soon.
         """
         self._admit()
+        self._reuse()
         kinds = (self._decode, self._prefill) if self._prefilled_last else (self._prefill, self._decode)
         for kind in kinds:
             if spans := kind(ahead):
@@ -164,6 +177,7 @@ class Scheduler:
             sequence.flights.pop(0)
             sequence.computed = span.stop
             sequence.state = states.get(sequence.key, sequence.state)
+            self._remember(sequence)
             if sequence.cancelled is not None and sequence.state.finish is None:
                 sequence.state = sequence.state.finished(sequence.cancelled)
             if sequence.state.finish is not None:
@@ -214,31 +228,99 @@ class Scheduler:
         """Verifies that page accounting balances.
 
         Raises:
-          AssertionError: a page is lost or shared, or a waiting sequence owns one.
+          AssertionError: a page is lost, or shared and still to be written, or a waiting sequence owns one.
         """
         owners = (*self.sequences(), *self.leaving.values())
         self.pages.check([*(sequence.pages for sequence in owners), *self.reserved.values()])
         assert not any(sequence.pages for sequence in self.waiting), "a waiting sequence owns pages"
+        for sequence in owners:
+            for page in sequence.pages[sequence.computed // self.pages.page_size :]:
+                assert self.pages.references(page) == 1, "a page that is still written is shared"
+                assert page not in self.pages.cache, "a page that is still written is cached"
 
     def _admit(self) -> None:
         """Lets waiting sequences in, in order, while there is room for all that they have to compute now."""
         while self.waiting and len(self.running) < self.limits.max_batch:
-            needed = self.pages.needed(self.waiting[0].state.length)
+            state = self.waiting[0].state
+            found = self.cached_pages(state)
+            self.pages.share(found)
+            needed = self.pages.needed(state.length) - len(found)
             if needed > self.pages.free:
+                self.pages.release(found)
                 return
             sequence = self.waiting.popleft()
-            sequence.pages = self.pages.allocate(needed)
+            sequence.pages = found + self.pages.allocate(needed)
+            self._found(sequence, len(found))
             self.running[sequence.key] = sequence
 
+    def _found(self, sequence: Sequence, pages: int) -> None:
+        """Its next pages hold what it would have computed."""
+        positions = pages * self.pages.page_size
+        sequence.cached += pages
+        sequence.computed += positions
+        self.reused += positions
+
+    def _reuse(self) -> None:
+        """Gives sequences the pages that others have filled since they were let in, in place of pages of their own."""
+        for sequence in self._ready(ahead=False):
+            while sequence.missing > 1 and (node := self._next_page(sequence)) is not None:
+                page = self.pages.cache.after(*node)
+                if page is None or not self._can_use(sequence):
+                    break
+                self.pages.share([page])
+                self.pages.release([sequence.pages[sequence.cached]])
+                sequence.pages[sequence.cached] = page
+                self._found(sequence, 1)
+
+    def _next_page(self, sequence: Sequence) -> Node | None:
+        """What its next page will be in the cache when the next prefill span is back; None if it will not be there."""
+        size, number = self.pages.page_size, sequence.cached
+        filled = (
+            sequence.begun if sequence.in_flight else sequence.begun + min(sequence.missing, self.limits.prefill_tokens)
+        )
+        if not self.pages.caching or sequence.computed != number * size or filled < (number + 1) * size:
+            return None
+        return self._before(sequence), _tokens(sequence.state, number * size, (number + 1) * size)
+
+    def _can_use(self, sequence: Sequence) -> bool:
+        """Whether there is a position left to be computed when its next page is there."""
+        return (sequence.cached + 1) * self.pages.page_size < sequence.state.length
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Caches the pages that it has filled, up to the first of which there is another already."""
+        size = self.pages.page_size
+        while self.pages.caching and sequence.cached < sequence.computed // size:
+            number = sequence.cached
+            tokens = _tokens(sequence.state, number * size, (number + 1) * size)
+            if not self.pages.remember(self._before(sequence), tokens, sequence.pages[number]):
+                return
+            sequence.cached += 1
+
+    @staticmethod
+    def _before(sequence: Sequence) -> int:
+        """The last of its pages that is cached."""
+        return sequence.pages[sequence.cached - 1] if sequence.cached else ROOT
+
     def _prefill(self, ahead: bool) -> list[Span]:
-        """Spans of sequences that miss more than one position, as many as fit one step."""
+        """Spans of sequences that miss more than one position, as many as fit one step.
+
+        Who would compute the very page that another does just now waits for it.
+        """
         chosen: list[tuple[Sequence, int]] = []
+        underway = {
+            self._next_page(s) for s in self.running.values() if s.in_flight and s.computed < s.state.length - 1
+        }
         for sequence in self._ready(ahead):
             if sequence.missing > 1:
+                node = None if sequence.in_flight else self._next_page(sequence)
+                if node is not None and node in underway and self._can_use(sequence):
+                    continue
+                underway.add(node)
                 length = min(sequence.missing, self.limits.prefill_tokens)
                 if chosen and not self.limits.prefill_fits([*(n for _, n in chosen), length]):
                     break
                 chosen.append((sequence, length))
+        self.prefilled += sum(length for _, length in chosen)
         return [_span(sequence, length, self.pages.needed(sequence.begun + length)) for sequence, length in chosen]
 
     def _decode(self, ahead: bool) -> list[Span]:
@@ -303,7 +385,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        sequence.pages, sequence.computed, sequence.cached = [], 0, 0
 
 
 def _may_run_ahead(sequence: Sequence) -> bool:
@@ -320,10 +402,16 @@ def _span(sequence: Sequence, length: int, pages: int) -> Span:
     state, start = sequence.state, sequence.begun
     stop = start + length
     if length > 1:
-        tokens = (state.prompt + state.tokens)[start:stop]
+        tokens = _tokens(state, start, stop)
     else:
         tokens = (_token_at(state, start) if start < state.length else ahead(sequence.flights[-1].row),)
     return Span(sequence.key, tokens, start, tuple(sequence.pages[:pages]), state, samples=stop == sequence.length)
+
+
+def _tokens(state: RequestState, start: int, stop: int) -> Tokens:
+    """The tokens at some positions."""
+    prompt = len(state.prompt)
+    return state.prompt[start:stop] + state.tokens[max(0, start - prompt) : max(0, stop - prompt)]
 
 
 def _token_at(state: RequestState, position: int) -> int:

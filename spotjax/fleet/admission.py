@@ -28,6 +28,7 @@ class ServiceLimits:
       queue: sequences that may wait before requests are refused.
       retain_seconds: how long finished requests can be resumed.
       replica: limits of one replica by the depth of its pipeline.
+      prefix_cache: whether prompts that begin alike share KV.
     """
 
     max_positions: int
@@ -36,6 +37,7 @@ class ServiceLimits:
     queue: int
     retain_seconds: float
     replica: Callable[[int], Limits]
+    prefix_cache: bool = False
 
 
 class Admission:

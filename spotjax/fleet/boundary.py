@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from math import ceil, inf
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 from spotjax.engine.replica import Replica
 from spotjax.fleet.change import KvChange
 from spotjax.fleet.dispatch import Dispatcher
+from spotjax.fleet.handover import CopiedPages
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.tempo import SWITCH_SECONDS, Tempo
 from spotjax.meshes.instance import InstanceState
@@ -63,7 +64,7 @@ class Boundary:
         current: Placement | None,
         carried: Collection[int],
         kv: KvChange,
-        copied: Mapping[int, int],
+        copied: CopiedPages,
         newcomers: Iterable[str],
     ) -> tuple[Arrangement, frozenset[int]]:
         """When to stop as things stand; now, unless instances of the mesh have notice and are to be left late.
@@ -72,7 +73,7 @@ class Boundary:
           current: the mesh as it is.
           carried: replicas that do not stop.
           kv: what would become of the KV if the others stopped now.
-          copied: pages of every sequence, by key, that are in place already.
+          copied: pages that are in place already.
           newcomers: instances that could join, but were not planned with.
 
         Returns: the arrangement, and the keys of the sequences whose KV there is no time to move.
@@ -152,17 +153,23 @@ def standing_on(placement: Placement | None) -> frozenset[str]:
 
 
 def _sequences(
-    replicas: Iterable[Replica], kv: KvChange, copied: Mapping[int, int], step_seconds: float
+    replicas: Collection[Replica], kv: KvChange, copied: CopiedPages, step_seconds: float
 ) -> list[RunningSequence]:
-    """What runs on replicas that will stop, with the bytes that would move after the stop."""
+    """What runs on replicas that will stop, with the bytes that would move after the stop.
+
+    Of pages that sequences share, one of these has the bytes.
+    """
     moved: dict[str | None, int] = defaultdict(int)
     for transfer in kv.plan.transfers:
         moved[cohort_of(transfer.pieces[0].name)] += transfer.bytes
-    left = {
-        live.key: moved[cohort.name] * max(0, live.pages - copied.get(live.key, 0)) // cohort.pages
-        for cohort in kv.cohorts
-        for live in cohort.sequences
-    }
+    pages = {sequence.key: sequence.pages for replica in replicas for sequence in replica.scheduler.running.values()}
+    left: dict[int, int] = {}
+    for cohort in kv.cohorts:
+        counted: set[int] = set()
+        for live in cohort.sequences:
+            more = {page for page in pages[live.key][: live.pages] if (cohort.old, page) not in copied} - counted
+            left[live.key] = moved[cohort.name] * len(more) // cohort.pages
+            counted |= more
     return [
         RunningSequence(
             str(sequence.key),

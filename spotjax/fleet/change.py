@@ -20,7 +20,16 @@ from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.cost import MemoryNeed, memory_need
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal, Running
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, kv_needs_of, lost_cohorts, needs_of
+from spotjax.planner.holdings import (
+    Holdings,
+    KvCohort,
+    LiveSequence,
+    Needs,
+    distinct_pages,
+    kv_needs_of,
+    lost_cohorts,
+    needs_of,
+)
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import TRANSFERS, Links, MigrationPlan, plan_migration
 from spotjax.planner.optimizer import Decision, choose_shape
@@ -104,7 +113,7 @@ def plan_change(
     stopping = {old: sequences for old, sequences in live.items() if old not in staying}
     room = [demand.pages] * decision.shape.data
     for old, new in staying.items():
-        room[new] -= sum(sequence.pages for sequence in live[old])
+        room[new] -= distinct_pages(live[old])
     cohorts = assign_cohorts(stopping, decision.shape.data, room, demand.page_size, heirs).cohorts
     holdings = Holdings.of(spec, current, cohorts, instances, held, survivors.backups)
     needs = needs_of(spec, decision.shape, decision.layers, cohorts)

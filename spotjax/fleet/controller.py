@@ -85,7 +85,10 @@ class Controller:
         self._requests = RequestTable(log, limits.retain_seconds)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
-        self._dispatcher = Dispatcher(self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed)
+        self._dispatcher = Dispatcher(
+            self._make_replica, limits.replica, limits.pages, limits.page_size, self._failed,
+            caching=limits.prefix_cache,
+        )  # fmt: skip
         self._saving = Saving(cluster, self._events, saves or Saves(), self._requests.unfinished)
         self._reconfigurer = Reconfigurer(
             planning, members, cluster, self._dispatcher, self._events, log, self._saving, clock, self._commit_ended,
@@ -273,7 +276,10 @@ class Controller:
         remains = await self._cluster.reunite({key: certain(sequence.state) for key, sequence in waiting.items()})
         if remains is not None:
             limits = self._limits
-            self._dispatcher.recall(recalled(remains, waiting, limits.replica, limits.pages, limits.page_size))
+            replicas = recalled(
+                remains, waiting, limits.replica, limits.pages, limits.page_size, caching=limits.prefix_cache
+            )
+            self._dispatcher.recall(replicas)
             self._reconfigurer.recall(remains)
         if waiting:
             kept = sum(sequence.computed > 0 for sequence in waiting.values())
@@ -287,7 +293,15 @@ class Controller:
 
 
 def _replica_status(number: int, replica: Replica) -> ReplicaStatus:
-    scheduler = replica.scheduler
-    leaving = sum(len(sequence.pages) for sequence in scheduler.leaving.values())
-    used = scheduler.pages.total - scheduler.pages.free - leaving
-    return ReplicaStatus(number, len(scheduler.running), len(scheduler.waiting), used, scheduler.pages.total)
+    scheduler, pages = replica.scheduler, replica.scheduler.pages
+    needed = [*(sequence.pages for sequence in scheduler.running.values()), *scheduler.reserved.values()]
+    return ReplicaStatus(
+        data=number,
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        pages_used=len(set().union(*needed)),
+        pages_total=pages.total,
+        pages_cached=len(pages.cache.idle),
+        tokens_prefilled=scheduler.prefilled,
+        tokens_reused=scheduler.reused,
+    )

@@ -16,7 +16,7 @@ from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
-from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over
+from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over, live_sequence
 from spotjax.fleet.recovery import StoppedPipeline
 from spotjax.planner.holdings import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
@@ -24,6 +24,8 @@ from spotjax.reshard.transfer import PageTransfer
 MakeReplica = Callable[[Scheduler, Pipeline], Replica]
 MakeLimits = Callable[[int], Limits]
 """Limits of a replica whose pipeline is that deep."""
+CLOSE_LOADS = 2
+"""A replica that has the beginning of a prompt gets it, unless it has so many more sequences than another."""
 NOBODY: Mapping[int, Any] = MappingProxyType({})
 
 
@@ -35,6 +37,7 @@ class Dispatcher:
       make_limits: what a replica can do at once.
       pages, page_size: KV pages of one replica, page 0 included.
       failed: told about an error that a replica cannot go on from.
+      caching: whether replicas keep pages for prompts that begin alike.
     """
 
     def __init__(
@@ -44,12 +47,14 @@ class Dispatcher:
         pages: int,
         page_size: int,
         failed: Callable[[BaseException], None],
+        *,
+        caching: bool = False,
     ) -> None:
         self.replicas: tuple[Replica, ...] = ()
         self.parked: list[ScheduledSequence] = []
         """Sequences that wait for a replica to exist, oldest first."""
         self._make_replica, self._make_limits = make_replica, make_limits
-        self._pages, self._page_size, self._failed = pages, page_size, failed
+        self._pages, self._page_size, self._caching, self._failed = pages, page_size, caching, failed
         self._loops: list[asyncio.Task[None]] = []
 
     @property
@@ -63,12 +68,14 @@ class Dispatcher:
         return len(self.parked) + sum(replica.scheduler.load for replica in self.replicas)
 
     def add(self, sequence: ScheduledSequence) -> None:
-        """Queues a sequence on the replica with the least load."""
+        """Queues a sequence on the replica with the least load, or one close to that which has more of its prefix."""
         replicas = [replica for replica in self.replicas if not replica.stopping]
         if not replicas:
             self.parked.append(sequence)
             return
-        replica = min(replicas, key=lambda candidate: candidate.scheduler.load)
+        most = min(replica.scheduler.load for replica in replicas) + (CLOSE_LOADS if self._caching else 0)
+        close = [replica for replica in replicas if replica.scheduler.load <= most]
+        replica = min(close, key=lambda r: (-len(r.scheduler.cached_pages(sequence.state)), r.scheduler.load))
         replica.scheduler.add(sequence)
         replica.wake()
 
@@ -107,7 +114,7 @@ class Dispatcher:
         """
         return {
             number: [
-                LiveSequence(s.key, -(-positions // self._page_size), positions)
+                live_sequence(s, positions, replica.scheduler.pages)
                 for s in replica.scheduler.running.values()
                 if (positions := self._positions(s, replica, survivors.get(number)))
             ]
@@ -121,7 +128,7 @@ class Dispatcher:
             for number in replicas
         }
 
-    def full_pages(self, heirs: Mapping[int, int]) -> tuple[tuple[PageTransfer, ...], CopiedPages]:
+    def full_pages(self, heirs: Mapping[int, int]) -> tuple[PageTransfer, ...]:
         """KV that can be copied while decoding goes on; see ``handover.full_pages``."""
         return full_pages(self._with_kv(), heirs, self._page_size)
 
@@ -139,7 +146,8 @@ class Dispatcher:
         """
         going_on = {new: self.replicas[old].scheduler.pages for old, new in carried.items()}
         allocators = tuple(
-            going_on.get(number) or PageAllocator(self._pages, self._page_size) for number in range(replicas)
+            going_on.get(number) or PageAllocator(self._pages, self._page_size, caching=self._caching)
+            for number in range(replicas)
         )
         handover = hand_over(self._all(carried), cohorts, heirs, allocators, copied)
         for old, new in carried.items():
@@ -153,10 +161,16 @@ class Dispatcher:
         return [going_on.get(number, self._pages - 1) for number in range(replicas)]
 
     def give_back(self, handover: Handover, carried: Mapping[int, int]) -> None:
-        """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all."""
+        """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all.
+
+        Of those that do not, what is cached may have been written over.
+        """
         for old, new in carried.items():
             for sequence in handover.adopted.get(new, ()):
                 self.replicas[old].scheduler.release_reserved(sequence.key)
+        for old, replica in enumerate(self.replicas):
+            if old not in carried:
+                replica.scheduler.pages.forget()
 
     def take_cancelled(self, carried: Collection[int] = ()) -> list[RequestState]:
         """Removes the sequences that were to end at the token boundary that a stopped replica never reached."""
@@ -239,11 +253,14 @@ class Dispatcher:
             if number not in carried:
                 yield from replica.scheduler.sequences()
 
-    @staticmethod
-    def _positions(sequence: ScheduledSequence, replica: Replica, survivors: Mapping[int, int] | None) -> int:
-        if survivors is not None:
-            return min(sequence.computed, survivors.get(sequence.key, 0))
-        return 0 if replica.lost else sequence.computed
+    def _positions(self, sequence: ScheduledSequence, replica: Replica, survivors: Mapping[int, int] | None) -> int:
+        """Positions whose KV is worth keeping, without a page that would have to be completed and that others share."""
+        if survivors is None:
+            return 0 if replica.lost else sequence.computed
+        positions = min(sequence.computed, survivors.get(sequence.key, 0))
+        full, partial = divmod(positions, self._page_size)
+        shared = partial and replica.scheduler.pages.references(sequence.pages[full]) > 1
+        return full * self._page_size if shared else positions
 
     def _with_kv(self) -> dict[int, list[ScheduledSequence]]:
         return {
@@ -261,4 +278,4 @@ class Dispatcher:
 def _forget_kv(sequence: ScheduledSequence) -> None:
     """Nothing of it is on any device any more."""
     sequence.ground()
-    sequence.pages, sequence.computed = [], 0
+    sequence.pages, sequence.computed, sequence.cached = [], 0, 0

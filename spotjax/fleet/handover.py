@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.scheduler import Sequence as ScheduledSequence
-from spotjax.planner.holdings import KvCohort
+from spotjax.planner.holdings import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
 
 
@@ -32,35 +32,37 @@ class Handover:
     transfers: tuple[PageTransfer, ...]
 
 
-CopiedPages = frozenset[tuple[int, int, int]]
-"""Key of a sequence, number of a page in it, page."""
+CopiedPages = frozenset[tuple[int, int]]
+"""Old replica and page."""
+
+
+def live_sequence(sequence: ScheduledSequence, positions: int, pages: PageAllocator) -> LiveSequence:
+    """What the first positions of a sequence are to a handover, with the pages that others of its replica share."""
+    own = sequence.pages[: pages.needed(positions)]
+    return LiveSequence(sequence.key, len(own), positions, tuple(page for page in own if pages.references(page) > 1))
 
 
 def full_pages(
     running: Mapping[int, Iterable[ScheduledSequence]], heirs: Mapping[int, int], page_size: int
-) -> tuple[tuple[PageTransfer, ...], CopiedPages]:
-    """What of the KV can be copied while decoding goes on: pages that are full and keep their numbers.
-
-    A page that its sequence gives up meanwhile, and another takes, is not among those when ``hand_over`` looks.
+) -> tuple[PageTransfer, ...]:
+    """What of the KV can be copied while decoding goes on: pages that are full and keep their numbers, each once.
 
     Args:
       running: by old replica, those with KV worth keeping.
       heirs: old replica to the new one that goes on with its page numbers.
       page_size: positions per page.
     """
-    transfers, copied = [], set()
+    transfers = []
     for old, sequences in running.items():
         if old not in heirs:
             continue
-        full = [
-            (sequence.key, number, page)
-            for sequence in sequences
-            for number, page in enumerate(sequence.pages[: sequence.computed // page_size])
-        ]
-        pairs, owners = tuple((page, page) for _, _, page in full), tuple((key, number) for key, number, _ in full)
-        transfers.append(PageTransfer(old, heirs[old], pairs, owners))
-        copied.update(full)
-    return tuple(transfers), frozenset(copied)
+        full: dict[int, tuple[int, int]] = {}
+        for sequence in sequences:
+            for number, page in enumerate(sequence.pages[: sequence.computed // page_size]):
+                full.setdefault(page, (sequence.key, number))
+        pairs = tuple((page, page) for page in full)
+        transfers.append(PageTransfer(old, heirs[old], pairs, tuple(full.values())))
+    return tuple(transfers)
 
 
 def hand_over(
@@ -77,7 +79,7 @@ def hand_over(
       cohorts: those that keep their KV.
       heirs: old replica to the new one that goes on with its page numbers.
       allocators: one for every new replica, nothing taken yet.
-      copied: what ``full_pages`` said and was copied, for the same heirs.
+      copied: what ``full_pages`` said and was copied, for the same heirs, and is there as it was.
     """
     by_key = {sequence.key: sequence for sequence in sequences}
     inherited_first = sorted(cohorts, key=lambda cohort: heirs.get(cohort.old) != cohort.new)
@@ -100,31 +102,36 @@ def hand_over(
 def _keep_pages(
     cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], heirs: Mapping[int, int], allocator: PageAllocator
 ) -> dict[int, list[int]]:
-    """Pages for the KV that exists: the same numbers where the new replica inherits them, others elsewhere."""
-    pages = {}
+    """Pages for the KV that exists: the same numbers where the new replica inherits them, others elsewhere.
+
+    Sequences that share a page go on sharing it.
+    """
+    pages: dict[int, list[int]] = {}
+    places: dict[int, int] = {}
     for live in cohort.sequences:
+        old = by_key[live.key].pages[: live.pages]
+        allocator.share(places[page] for page in old if page in places)
+        others = [page for page in old if page not in places]
         if heirs.get(cohort.old) == cohort.new:
-            pages[live.key] = by_key[live.key].pages[: live.pages]
-            allocator.claim(pages[live.key])
+            allocator.claim(others)
+            places |= zip(others, others, strict=True)
         else:
-            pages[live.key] = allocator.allocate(live.pages)
+            places |= zip(others, allocator.allocate(len(others)), strict=True)
+        pages[live.key] = [places[page] for page in old]
     return pages
 
 
 def _transfer(
     cohort: KvCohort, by_key: Mapping[int, ScheduledSequence], pages: Mapping[int, list[int]], copied: CopiedPages
 ) -> PageTransfer:
-    moved = [
-        (old, new, live.key, number)
-        for live in cohort.sequences
-        if live.key in pages
-        for number, (old, new) in enumerate(
-            zip(by_key[live.key].pages[: live.pages], pages[live.key][: live.pages], strict=True)
-        )
-        if old != new or (live.key, number, old) not in copied
-    ]
-    pairs, owners = tuple((old, new) for old, new, _, _ in moved), tuple((key, n) for _, _, key, n in moved)
-    return PageTransfer(cohort.old, cohort.new, pairs, owners)
+    moved: dict[tuple[int, int], tuple[int, int]] = {}
+    for live in cohort.sequences:
+        if live.key in pages:
+            pairs = zip(by_key[live.key].pages[: live.pages], pages[live.key][: live.pages], strict=True)
+            for number, (old, new) in enumerate(pairs):
+                if old != new or (cohort.old, old) not in copied:
+                    moved.setdefault((old, new), (live.key, number))
+    return PageTransfer(cohort.old, cohort.new, tuple(moved), tuple(moved.values()))
 
 
 def _complete(sequence: ScheduledSequence, pages: list[int], allocator: PageAllocator) -> bool:

@@ -1,12 +1,12 @@
 """Which KV pages are on the prepared mesh already: copied in rounds while decoding goes on, so that little is left.
 
 Copying in rounds, each what was written during the one before, is how virtual machines move (Clark et al. 2005). Which
-pages are full is worked out in ``handover``, and the bytes are the cluster's to move.
+pages are full is worked out in ``handover``, and the bytes are the cluster's to move. A page that was full when it was
+copied is still the same as long as it has not been given away again.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 
 from spotjax.fleet.cluster import Cluster
@@ -29,17 +29,13 @@ class Precopy:
     def __init__(self, dispatcher: Dispatcher, cluster: Cluster) -> None:
         self.bytes_moved = 0
         self._dispatcher, self._cluster = dispatcher, cluster
-        self._owners: dict[tuple[int, int], tuple[int, int]] = {}
-        """Old replica and page to whose it was when it was copied: key of the sequence, number of the page in it."""
+        self._lives: dict[tuple[int, int], int] = {}
+        """Old replica and page to the life of the page that was copied."""
 
     @property
     def copied(self) -> CopiedPages:
         """What need not move any more as long as it is where it was."""
-        return frozenset((key, number, page) for (_, page), (key, number) in self._owners.items())
-
-    def counts(self) -> Counter[int]:
-        """Copied pages of every sequence."""
-        return Counter(key for key, _ in self._owners.values())
+        return frozenset(at for at, life in self._lives.items() if self._life(at) == life)
 
     async def round(self, heirs: Mapping[int, int]) -> Traffic:
         """Copies the pages that are full and were not copied yet.
@@ -51,28 +47,25 @@ class Precopy:
           InstanceLost: see ``Cluster.copy_pages``.
         """
         transfers: list[PageTransfer] = []
-        taken: dict[tuple[int, int], tuple[int, int]] = {}
-        for transfer in self._dispatcher.full_pages(heirs)[0]:
+        taken: dict[tuple[int, int], int] = {}
+        copied = self.copied
+        for transfer in self._dispatcher.full_pages(heirs):
             new = [
                 (pair, owner)
                 for pair, owner in zip(transfer.pages, transfer.owners, strict=True)
-                if self._owners.get((transfer.old, pair[0])) != owner
+                if (transfer.old, pair[0]) not in copied
             ]
-            taken |= {(transfer.old, pair[0]): owner for pair, owner in new}
+            taken |= {(transfer.old, page): self._life((transfer.old, page)) for (page, _), _ in new}
             if new:
                 pairs, owners = zip(*new, strict=True)
                 transfers.append(PageTransfer(transfer.old, transfer.new, pairs, owners))
         if not transfers:
             return Traffic()
-        for written in taken:
-            self._owners.pop(written, None)  # another sequence's page is written over
-        preempted = self._preempted()
         traffic = await self._cluster.copy_pages(transfers)
         self.bytes_moved += traffic.moved
-        # A sequence that lost its pages meanwhile may have them again, but what was copied can be anybody's.
-        same = {old for old, count in self._preempted().items() if count == preempted[old]}
-        self._owners |= {at: owner for at, owner in taken.items() if at[0] in same}
+        self._lives |= taken
         return traffic
 
-    def _preempted(self) -> dict[int, int]:
-        return {old: replica.scheduler.preempted for old, replica in enumerate(self._dispatcher.replicas)}
+    def _life(self, at: tuple[int, int]) -> int:
+        replica, page = at
+        return self._dispatcher.replicas[replica].scheduler.pages.life(page)

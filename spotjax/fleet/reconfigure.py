@@ -212,7 +212,7 @@ class Reconfigurer:
         self._require_ready(preparation)
         newcomers = [name for name in self._joinable() if name not in standing_on(self.placement)]
         kv = self._plan_kv(preparation)
-        return self._boundary.arrange(self.placement, preparation.carried, kv, precopy.counts(), newcomers)
+        return self._boundary.arrange(self.placement, preparation.carried, kv, precopy.copied, newcomers)
 
     async def _decode_on(self, preparation: Preparation, precopy: Precopy) -> frozenset[int] | None:
         """Waits for the token boundary at which to stop.

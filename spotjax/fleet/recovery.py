@@ -7,6 +7,7 @@ was part of; from there on a recovery is a change of the mesh like any other.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 
 from spotjax.engine.batch import Batch, StepResult
 from spotjax.engine.pages import PageAllocator
@@ -65,6 +66,8 @@ def recalled(
     limits: Callable[[int], Limits],
     pages: int,
     page_size: int,
+    *,
+    caching: bool = False,
 ) -> list[Scheduler]:
     """The replicas of a mesh as their schedulers were, with the sequences that have KV there.
 
@@ -76,10 +79,12 @@ def recalled(
       sequences: all that have not ended, by key. Those that are placed get their pages and watermark.
       limits: of a replica whose pipeline is that deep.
       pages, page_size: KV pages of one replica, page 0 included.
+      caching: whether sequences may share the pages of their common prefix.
     """
     placement = remains.placement
     schedulers = [
-        Scheduler(limits(placement.shape.stage), PageAllocator(pages, page_size)) for _ in range(placement.shape.data)
+        Scheduler(limits(placement.shape.stage), PageAllocator(pages, page_size, caching=caching))
+        for _ in range(placement.shape.data)
     ]
     placed: set[int] = set()
     for replica, kept in remains.sequences.items():
@@ -94,15 +99,21 @@ def recalled(
 
 
 def _place(scheduler: Scheduler, sequence: ScheduledSequence, numbers: Sequence[int], positions: int) -> frozenset[int]:
-    """Gives a sequence the pages that hold its KV. Returns its key, nothing if they are not free."""
+    """Gives a sequence the pages that hold its KV. Returns its key, nothing if it cannot have them.
+
+    Pages that another has already are its own as well if they hold the same tokens, after the same ones.
+    """
     positions = min(positions, certain(sequence.state), len(numbers) * scheduler.pages.page_size)
     wanted = list(numbers)[: scheduler.pages.needed(positions)]
     if not positions or len(set(wanted)) < len(wanted):
         return frozenset()
+    known = scheduler.cached_pages(sequence.state)[: positions // scheduler.pages.page_size]
+    shared = [page for page, _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, known, strict=False))]
     try:
-        scheduler.pages.claim(wanted)
+        scheduler.pages.claim(wanted[len(shared) :])
     except ValueError:  # another has them: what one worker said of them was out of date
         return frozenset()
+    scheduler.pages.share(shared)
     sequence.pages, sequence.computed = wanted, positions
     scheduler.adopt(sequence)
     return frozenset((sequence.key,))

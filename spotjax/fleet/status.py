@@ -40,13 +40,26 @@ class InstanceStatus:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """Load of one replica."""
+    """Load of one replica.
+
+    Attributes:
+      data: which one.
+      running, waiting: sequences.
+      pages_used: KV pages that running sequences need.
+      pages_total: KV pages.
+      pages_cached: KV pages that none needs, kept for prompts that begin alike until others are needed.
+      tokens_prefilled: positions that were computed by prefill since the replica was formed.
+      tokens_reused: positions whose KV was found in the prefix cache since then.
+    """
 
     data: int
     running: int
     waiting: int
     pages_used: int
     pages_total: int
+    pages_cached: int = 0
+    tokens_prefilled: int = 0
+    tokens_reused: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
-from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.planner.holdings import KvCohort, LiveSequence, distinct_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +37,26 @@ def assign_cohorts(
     those of old replicas without an heir, go to the new replica with the most free pages, most progress first. This is
     SpotServe's rule (keep what has decoded longest) with pages in place of whole batches. Heirs are chosen anew unless
     given, as they are when room was made for them while decoding still went on. ``page_capacity`` is one number for all
-    new replicas or one for each.
+    new replicas or one for each. Pages that sequences share take room once where these go the same way.
     """
     heirs = choose_heirs(live, replicas) if heirs is None else heirs
     free = [page_capacity] * replicas if isinstance(page_capacity, int) else list(page_capacity)
     taken: dict[tuple[int, int], list[LiveSequence]] = {}
+    there: dict[tuple[int, int], set[int]] = defaultdict(set)
     left: list[tuple[int, LiveSequence]] = []
 
+    def room_for(old: int, new: int, sequence: LiveSequence) -> int:
+        return sequence.pages - (len(there[old, new].intersection(sequence.shared)) if sequence.shared else 0)
+
     def take(old: int, new: int, sequence: LiveSequence) -> None:
-        free[new] -= sequence.pages
+        free[new] -= room_for(old, new, sequence)
+        there[old, new].update(sequence.shared)
         taken.setdefault((old, new), []).append(sequence)
 
     for old in sorted(live):
         for sequence in _most_progress_first((old, sequence) for sequence in live[old]):
             new = heirs.get(old)
-            if new is not None and sequence[1].pages <= free[new]:
+            if new is not None and room_for(old, new, sequence[1]) <= free[new]:
                 take(old, new, sequence[1])
             else:
                 left.append(sequence)
@@ -59,7 +65,7 @@ def assign_cohorts(
     heapify(roomiest)
     for old, leftover in _most_progress_first(left):
         new = roomiest[0][1]
-        if leftover.pages <= free[new]:
+        if room_for(old, new, leftover) <= free[new]:
             take(old, new, leftover)
             heapreplace(roomiest, (-free[new], new))
         else:
@@ -75,7 +81,7 @@ def choose_heirs(
 
     Those in ``first`` come first, then those with the most live pages.
     """
-    pages = {old: sum(sequence.pages for sequence in sequences) for old, sequences in live.items()}
+    pages = {old: distinct_pages(sequences) for old, sequences in live.items()}
     inheriting = sorted(pages, key=lambda old: (old not in first, -pages[old], old))[:replicas]
     heirs = {old: old for old in inheriting if old < replicas}
     vacant = iter(sorted(set(range(replicas)) - set(heirs)))

@@ -34,11 +34,22 @@ class LiveSequence:
       key: of the sequence within its old replica.
       pages: KV pages that it has filled, at least in part.
       progress: positions whose KV is in them.
+      shared: numbers, in the old replica, of those that others there have as well; all of them full.
     """
 
     key: int
     pages: int
     progress: int
+    shared: tuple[int, ...] = ()
+
+
+def distinct_pages(sequences: Iterable[LiveSequence]) -> int:
+    """Pages of sequences of one replica, those that they share counted once."""
+    pages, shared = 0, set[int]()
+    for sequence in sequences:
+        pages += sequence.pages - len(sequence.shared)
+        shared.update(sequence.shared)
+    return pages + len(shared)
 
 
 @dataclass(frozen=True)
@@ -65,13 +76,14 @@ class KvCohort:
 
     @cached_property
     def pages(self) -> int:
-        """Pages of all sequences together."""
-        return sum(sequence.pages for sequence in self.sequences)
+        """Pages of all sequences together, those that they share counted once."""
+        return distinct_pages(self.sequences)
 
     @cached_property
     def full_pages(self) -> int:
         """Pages that decoding no longer writes to."""
-        return sum(min(sequence.pages, sequence.progress // self.page_size) for sequence in self.sequences)
+        partial = sum(sequence.pages > sequence.progress // self.page_size for sequence in self.sequences)
+        return self.pages - partial
 
     def kv_array(self, spec: ModelSpec, layer: int) -> ArraySpec:
         """The pseudo-array of one layer: (2, pages, page_size, K, H)."""

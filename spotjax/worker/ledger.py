@@ -23,7 +23,7 @@ class Resident:
     """What is known of one sequence on one stage.
 
     Attributes:
-      pages: its KV pages.
+      pages: its KV pages; full ones may be others' as well.
       written: positions whose KV is on the stage; they only grow. What loses KV becomes another ``Resident``.
     """
 
@@ -36,7 +36,8 @@ class StageLedger:
 
     A page that changes hands is a danger: copied under its old owner's name it would be wrong KV. So a step that writes
     pages takes them from whoever had them before it runs, and a copy looks, under the lock, whether what it is about to
-    read still belongs to whom it thinks.
+    read still belongs to whom it thinks. A page that a step only reads, as one does of a prefix that another sequence
+    has computed, is the others' as before, and that sequence's too: what is there of it is all that it can read.
     """
 
     def __init__(self, stage: Stage, page_size: int) -> None:
@@ -45,7 +46,7 @@ class StageLedger:
         self.epoch = 0
         self.page_size = page_size
         self._sequences: dict[int, Resident] = {}
-        self._owners: dict[int, int] = {}
+        self._owners: dict[int, set[int]] = {}
 
     def begin(self, sequences: Sequence[int], rows: np.ndarray, pages: np.ndarray) -> None:
         """A step is about to write; called before it is dispatched. ``rows`` and ``pages`` are as in ``StepInput``."""
@@ -56,18 +57,19 @@ class StageLedger:
                 sequence = self._sequences.get(key)
                 if sequence is None or sequence.pages != owned[: len(sequence.pages)]:  # it lost its pages, if any
                     sequence = self._sequences[key] = Resident(())
-                known = len(sequence.pages)
+                known, read = len(sequence.pages), int(rows[row, 0]) // self.page_size
                 sequence.pages = owned
-                for page in owned[known:]:  # most steps bring none: this is on every step's way
-                    self._take(page, key)
+                for number in range(known, count):  # most steps bring none: this is on every step's way
+                    if number >= read:
+                        self._take_away(owned[number], key)
+                    self._owners.setdefault(owned[number], set()).add(key)
 
-    def _take(self, page: int, key: int) -> None:
-        """Gives a page to a sequence; whoever had it is not copied any more until it runs again."""
-        before = self._owners.get(page, key)
-        robbed = self._sequences.get(before)
-        if before != key and robbed is not None and page in robbed.pages:
-            del self._sequences[before]
-        self._owners[page] = key
+    def _take_away(self, page: int, new: int = NOBODY) -> None:
+        """Whoever had a page, but its new owner, is not copied any more until it runs again."""
+        for before in self._owners.pop(page, ()):
+            robbed = self._sequences.get(before)
+            if before != new and robbed is not None and page in robbed.pages:
+                del self._sequences[before]
 
     def written(self, sequences: Sequence[int], rows: np.ndarray) -> None:
         """The step is dispatched: what reads the stage's pages from now on finds what it writes."""
@@ -83,10 +85,7 @@ class StageLedger:
         """KV of others is about to be brought into these pages: whoever had them has none here any more."""
         with self.lock:
             for page in pages:
-                before = self._owners.pop(page, NOBODY)
-                robbed = self._sequences.get(before)
-                if robbed is not None and page in robbed.pages:
-                    del self._sequences[before]
+                self._take_away(page)
 
     def forget(self, sequences: Iterable[int]) -> None:
         """These have ended."""

@@ -40,6 +40,7 @@ EMBEDDED = {
     "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
     "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
+    "prefix_cache": False,
     "attention": "xla", "compilation_cache": "off", "log_level": "debug", "log_format": "json",
     "leave": "late", "durability": "interval", "commit_log": "/logs",
 }  # fmt: skip
@@ -104,7 +105,8 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
-        ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"), ("log_format", "xml"), ("model", ""),
+        ("prefix_cache", "maybe"), ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"),
+        ("log_format", "xml"), ("model", ""),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(tmp_path: Path, name: str, value: str) -> None:

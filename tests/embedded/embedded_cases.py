@@ -43,6 +43,8 @@ PROMPTS = {
     kind: tuple(_prompts.integers(0, CONFIG.vocab, 40 if kind == "long" else 3 + 4 * number).tolist())
     for number, kind in enumerate(KINDS)
 }
+for _kind in ("seeded", "logprobs"):  # they begin as another one does
+    PROMPTS[_kind] = PROMPTS["long"][:16] + PROMPTS[_kind]
 
 
 @dataclass

@@ -56,7 +56,8 @@ class Served:
 def served(request: pytest.FixtureRequest, programs: Path, runner: asyncio.Runner) -> Iterator[Served]:
     before = jax.live_arrays()
     memory = 0 if request.param == "auto" else 1 << 30
-    server = runner.run(start_server(programs, mesh=request.param, instance_memory_bytes=memory))
+    settings = {"mesh": request.param, "instance_memory_bytes": memory, "prefix_cache": request.param != "2x2x1"}
+    server = runner.run(start_server(programs, **settings))
     yield Served(server, runner.run(undisturbed(server)), before)
     runner.run(server.close())
 

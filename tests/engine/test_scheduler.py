@@ -19,8 +19,17 @@ from spotjax.engine.text import advance
 LETTERS = Letters()
 
 
-def sequence(key: int, prompt: int = 4, max_tokens: int = 4, ignore_eos: bool = True, penalty: float = 0.0) -> Sequence:
-    tokens = tuple((7 * key + position) % END for position in range(prompt))
+def sequence(
+    key: int,
+    prompt: int = 4,
+    max_tokens: int = 4,
+    ignore_eos: bool = True,
+    penalty: float = 0.0,
+    *,
+    group: int | None = None,
+) -> Sequence:
+    """The prompts of one group begin alike."""
+    tokens = tuple((7 * (key if group is None else group) + position) % END for position in range(prompt))
     sampling = SamplingParams(max_tokens=max_tokens, seed=key, ignore_eos=ignore_eos, presence_penalty=penalty)
     return Sequence(key, RequestState(f"r{key}", 0, tokens, sampling, LETTERS.end_tokens))
 
@@ -29,8 +38,12 @@ def limits(max_batch: int = 8, prefill_tokens: int = 8, depth: int = 1, rows: in
     return Limits(max_batch, prefill_tokens, depth, lambda lengths: len(lengths) <= rows)
 
 
-def make_scheduler(pages: int = 40, page_size: int = 4, **asked: int) -> Scheduler:
-    return Scheduler(limits(**asked), PageAllocator(pages, page_size))
+def make_scheduler(pages: int = 40, page_size: int = 4, *, caching: bool = False, **asked: int) -> Scheduler:
+    return Scheduler(limits(**asked), PageAllocator(pages, page_size, caching=caching))
+
+
+def tokens_of(one: Sequence) -> tuple[int, ...]:
+    return one.state.prompt + one.state.tokens
 
 
 @dataclass
@@ -44,6 +57,7 @@ class Bench:
     ended: dict[int, Sequence] = field(default_factory=dict)
     prefilled_last: bool = False
     ahead: bool = False
+    reused: int = 0
 
     def __post_init__(self) -> None:
         self.steps = Steps(self.scheduler.pages.page_size, self.kv)
@@ -53,7 +67,6 @@ class Bench:
         before = dict(scheduler.running)
         idle = [s for s in before.values() if not s.in_flight]
         decodable = any(s.missing == 1 and len(s.pages) >= scheduler.pages.needed(s.state.length) for s in idle)
-        prefillable = any(s.missing > 1 for s in idle)
         states = {s.key: s.state for s in scheduler.sequences()}
         preempted = scheduler.preempted
         flying = {span.sequence for batch in self.in_flight for span in batch.spans}
@@ -79,10 +92,19 @@ class Bench:
         if is_prefill and self.prefilled_last:
             assert not decodable, "two prefill steps while others could decode"
         if not is_prefill and not self.prefilled_last:
-            assert not prefillable, "two decode steps while a prompt waits"
+            prompts = [s for s in idle if s.key in scheduler.running and not s.in_flight and s.missing > 1]
+            assert all(self.is_being_computed(s) for s in prompts), "two decode steps while a prompt waits"
         self.prefilled_last = is_prefill
         self.in_flight.append(batch)
         return batch
+
+    def is_being_computed(self, waiting: Sequence) -> bool:
+        """Whether the next page of a sequence is just now computed for another one."""
+        stop = waiting.computed + self.scheduler.pages.page_size
+        return self.scheduler.pages.caching and any(
+            s.in_flight and s.begun >= stop and tokens_of(s)[:stop] == tokens_of(waiting)[:stop]
+            for s in self.scheduler.running.values()
+        )
 
     def note_preempted(self, preempted: Iterable[int]) -> None:
         for key in preempted:
@@ -99,7 +121,11 @@ class Bench:
         else:
             assert len(lengths) <= min(asked.max_batch, -(-running // asked.depth)), "more than a fair share"
         for span in batch.spans:
-            assert span.start == self.computed.get(span.sequence, 0), "computed twice, or left out"
+            computed = self.computed.get(span.sequence, 0)
+            if self.scheduler.pages.caching and span.start > computed:
+                self.reused += span.start - computed  # that it is there is checked when it is read
+            else:
+                assert span.start == computed, "computed twice, or left out"
             self.computed[span.sequence] = span.start + len(span.tokens)
             own = span.state.prompt + span.state.tokens
             if span.start == len(own):
@@ -121,10 +147,16 @@ class Bench:
     def check_pages_in_flight(self) -> None:
         """No page that a step in flight may write belongs to another."""
         scheduler = self.scheduler
-        owners = {page: s.key for s in (*scheduler.sequences(), *scheduler.leaving.values()) for page in s.pages}
+        owners: dict[int, list[int]] = {}
+        for one in (*scheduler.sequences(), *scheduler.leaving.values()):
+            for page in one.pages:
+                owners.setdefault(page, []).append(one.key)
         for batch in self.in_flight:
             for span in batch.spans:
-                assert all(owners.get(page) == span.sequence for page in span.pages), "a page changed hands too early"
+                for number, page in enumerate(span.pages):
+                    assert span.sequence in owners.get(page, ()), "a page changed hands too early"
+                    written = number >= span.start // scheduler.pages.page_size
+                    assert not written or owners[page] == [span.sequence], "a page is written that others read"
 
     def complete(self, which: int = 0) -> None:
         batch = self.in_flight.pop(which)
@@ -163,19 +195,24 @@ class Bench:
         min_size=1,
         max_size=9,
     ),
+    groups=st.sampled_from([None, 1, 2]),
+    caching=st.booleans(),
     cancels=st.booleans(),
     ahead=st.booleans(),
     random=st.randoms(use_true_random=False),
 )
 def test_every_sequence_gets_exactly_its_tokens(
     max_batch: int, prefill_tokens: int, depth: int, rows: int, page_size: int, spare: int,
-    shapes: list[tuple[int, int, bool, float]], cancels: bool, ahead: bool, random: Random,
+    shapes: list[tuple[int, int, bool, float]], groups: int | None, caching: bool, cancels: bool, ahead: bool,
+    random: Random,
 ) -> None:  # fmt: skip
     longest = max(prompt + output for prompt, output, *_ in shapes)
-    allocator = PageAllocator(1 + -(-longest // page_size) + spare, page_size)
+    allocator = PageAllocator(1 + -(-longest // page_size) + spare, page_size, caching=caching)
     scheduler = Scheduler(limits(max_batch, prefill_tokens, depth, rows), allocator)
     bench = Bench(scheduler, ahead=ahead)
-    all_of_them = [sequence(key, *shape) for key, shape in enumerate(shapes)]
+    all_of_them = [
+        sequence(key, *shape, group=None if groups is None else key % groups) for key, shape in enumerate(shapes)
+    ]
     arriving = list(reversed(all_of_them))
     expected = {s.key: undisturbed(s.state, LETTERS) for s in all_of_them}
     steps = 0
@@ -200,6 +237,7 @@ def test_every_sequence_gets_exactly_its_tokens(
     while bench.in_flight:  # steps for what has ended
         bench.complete()
     assert scheduler.pages.free == scheduler.pages.total, "at rest all pages are free"
+    assert bench.reused == scheduler.reused or scheduler.preempted or cancels, "what is found need not be computed"
     assert bench.ended.keys() == expected.keys()
     for key, ended in bench.ended.items():
         if ended.cancelled is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -182,20 +182,31 @@ def gone(instance: str) -> str:
 
 def written(pipeline: PurePipeline, certain: Mapping[int, int]) -> dict[int, tuple[tuple[int, ...], int]]:
     """Key to pages and positions of the sequences that a pipeline has KV of, by what was run on it."""
-    owners: dict[int, int] = {}
     kept: dict[int, tuple[tuple[int, ...], int]] = {}
+
+    def write(pages: Iterable[int]) -> None:
+        over = set(pages)
+        for key in [key for key, (pages, _) in kept.items() if not over.isdisjoint(pages)]:
+            del kept[key]
+
     for batch in pipeline.done:
         if isinstance(batch, frozenset):
-            for page in batch:
-                kept.pop(owners.pop(page, -1), None)
+            write(batch)
             continue
         for span in batch.spans:
-            for page in span.pages:
-                if owners.get(page, span.sequence) != span.sequence:
-                    kept.pop(owners[page], None)
-                owners[page] = span.sequence
+            write(span.pages[span.start // PAGE_SIZE :])
             kept[span.sequence] = span.pages, span.start + len(span.tokens)
     return {key: (pages, min(n, certain[key])) for key, (pages, n) in kept.items() if certain.get(key)}
+
+
+def random_prompt(random: Random, before: Iterable[GenerationRequest]) -> tuple[int, ...]:
+    """A prompt that may begin as that of an earlier request does."""
+    prompt = tuple(random.randrange(200) for _ in range(random.randint(1, 20)))
+    prompts = [request.prompt for request in before]
+    if prompts and random.random() < 0.6:
+        begin = random.choice(prompts)
+        prompt = (begin[: random.randint(1, len(begin))] + prompt)[:20]
+    return prompt
 
 
 @dataclass
@@ -270,6 +281,7 @@ def make_service(
         queue=queue,
         retain_seconds=retain_seconds,
         replica=lambda depth: Limits(max_batch, 8, depth, lambda lengths: len(lengths) <= 2),
+        prefix_cache=True,
     )
     demand = Demand(batch=max_batch, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=pages - 1, step_tokens=8)
     controller = Controller(

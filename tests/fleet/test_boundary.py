@@ -6,7 +6,7 @@ import asyncio
 from random import Random
 
 import pytest
-from fleet_cases import TIGHT, Reading, read
+from fleet_cases import TIGHT, Reading, random_prompt, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pure_model import is_prefix, turns
@@ -304,7 +304,7 @@ async def life(
 
     def submit() -> None:
         name = f"r{len(fleet.service.requests)}"
-        prompt = [random.randrange(200) for _ in range(random.randint(1, 20))]
+        prompt = random_prompt(random, fleet.service.requests.values())
         fleet.service.submit(
             name, prompt, n=random.randint(1, 3), max_tokens=random.randint(1, 20), seed=random.getrandbits(9)
         )

@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service, read
+from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service, random_prompt, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pure_model import is_prefix, turns
@@ -110,7 +110,7 @@ async def life(
 
     def submit() -> None:
         name = f"r{len(service.requests)}"
-        prompt = [random.randrange(200) for _ in range(random.randint(1, 20))]
+        prompt = random_prompt(random, service.requests.values())
         service.submit(
             name, prompt, n=random.randint(1, 3), max_tokens=random.randint(1, 16), seed=random.getrandbits(9)
         )

@@ -16,7 +16,7 @@ from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler, Sequence
 from spotjax.fleet.dispatch import Dispatcher
-from spotjax.fleet.handover import Handover, hand_over
+from spotjax.fleet.handover import Handover, hand_over, live_sequence
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.holdings import KvCohort, LiveSequence
 
@@ -35,6 +35,7 @@ class OldMesh:
     replicas: list[list[Sequence]]
     waiting: list[Sequence]
     pages: int
+    allocators: list[PageAllocator]
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -43,7 +44,7 @@ class OldMesh:
     @property
     def live(self) -> dict[int, list[LiveSequence]]:
         return {
-            number: [LiveSequence(s.key, -(-s.computed // PAGE_SIZE), s.computed) for s in replica if s.computed]
+            number: [live_sequence(s, s.computed, self.allocators[number]) for s in replica if s.computed]
             for number, replica in enumerate(self.replicas)
         }
 
@@ -53,7 +54,7 @@ def old_meshes(draw: st.DrawFn) -> OldMesh:
     random = Random(draw(st.integers(0, 2**32)))
     pages = draw(st.integers(8, 24))
     keys = iter(random.sample(range(100), 60))
-    replicas = []
+    replicas, old_allocators = [], []
     for _ in range(draw(st.integers(1, 3))):
         allocator, running = PageAllocator(pages, PAGE_SIZE), []
         for _ in range(random.randint(0, 8)):
@@ -62,10 +63,16 @@ def old_meshes(draw: st.DrawFn) -> OldMesh:
                 break
             one.computed = random.randint(0, one.state.length - 1)
             spared = one.computed and random.random() < 0.5  # its next position may still lack a page
-            one.pages = allocator.allocate(allocator.needed(one.computed if spared else one.state.length))
+            like = random.choice(running) if running and random.random() < 0.6 else one
+            shared = like.pages[: random.randint(0, min(like.computed, one.computed) // PAGE_SIZE)]
+            allocator.share(shared)
+            needed = allocator.needed(one.computed if spared else one.state.length)
+            one.pages = shared + allocator.allocate(needed - len(shared))
             running.append(one)
         replicas.append(running)
-    return OldMesh(replicas, [sequence(next(keys)) for _ in range(random.randint(0, 3))], pages)
+        old_allocators.append(allocator)
+    waiting = [sequence(next(keys)) for _ in range(random.randint(0, 3))]
+    return OldMesh(replicas, waiting, pages, old_allocators)
 
 
 @given(old_meshes(), st.integers(1, 3), st.randoms(use_true_random=False))
@@ -83,6 +90,10 @@ def test_every_sequence_has_one_place_and_pages_balance(old: OldMesh, replicas: 
         allocator.check(handover.pages[s.key] for s in handover.adopted.get(number, ()))
     for one in adopted:
         assert len(handover.pages[one.key]) == allocator.needed(one.state.length), "room for the next position"
+    for number, sequences in handover.adopted.items():
+        for one in sequences:
+            for page in handover.pages[one.key][one.computed // PAGE_SIZE :]:
+                assert handover.allocators[number].references(page) == 1, "a page that is still written is shared"
     check_pages(old, handover, heirs, cohorts)
 
 
@@ -98,9 +109,22 @@ def check_pages(old: OldMesh, handover: Handover, heirs: dict[int, int], cohorts
                 assert all(before == after for before, after in pairs), "inherited pages stay"
             expected[homes[one.key], new] |= set(pairs)
     assert {(t.old, t.new): set(t.pages) for t in handover.transfers} == expected
+    owners = {one.key: one for one in old.sequences}
     for transfer in handover.transfers:
-        targets = [after for _, after in transfer.pages]
-        assert len(targets) == len(set(targets)), "two pages are brought to one place"
+        for side in zip(*transfer.pages, strict=True):
+            assert len(side) == len(set(side)), "a page goes to two places, or two to one"
+        for (before, after), (key, number) in zip(transfer.pages, transfer.owners, strict=True):
+            assert (owners[key].pages[number], handover.pages[key][number]) == (before, after), "it is not its owner's"
+
+
+@given(old_meshes(), st.integers(1, 3))
+def test_where_a_replica_goes_on_all_its_kv_finds_room(old: OldMesh, replicas: int) -> None:
+    """However many sequences share a page: else pages would be written over that others are still to be read from."""
+    live, heirs = old.live, choose_heirs(old.live, replicas)
+    cohorts = assign_cohorts(live, replicas, old.pages - 1, PAGE_SIZE, heirs).cohorts
+    kept = {(cohort.old, cohort.new): {one.key for one in cohort.sequences} for cohort in cohorts}
+    for number, new in heirs.items():
+        assert kept.get((number, new), set()) == {one.key for one in live[number]}
 
 
 def allocators(pages: int, replicas: int) -> tuple[PageAllocator, ...]:
@@ -128,7 +152,7 @@ class Idle(PurePipeline):
     """A pipeline that is never asked to run."""
 
 
-def make_dispatcher(pages: int = 10) -> Dispatcher:
+def make_dispatcher(pages: int = 10, *, caching: bool = False) -> Dispatcher:
     def make_replica(scheduler: Scheduler, pipeline: PurePipeline) -> Replica:
         return Replica(scheduler, pipeline, None, None, print)  # type: ignore[arg-type]  # nothing runs
 
@@ -136,7 +160,7 @@ def make_dispatcher(pages: int = 10) -> Dispatcher:
         raise problem
 
     limits: Callable[[int], Limits] = lambda depth: Limits(4, 8, depth, lambda lengths: True)  # noqa: E731
-    return Dispatcher(make_replica, limits, pages, PAGE_SIZE, fail)  # type: ignore[arg-type]
+    return Dispatcher(make_replica, limits, pages, PAGE_SIZE, fail, caching=caching)  # type: ignore[arg-type]
 
 
 def install(dispatcher: Dispatcher, replicas: int) -> None:
@@ -269,6 +293,42 @@ async def test_cancelling_a_parked_sequence_ends_it() -> None:
 async def test_a_sequence_that_is_nowhere_cannot_be_cancelled() -> None:
     with pytest.raises(LookupError, match="sequence 7 is neither parked nor on a replica"):
         make_dispatcher().cancel(sequence(7), FinishReason.CANCELLED)
+
+
+async def test_a_page_that_is_to_be_completed_again_is_not_taken_along_where_others_share_it() -> None:
+    dispatcher = make_dispatcher()
+    install(dispatcher, 1)
+    scheduler = dispatcher.replicas[0].scheduler
+    first, second = sequence(0, prompt=10), sequence(1, prompt=10)
+    first.pages, first.computed = scheduler.pages.allocate(3), 9
+    scheduler.pages.share(first.pages[:2])
+    second.pages, second.computed = [*first.pages[:2], *scheduler.pages.allocate(1)], 9
+    for one in (first, second):
+        scheduler.adopt(one)
+    shared = tuple(first.pages[:2])
+    dispatcher.replicas[0].lost = True
+    live = dispatcher.live({0: {0: 6, 1: 9}})
+    assert live == {0: [LiveSequence(0, 1, 4, shared[:1]), LiveSequence(1, 3, 9, shared)]}
+    heirs = choose_heirs(live, 1)
+    handover = dispatcher.hand_over(1, assign_cohorts(live, 1, 9, PAGE_SIZE, heirs).cohorts, heirs)
+    assert handover.pages[0][0] == handover.pages[1][0] and not set(handover.pages[0][1:]) & set(handover.pages[1])
+    for replica in dispatcher.replicas:
+        replica.scheduler.running.clear()
+    await stop(dispatcher)
+
+
+async def test_of_replicas_with_close_loads_the_one_that_has_the_prefix_gets_a_sequence() -> None:
+    dispatcher = make_dispatcher(caching=True)
+    install(dispatcher, 2)
+    before = sequence(0, prompt=9)
+    before.pages, before.computed = dispatcher.replicas[1].scheduler.pages.allocate(3), 9
+    dispatcher.replicas[1].scheduler.adopt(before)
+    for key in range(1, 5):
+        dispatcher.add(sequence(key, prompt=9))
+    waiting = [[one.key for one in replica.scheduler.waiting] for replica in dispatcher.replicas]
+    assert waiting == [[3], [1, 2, 4]], "until the other has nothing to do for too long"
+    dispatcher.replicas[1].scheduler.running.clear()
+    await stop(dispatcher)
 
 
 async def test_kv_of_a_replica_that_lost_an_instance_is_worth_nothing() -> None:

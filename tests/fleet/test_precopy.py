@@ -62,48 +62,56 @@ async def test_the_second_round_copies_only_what_was_filled_since() -> None:
     sequence.computed = 12
     await precopy.round(HEIRS)
     assert cluster.rounds == [[1, 2], [3]] and precopy.bytes_moved == 3
-    assert precopy.copied == {(0, 0, 1), (0, 1, 2), (0, 2, 3)} and precopy.counts() == {0: 3}
+    assert precopy.copied == {(0, 1), (0, 2), (0, 3)}
     await dispatcher.stop()
 
 
-async def test_a_page_that_another_took_counts_as_its_own() -> None:
+async def test_a_page_that_sequences_share_is_copied_once() -> None:
+    first, second = running(0, [1, 2], 8), running(1, [1, 3], 8)
+    dispatcher, cluster, precopy = await one_replica(first)
+    pages = dispatcher.replicas[0].scheduler.pages
+    pages.share([1])
+    pages.claim([3])
+    dispatcher.replicas[0].scheduler.adopt(second)
+    await precopy.round(HEIRS)
+    assert cluster.rounds == [[1, 2, 3]]
+    await dispatcher.stop()
+
+
+async def test_a_page_that_another_has_filled_since_is_copied_again() -> None:
     first, second = running(0, [1], 4), running(1, [2], 4)
-    dispatcher, _, precopy = await one_replica(first, second)
+    dispatcher, cluster, precopy = await one_replica(first, second)
     await precopy.round(HEIRS)
-    first.pages, second.pages = [2], [1]
+    pass_on(dispatcher, first, 1)
+    assert precopy.copied == {(0, 2)}
     await precopy.round(HEIRS)
-    assert precopy.copied == {(0, 0, 2), (1, 0, 1)}
+    assert precopy.copied == {(0, 1), (0, 2)} and cluster.rounds == [[1, 2], [1]]
     await dispatcher.stop()
 
 
-async def test_what_was_copied_while_sequences_lost_their_pages_is_copied_again() -> None:
-    dispatcher, cluster, precopy = await one_replica(running(0, [1], 4))
-    scheduler = dispatcher.replicas[0].scheduler
-
-    def lose_and_take_again() -> None:
-        scheduler.preempted += 1  # and has the very page again, after another had it
-
-    cluster.meanwhile = lose_and_take_again
+async def test_a_page_that_was_given_away_while_it_was_copied_is_copied_again() -> None:
+    first = running(0, [1], 4)
+    dispatcher, cluster, precopy = await one_replica(first)
+    cluster.meanwhile = lambda: pass_on(dispatcher, first, 1)
     await precopy.round(HEIRS)
     assert precopy.copied == frozenset()
     cluster.meanwhile = lambda: None
     await precopy.round(HEIRS)
-    assert precopy.copied == {(0, 0, 1)} and cluster.rounds == [[1], [1]]
+    assert precopy.copied == {(0, 1)} and cluster.rounds == [[1], [1]]
     await dispatcher.stop()
 
 
-async def test_a_page_that_was_written_over_by_who_knows_whom_is_nobodys() -> None:
-    first, second = running(0, [1], 4), running(1, [2], 4)
-    dispatcher, cluster, precopy = await one_replica(first, second)
-    scheduler = dispatcher.replicas[0].scheduler
+async def test_a_page_that_has_been_given_away_since_it_was_copied_is_not_there() -> None:
+    sequence = running(0, [1, 2], 8)
+    dispatcher, _, precopy = await one_replica(sequence)
     await precopy.round(HEIRS)
-    first.pages, second.pages = [2], [1]
-
-    def swap_back() -> None:
-        scheduler.preempted += 2
-        first.pages, second.pages = [1], [2]
-
-    cluster.meanwhile = swap_back
-    await precopy.round(HEIRS)
-    assert precopy.copied == frozenset()
+    pass_on(dispatcher, sequence, 2)
+    assert precopy.copied == {(0, 1)}
     await dispatcher.stop()
+
+
+def pass_on(dispatcher: Dispatcher, sequence: ScheduledSequence, page: int) -> None:
+    """A sequence loses a page, and another takes it, and the very page comes back to it full."""
+    pages = dispatcher.replicas[0].scheduler.pages
+    pages.release([page])
+    pages.claim([page])

@@ -7,7 +7,7 @@ import contextlib
 from random import Random
 
 import pytest
-from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service
+from fleet_cases import TIGHT, PureCluster, Reading, Service, instances, make_service, random_prompt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pure_model import turns
@@ -70,7 +70,7 @@ class World:
 
     def new_client(self) -> Client:
         random, name = self.random, f"r{len(self.clients)}"
-        prompt = tuple(random.randrange(200) for _ in range(random.randint(1, 20)))
+        prompt = random_prompt(random, (client.request for client in self.clients.values()))
         sampling = SamplingParams(max_tokens=random.randint(1, 16), seed=random.getrandbits(9))
         client = Client(GenerationRequest(name, prompt, sampling, random.randint(1, 3), resumable=True))
         self.clients[name] = client

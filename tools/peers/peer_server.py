@@ -23,7 +23,7 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
         "--commit-log": tempfile.mkdtemp(prefix="spotjax-peer-"), "--max-batch": settings["batch"],
         "--max-model-len": settings["context"], "--prefill-tokens": settings["prompt"],
     }  # fmt: skip
-    words = [str(word) for flag in flags.items() for word in flag]
+    words = [str(word) for flag in flags.items() for word in flag] + ["--no-prefix-cache"]  # prompts are repeated
     _servers.append(subprocess.Popen([sys.executable, "-m", "spotjax.serve", *words]))
     loop = asyncio.new_event_loop()
 

@@ -18,6 +18,7 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
     config = ServeConfig(
         model=directory, instances=1, devices_per_instance=1, mesh="1x1x1", max_batch=settings["batch"],
         max_model_len=settings["context"], prefill_tokens=settings["prompt"], durability="none",
+        prefix_cache=False,  # prompts are repeated
     )  # fmt: skip
     devices = embedded.local_instances(1, 1)
     loop = asyncio.new_event_loop()

@@ -199,18 +199,24 @@ class InstanceStatus(_message.Message):
     def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
-    __slots__ = ("data", "running", "waiting", "pages_used", "pages_total")
+    __slots__ = ("data", "running", "waiting", "pages_used", "pages_total", "pages_cached", "tokens_prefilled", "tokens_reused")
     DATA_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     PAGES_USED_FIELD_NUMBER: _ClassVar[int]
     PAGES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    PAGES_CACHED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_REUSED_FIELD_NUMBER: _ClassVar[int]
     data: int
     running: int
     waiting: int
     pages_used: int
     pages_total: int
-    def __init__(self, data: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ...) -> None: ...
+    pages_cached: int
+    tokens_prefilled: int
+    tokens_reused: int
+    def __init__(self, data: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_cached: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_reused: _Optional[int] = ...) -> None: ...
 
 class FleetEvent(_message.Message):
     __slots__ = ("time", "kind", "epoch", "message", "fields")
