@@ -96,7 +96,7 @@ class StepRunner:
         parameters = {
             array.name: jax.device_put(
                 chance.standard_normal(stacked_shape(array, self._spec, 1), np.float32) * np.float32(0.05),
-                array_sharding(array, mesh),
+                array_sharding(array, self._spec, mesh),
             )
             for array in self._spec.parameters
         }
@@ -145,7 +145,8 @@ class StepRunner:
     def _sample(self, shape: StepShape, logits: jax.Array) -> Any:
         controls = np.zeros((shape.rows, controls_width(Variant.GREEDY, self._positions)), np.int32)
         sample = self.model.sample(self._device, Variant.GREEDY, shape.rows)
-        return sample(logits.addressable_shards[0].data, jax.device_put(controls, self._device))
+        result, _ = sample(logits.addressable_shards[0].data, jax.device_put(controls, self._device))
+        return result
 
     def _input(self, shape: StepShape, context: int) -> tuple[np.ndarray, np.ndarray]:
         rows = np.ones((shape.rows, 2 + shape.span), np.int32)

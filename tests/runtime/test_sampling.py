@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 
 from spotjax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, RequestState, Sampled, SamplingParams
 from spotjax.runtime.controls import Variant, pack_controls, unpack, variant_for
-from spotjax.runtime.sampling import Controls, _filter, _penalise, sample
+from spotjax.runtime.sampling import Controls, _filter, _penalise, most_likely, sample
 
 VOCAB, POSITIONS, ROWS = 40, 32, 6
 
@@ -46,6 +46,13 @@ def draw(logits: np.ndarray, states: Sequence[RequestState | None], variant: Var
 
 def tokens(logits: np.ndarray, states: Sequence[RequestState], variant: Variant) -> list[int]:
     return [sampled.token for sampled in draw(logits, states, variant) if sampled is not None]
+
+
+@pytest.mark.parametrize("vocab", [1, 40, 256, 1000])
+def test_the_most_likely_token_is_the_first_of_the_largest(vocab: int) -> None:
+    few = np.random.default_rng(vocab).integers(0, 3, (64, vocab)).astype(np.float32)  # ties in every row
+    few[1], few[2] = -np.inf, np.where(np.arange(vocab) == vocab - 1, np.float32(-5), -np.inf)
+    np.testing.assert_array_equal(jax.jit(most_likely)(jnp.asarray(few)), np.argmax(few, axis=1))
 
 
 def kept(logits: np.ndarray, s: SamplingParams) -> set[int]:
