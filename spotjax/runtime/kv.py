@@ -56,6 +56,24 @@ class StepInput(NamedTuple):
         page = jnp.take_along_axis(self.pages, self.positions // page_size, axis=1, mode="clip")
         return jnp.where(self.valid, page, 0), self.positions % page_size
 
+    def context(self, page_size: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+        """What the step's queries look at.
+
+        Args:
+          page_size: G.
+          window: how many positions up to its own a query sees; None for all.
+
+        Returns: (B, n) pages that have all of it, and (B, T) positions of the queries counted from the first of these
+          pages on. Padding has the position of a valid query, so that it sees something.
+        """
+        queries = jnp.minimum(self.positions, (self.start + jnp.maximum(self.length, 1) - 1)[:, None])
+        held, span = self.pages.shape[1], self.rows.shape[1] - 2
+        if window is None or (reached := (window + span + page_size - 3) // page_size + 1) >= held:
+            return self.pages, queries
+        first = jnp.clip((self.start - (window - 1)) // page_size, 0, held - reached)
+        numbers = first[:, None] + jnp.arange(reached, dtype=jnp.int32)[None, :]
+        return jnp.take_along_axis(self.pages, numbers, axis=1), queries - (first * page_size)[:, None]
+
 
 def positions_of(rows: jax.Array) -> jax.Array:
     """``StepInput.positions`` where there are only the rows."""

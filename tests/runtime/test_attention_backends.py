@@ -62,8 +62,12 @@ CASES = {
 }
 
 
-def check(case: Case, backend: AttentionBackend, dtype: jnp.dtype, tolerance: float) -> None:
-    """Asserts that the backend mixes the same as XLA's, and leaves the same in the pages."""
+Inputs = tuple[LayerPages[jax.Array], StepInput, jax.Array, jax.Array, jax.Array]
+"""Content of all pages, the step, its query, keys and values."""
+
+
+def inputs(case: Case, dtype: jnp.dtype) -> Inputs:
+    """Random ones; every row has pages of its own."""
     generator = np.random.default_rng(len(case.rows))
     span = max(length for _, length in case.rows)
     total = 1 + len(case.rows) * case.pages
@@ -80,10 +84,15 @@ def check(case: Case, backend: AttentionBackend, dtype: jnp.dtype, tolerance: fl
 
     size, kv_heads = case.head_size, case.kv_heads
     content = LayerPages(normal(total, kv_heads, size, case.page_size), normal(total, kv_heads, case.page_size, size))
-    new = (normal(len(rows), span, heads, size) for heads in (case.heads, kv_heads, kv_heads))
-    step = StepInput(jnp.asarray(rows), jnp.asarray(numbers))
-    arguments = content, step, *new
-    expected, left = run(XlaAttention(size, case.page_size), case, *arguments)
+    query, keys, values = (normal(len(rows), span, heads, size) for heads in (case.heads, kv_heads, kv_heads))
+    return content, StepInput(jnp.asarray(rows), jnp.asarray(numbers)), query, keys, values
+
+
+def check(case: Case, backend: AttentionBackend, dtype: jnp.dtype, tolerance: float) -> None:
+    """Asserts that the backend mixes the same as XLA's, and leaves the same in the pages."""
+    arguments = inputs(case, dtype)
+    step = arguments[1]
+    expected, left = run(XlaAttention(case.head_size, case.page_size), case, *arguments)
     found, left_here = run(backend, case, *arguments)
     assert found.dtype == dtype and np.isfinite(np.asarray(found, np.float32)).all()  # page 0 gets that of padding
     valid = np.asarray(step.valid)
@@ -92,6 +101,26 @@ def check(case: Case, backend: AttentionBackend, dtype: jnp.dtype, tolerance: fl
     )
     for array, array_here in zip(left, left_here, strict=True):
         np.testing.assert_array_equal(np.asarray(array)[1:], np.asarray(array_here)[1:])
+
+
+@pytest.mark.parametrize("window", [1, 2, 6, 7, 30, None])
+def test_all_of_a_window_is_seen_and_padding_sees_something(window: int | None) -> None:
+    rows = ((0, 9), (14, 3), (21, 1), (0, 0))
+    case = Case(2, 1, 4, 4, 6, rows, Scoring(0.5, window=window))
+    content, step, query, keys, values = inputs(case, jnp.dtype(jnp.float32))
+    found, left = run(XlaAttention(4, 4), case, content, step, query, keys, values)
+    assert np.isfinite(np.asarray(found)).all()
+    for row, (start, length) in enumerate(rows):
+        numbers = np.asarray(step.pages)[row]
+        whole = [np.concatenate([np.asarray(part)[number, 0].reshape(4, 4) for number in numbers], axis=1 - turned)
+                 for part, turned in zip(left, (0, 1), strict=True)]  # fmt: skip
+        for place in range(length):
+            seen = slice(max(0, start + place + 1 - (window or 99)), start + place + 1)
+            for head in range(2):
+                scores = np.asarray(query)[row, place, head] @ whole[0][:, seen] * 0.5
+                weights = np.exp(scores - scores.max())
+                expected = weights @ whole[1][seen] / weights.sum()
+                np.testing.assert_allclose(found[row, place, head], expected, atol=1e-5)
 
 
 def run(

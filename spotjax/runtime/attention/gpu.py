@@ -111,10 +111,11 @@ class GpuStore:
 
     def _span(self, query: jax.Array, scoring: Scoring) -> jax.Array:
         step, page_size = self._step, self.pages[0].shape[2]
-        batch, context = step.pages.shape[0], step.pages.shape[1] * page_size
-        gathered = (array[:, step.pages] for array in self.pages)  # (K, B, N, G, H)
+        pages, positions = step.context(page_size, scoring.window)
+        batch, context = pages.shape[0], pages.shape[1] * page_size
+        gathered = (array[:, pages] for array in self.pages)  # (K, B, n, G, H)
         keys, values = (array.reshape(-1, batch, context, query.shape[3]).transpose(1, 2, 0, 3) for array in gathered)
-        visible = visibility(step.positions, context, scoring.window)
+        visible = visibility(positions, context, scoring.window)
         implementation: Literal["xla", "cudnn"] = "xla" if self._emulated else "cudnn"
         mixed: jax.Array = jax.nn.dot_product_attention(
             query, keys, values, mask=visible[:, None], scale=scoring.scale, implementation=implementation

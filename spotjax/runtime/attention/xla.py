@@ -39,7 +39,7 @@ class XlaAttention:
 
 
 class XlaStore:
-    """Reads each row's whole context back, N * G positions, whatever part of it is in use; the rest is masked."""
+    """Reads each row's context back, as many positions as there is room for; what is not in use is masked."""
 
     def __init__(self, pages: DevicePages, step: StepInput) -> None:
         self.pages = pages
@@ -52,5 +52,6 @@ class XlaStore:
         all_keys = self.pages[0].at[page, :, :, slot].set(keys)
         all_values = self.pages[1].at[page, :, slot].set(values)
         self.pages = all_keys, all_values
-        visible = visibility(step.positions, step.pages.shape[1] * page_size, scoring.window)
-        return attend(query, all_keys[step.pages], all_values[step.pages], visible, scoring)
+        pages, positions = step.context(page_size, scoring.window)
+        visible = visibility(positions, pages.shape[1] * page_size, scoring.window)
+        return attend(query, all_keys[pages], all_values[pages], visible, scoring)
