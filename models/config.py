@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 
@@ -185,14 +186,15 @@ class DecoderConfig:
             )
 
 
-def window_pattern(windows: Sequence[int | None], max_positions: int) -> tuple[int | None, ...]:
+def window_pattern(windows: Sequence[int | None], max_positions: int | None) -> tuple[int | None, ...]:
     """The shortest ``DecoderConfig.windows`` that gives every layer its window.
 
     Args:
       windows: of all layers, one by one; None where a layer sees all.
-      max_positions: windows from here on leave nothing out.
+      max_positions: windows from here on leave nothing out and are none; None where a window means more than that.
     """
-    effective = tuple(None if window is None or window >= max_positions else window for window in windows)
+    limit = inf if max_positions is None else max_positions
+    effective = tuple(None if window is None or window >= limit else window for window in windows)
     if not any(effective):
         return ()
     for period in range(1, len(effective)):

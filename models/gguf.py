@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import Index, whole
-from spotjax.models.config import DecoderConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, RopeScaling, window_pattern
 from spotjax.models.spec import ModelSpec
 from spotjax.models.storage import TensorLayout, check_tensors, storages
 
@@ -182,7 +182,7 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) ->
     prefix = f"{architecture}."
     named = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
     values = msgspec.convert(named, Metadata)
-    _refuse_unsupported(values)
+    _refuse_unsupported(values, architecture)
     if "token_embd.weight" not in tensors:
         raise ValueError("tensor token_embd.weight is missing")
     return DecoderConfig(
@@ -203,14 +203,15 @@ def _config(metadata: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) ->
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_gate.bias" in tensors,
         qk_norm=architecture == "qwen3",
+        windows=window_pattern([values.window or None] * values.layers, values.max_positions),
     )
 
 
-def _refuse_unsupported(values: Metadata) -> None:
+def _refuse_unsupported(values: Metadata, architecture: str) -> None:
     if values.experts:
         raise ValueError(f"expert_count {values.experts}: mixtures of experts are not supported")
-    if 0 < values.window < values.max_positions:
-        raise ValueError(f"attention.sliding_window {values.window} is not supported")
+    if architecture != "llama" and 0 < values.window < values.max_positions:  # which layers have it is not in the file
+        raise ValueError(f"attention.sliding_window {values.window} is not supported for {architecture}")
     for name, size in (("attention.value_length", values.value_size), ("rope.dimension_count", values.rope_size)):
         if size not in (None, values.head_size):
             raise ValueError(f"{name} {size} is not supported, only the head size {values.head_size}")

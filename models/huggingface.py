@@ -46,7 +46,7 @@ class HuggingFaceCheckpoint:
         with ExitStack() as files:
             for path in _safetensors_files(directory):
                 self._map(path, files)
-            self._tensors = _with_prefix(self._tensors, layout)
+            self._tensors = _of_the_decoder(self._tensors, layout)
             shapes = {name: tuple(tensor.get_shape()) for name, tensor in self._tensors.items()}
             unneeded = _unneeded(shapes, layout.names["head"] if config.tied_embeddings else "")
             check_tensors(self._storages.values(), shapes, directory, unneeded)
@@ -96,12 +96,20 @@ def _safetensors_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory / INDEX} is not a safetensors index: {error}") from error
 
 
-def _with_prefix(tensors: dict[str, Any], layout: TensorLayout) -> dict[str, Any]:
-    """Tensors named as in a language model, where they were saved as the decoder alone: GPT-2 was published so."""
+def _of_the_decoder(tensors: dict[str, Any], layout: TensorLayout) -> dict[str, Any]:
+    """Tensors named as in a language model, where they were saved as part of more, or as the decoder alone (GPT-2)."""
+    tensors = {_renamed(name, layout): tensor for name, tensor in tensors.items() if not name.startswith(layout.unused)}
     prefix = layout.layer_prefix.partition(".")[0] + "."
     if any(name.startswith(prefix) for name in tensors):
         return tensors
     return {name if name == layout.names["head"] else prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _renamed(name: str, layout: TensorLayout) -> str:
+    for published, ours in layout.prefixes.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
 
 
 def _unneeded(names: Iterable[str], head: str) -> set[str]:

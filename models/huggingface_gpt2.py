@@ -58,7 +58,6 @@ class Gpt2Keys(msgspec.Struct):
     layer_norm_epsilon: float = 1e-5
     scale_attn_weights: bool = True
     scale_attn_by_inverse_layer_idx: bool = False
-    add_cross_attention: bool = False
     tie_word_embeddings: bool = True
 
 
@@ -73,8 +72,6 @@ def read_gpt2(content: bytes) -> DecoderConfig:
         raise ValueError(f"activation_function {file.activation_function!r} is not supported, only 'gelu_new'")
     if not file.scale_attn_weights or file.scale_attn_by_inverse_layer_idx:
         raise ValueError("scale_attn_weights false and scale_attn_by_inverse_layer_idx true are not supported")
-    if file.add_cross_attention:
-        raise ValueError("add_cross_attention true is not supported")
     if file.n_embd % file.n_head:
         raise ValueError(f"n_embd {file.n_embd} is no multiple of {file.n_head} heads")
     return DecoderConfig(

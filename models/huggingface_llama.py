@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, window_pattern
 from spotjax.models.huggingface_rope import RopeKeys, read_rope
+from spotjax.models.huggingface_windows import FULL, SLIDING, read_windows
 from spotjax.models.storage import TensorLayout
 
 _NAMES = {
@@ -52,6 +53,7 @@ class LlamaKeys(RopeKeys, kw_only=True):
     mlp_bias: bool = False
     use_sliding_window: bool = False
     sliding_window: int | None = 4096
+    max_window_layers: int = 28
     layer_types: list[str] | None = None
 
 
@@ -85,17 +87,21 @@ def read_llama(content: bytes) -> DecoderConfig:
         output_bias=biased,
         mlp_bias=file.mlp_bias and llama,
         qk_norm=qwen3,
+        windows=window_pattern(_windows(file), file.max_position_embeddings),
     )
 
 
 def _refuse_unsupported(file: LlamaKeys) -> None:
     if file.hidden_act not in ("silu", "swish"):
         raise ValueError(f"hidden_act {file.hidden_act!r} is not supported, only 'silu'")
-    windowed = file.model_type == "mistral" or file.use_sliding_window
-    if windowed and file.sliding_window is not None and file.sliding_window < file.max_position_embeddings:
-        raise ValueError(
-            f"sliding_window {file.sliding_window} is not supported; null, or at least max_position_embeddings "
-            f"({file.max_position_embeddings}), is"
-        )
-    if kinds := set(file.layer_types or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types {', '.join(sorted(kinds))} are not supported, only full_attention")
+
+
+def _windows(file: LlamaKeys) -> list[int | None]:
+    """Of all layers: Mistral's are alike; Qwen's first ones see all, unless it is spelled out."""
+    layers, mistral = file.num_hidden_layers, file.model_type == "mistral"
+    windowed = mistral or (file.use_sliding_window and file.model_type != "llama")
+    window, first = file.sliding_window if windowed else None, 0 if mistral else file.max_window_layers
+    layer_types = [FULL if window is None or layer < first else SLIDING for layer in range(layers)]
+    if mistral and file.layer_types not in (None, layer_types):
+        raise ValueError(f"layer_types other than {layer_types[0]} is not supported with this sliding_window")
+    return read_windows(file.layer_types or layer_types, layers, window)

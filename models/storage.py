@@ -64,6 +64,8 @@ class TensorLayout:
       axes: of arrays, named as in ``names``, that are not kept as ``STORAGE_AXES`` says.
       parts: of arrays that share a tensor with others.
       skipped: leading rows of tensors that are no part of our arrays.
+      prefixes: how names of tensors may begin in the checkpoint, and what ``names`` and ``layer_prefix`` say instead.
+      unused: how names begin of tensors that are no part of the decoder.
     """
 
     names: Mapping[str, str]
@@ -71,6 +73,8 @@ class TensorLayout:
     axes: Mapping[str, StorageAxes] = field(default_factory=dict)
     parts: Mapping[str, Part] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

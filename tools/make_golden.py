@@ -156,6 +156,58 @@ GPT2: dict[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 2,
 }
+GEMMA: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 97,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+    "vocab_size": 131,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.12,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral-window": LLAMA
+    | {"model_type": "mistral", "num_hidden_layers": 3, "num_key_value_heads": 3, "sliding_window": 7},
+    "qwen2-window": LLAMA
+    | {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "vocab_size": 128,
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 3,
+    },
+}
+"""Windows are shorter than every prompt but the first."""
+GEMMAS: dict[str, dict[str, Any]] = {
+    "gemma2": GEMMA
+    | {
+        "model_type": "gemma2",
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 1,
+        "attn_logit_softcapping": 8.0,
+        "final_logit_softcapping": 20.0,
+    },
+    "gemma3": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "hidden_size": 42,
+        "intermediate_size": 64,
+        "query_pre_attn_scalar": 3,
+        "initializer_range": 0.1,
+        "sliding_window": 6,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+}
 GPTS: dict[str, dict[str, Any]] = {
     "opt": OPT,
     "opt-post-norm": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 24, "ffn_dim": 96},
@@ -199,7 +251,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-CASES = {name: LLAMA | case for name, case in (LLAMAS | MIXTURES).items()} | GPTS
+CASES = {name: LLAMA | case for name, case in (LLAMAS | MIXTURES).items()} | WINDOWED | GEMMAS | GPTS
 STORED_AS = {"mistral": torch.bfloat16, "llama-mha": torch.float32}
 """How weights are stored, else as float16; values are rounded to 16 bits in any case."""
 NORMS = ("norm.weight", "ln_1.weight", "ln_2.weight", "ln_f.weight")
@@ -276,7 +328,7 @@ def write_case(name: str, target: Path) -> None:
         model = random_model(CASES[name], stored_as, seed)
         generator = np.random.default_rng(seed)
         prompts = [generator.integers(3, model.config.vocab_size, length).tolist() for length in PROMPT_LENGTHS]
-        arrays = golden(model, prompts, NEW_TOKENS if name in LLAMAS else MANY_NEW_TOKENS)
+        arrays = golden(model, prompts, NEW_TOKENS if name in LLAMAS | WINDOWED else MANY_NEW_TOKENS)
         if smallest_margin(arrays) > MARGIN and distinct_tokens(arrays) >= VARIETY:
             break
     else:

@@ -30,7 +30,7 @@ EXAMPLES = """\
   spotjax plan --model gpt-20b --instances 7xg4dn.12xlarge --json > state.json
   spotjax plan --model gpt-20b --instances 6xg4dn.12xlarge --from state.json --plot migration.png
 
-MODEL is a preset (opt-6.7b, gpt-20b, llama-30b, llama-3-8b, llama-3-70b) or anything that spotjax serve takes.
+MODEL is a preset, such as llama-3-70b (docs/models.md lists them), or anything that spotjax serve takes.
 Instances are named i-0, i-1, ... in order. With --from, those of the old state that are not among them are taken as
 noticed: they can still send, but not serve.
 """

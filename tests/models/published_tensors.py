@@ -45,9 +45,13 @@ def _llama(array: ArraySpec, c: DecoderConfig, tensors: Tensors) -> np.ndarray:
     if module == "mlp":
         base, _, kind = rest.partition("_")
         return tensors[f"{layer}mlp.{base}_proj.bias"] if kind else tensors[f"{layer}mlp.{base}_proj.weight"].T
-    return tensors[
-        layer + {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}[module] + ".weight"
-    ]
+    # The same name is of a norm before the feed-forward layer, or of one after attention.
+    mlp_norm = "pre_feedforward_layernorm" if c.norm_place == "both" else "post_attention_layernorm"
+    norms = {
+        "attention_norm": "input_layernorm", "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": mlp_norm, "mlp_output_norm": "post_feedforward_layernorm",
+    }  # fmt: skip
+    return tensors[f"{layer}{norms[module]}.weight"]
 
 
 def _local(array: ArraySpec) -> tuple[str, str]:

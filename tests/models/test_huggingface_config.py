@@ -23,6 +23,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 def config_of(tmp_path: Path, **changes: Any) -> DecoderConfig:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({key: value for key, value in (CONFIG | changes).items() if value != "absent"}))
@@ -94,19 +97,48 @@ def test_each_architecture_has_its_biases_and_norms(
 
 
 @pytest.mark.parametrize(
+    ("changes", "windows"),
+    [
+        ({"model_type": "mistral", "max_position_embeddings": 32768}, (4096,)),
+        ({"model_type": "mistral", "sliding_window": 1024, "layer_types": [SLIDING, SLIDING]}, (1024,)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "mistral", "sliding_window": 4096}, ()),
+        ({"model_type": "llama", "sliding_window": 64}, ()),
+        ({"model_type": "qwen2", "sliding_window": 64}, ()),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, ()),
+        ({"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}, (None, 64)),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64, "layer_types": [SLIDING, FULL]},
+            (64, None),
+        ),
+    ],
+)
+def test_windows_are_where_transformers_has_them(
+    tmp_path: Path, changes: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert config_of(tmp_path, **changes).windows == windows
+
+
+@pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "bloom"}, r"'bloom' is not supported, only llama, mistral, qwen2, qwen3, opt, gpt_neox, gpt2"),
+        (
+            {"model_type": "bloom"},
+            r"'bloom' is not supported, only llama, mistral, qwen2, qwen3, gemma2, gemma3_text, gemma3, opt",
+        ),
         ({"model_type": "absent"}, r"None is not supported"),
         ({"vocab_size": "absent"}, "vocab_size"),
         ({"hidden_size": "wide"}, "hidden_size"),
         ({"num_key_value_heads": 2}, "kv_heads 2 must divide heads 3"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config .awq."),
-        ({"model_type": "mistral", "sliding_window": 1024}, "sliding_window 1024"),
-        ({"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding_window 64"),
-        ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"model_type": "qwen3", "layer_types": [FULL, SLIDING]}, "sliding_attention needs a sliding_window"),
+        ({"model_type": "qwen3", "layer_types": [FULL, "chunked_attention"]}, "chunked_attention are not supported"),
+        ({"model_type": "qwen3", "layer_types": [FULL]}, "layer_types has 1 entries for 2 layers"),
+        ({"model_type": "llama", "layer_types": [SLIDING, FULL]}, "sliding_attention needs a sliding_window"),
+        ({"model_type": "mistral", "layer_types": [SLIDING, FULL]}, "other than sliding_attention is not supported"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder true"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads .* is not supported"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
         ({"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "rope_scaling of type 'longrope'"),
         ({"rope_parameters": {"rope_type": "proportional"}}, "rope_parameters of type 'proportional'"),

@@ -129,12 +129,28 @@ def test_settings_that_arrays_depend_on(tmp_path: Path) -> None:
         (gpt2(2, 64, 4, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx true"),
         (gpt2(2, 64, 4, scale_attn_weights=False), "scale_attn_weights false"),
         (gpt2(2, 64, 4, add_cross_attention=True), "add_cross_attention true"),
+        (opt(2, 64, 4, is_encoder_decoder=True), "is_encoder_decoder true"),
         ({"model_type": "gptj"}, "'gptj' is not supported"),
     ],
 )
 def test_what_cannot_be_computed_exactly_is_refused_by_name(tmp_path: Path, keys: dict[str, Any], named: str) -> None:
     with pytest.raises(CheckpointError, match=named):
         config_of(tmp_path, keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "without_effect"),
+    [
+        (gpt2(2, 64, 4), {"reorder_and_upcast_attn": True}),  # attention is computed in float32 in any case
+        (opt(2, 64, 4), {"layerdrop": 0.5, "dropout": 0.1, "pad_token_id": 1}),
+        (opt(2, 64, 4, do_layer_norm_before=False), {"_remove_final_layer_norm": True}),  # it has none
+        (neox(2, 64, 4), {"attention_dropout": 0.5, "pruned_heads": {}}),
+    ],
+)
+def test_settings_without_effect_on_what_is_computed_are_read(
+    tmp_path: Path, keys: dict[str, Any], without_effect: dict[str, Any]
+) -> None:
+    assert config_of(tmp_path, keys | without_effect) == config_of(tmp_path, keys)
 
 
 def test_gpt2_is_read_as_it_was_published(tmp_path: Path) -> None:

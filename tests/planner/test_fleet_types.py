@@ -4,12 +4,11 @@ import pytest
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.instance_types import INSTANCE_TYPES, instance_type, parse_instances
-from spotjax.models.presets import PRESETS, preset
+from spotjax.models.presets import preset
 from spotjax.planner.published_tables import TABLES
 
-# Sizes in GiB that SpotServe's paper gives (float32), and parameters of the published Llama 3 checkpoints.
+# Sizes in GiB that SpotServe's paper gives (float32).
 GIB = {"opt-6.7b": 25.0, "gpt-20b": 74.5, "llama-30b": 111.8}
-PARAMETERS = {"llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496}
 
 
 @pytest.mark.parametrize("name", GIB)
@@ -18,11 +17,6 @@ def test_models_of_the_paper_have_its_sizes_layers_and_widths(name: str) -> None
     assert spec.parameter_bytes / 2**30 == pytest.approx(GIB[name], rel=0.02)
     assert (spec.config.layers, spec.config.width) == (table.layers, table.hidden_size)
     assert spec.config.heads * spec.config.head_size == spec.config.width
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
-def test_llama_presets_have_exactly_the_published_number_of_parameters(name: str) -> None:
-    assert sum(array.size for array in preset(name).parameters) == PARAMETERS[name]
 
 
 def test_kv_per_token_of_the_paper_models() -> None:
@@ -35,7 +29,6 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         preset("gpt-5")
     with pytest.raises(ConfigError, match=r"known are g4dn\.12xlarge"):
         instance_type("banana")
-    assert set(PRESETS) == {*GIB, *PARAMETERS}
 
 
 def test_instances_are_counted_and_named_in_order() -> None:
