@@ -52,13 +52,13 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "decode": Case(4, 2, 64, 8, 4, ((5, 1), (0, 1), (30, 1), (0, 0)), Scoring(0.1)),
+    "decode": Case(6, 2, 64, 8, 4, ((5, 1), (0, 1), (30, 1), (0, 0)), Scoring(0.1)),
     "decode, one kv head, soft cap": Case(4, 1, 128, 16, 3, ((33, 1), (15, 1)), Scoring(0.1, softcap=2.0)),
     "decode, window": Case(4, 2, 32, 8, 4, ((5, 1), (30, 1)), Scoring(0.1, window=7)),
     "decode, long": Case(2, 2, 16, 4, 300, ((1150, 1), (520, 1), (0, 0)), Scoring(0.2)),
     "chunks": Case(9, 3, 32, 8, 3, ((5, 4), (0, 8), (9, 3), (0, 0)), Scoring(0.1)),
     "chunks, window": Case(6, 3, 64, 4, 5, ((5, 4), (9, 8)), Scoring(0.1, window=6)),
-    "chunk, soft cap, window": Case(2, 2, 64, 4, 8, ((7, 16),), Scoring(0.2, softcap=1.5, window=9)),
+    "chunk, one kv head, soft cap": Case(2, 1, 64, 4, 8, ((7, 16),), Scoring(0.2, softcap=1.5)),
 }
 
 
@@ -103,7 +103,7 @@ def check(case: Case, backend: AttentionBackend, dtype: jnp.dtype, tolerance: fl
         np.testing.assert_array_equal(np.asarray(array)[1:], np.asarray(array_here)[1:])
 
 
-@pytest.mark.parametrize("window", [1, 2, 6, 7, 30, None])
+@pytest.mark.parametrize("window", [1, 6, 30])
 def test_all_of_a_window_is_seen_and_padding_sees_something(window: int | None) -> None:
     rows = ((0, 9), (14, 3), (21, 1), (0, 0))
     case = Case(2, 1, 4, 4, 6, rows, Scoring(0.5, window=window))
@@ -142,12 +142,11 @@ def run(
         return mixed, backend.read_pages(store.pages, every, case.kv_heads)
 
     with interpreted() if isinstance(backend, TpuAttention) else nullcontext():
-        return jax.jit(layer)(content, query, keys, values)
+        fast_to_compile = {"xla_backend_optimization_level": 0}
+        return jax.jit(layer, compiler_options=fast_to_compile)(content, query, keys, values)
 
 
-@pytest.mark.parametrize(
-    "name", ["decode", "decode, one kv head, soft cap", "chunks, window", "chunk, soft cap, window"]
-)
+@pytest.mark.parametrize("name", ["decode", "chunks, window", "chunk, one kv head, soft cap"])
 def test_the_kernel_for_tpus_attends_as_xla_does(name: str) -> None:
     case = CASES[name]
     check(
@@ -168,9 +167,7 @@ def test_the_kernel_for_tpus_attends_in_bfloat16_as_xla_does() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["decode, one kv head, soft cap", "decode, window", "decode, long", "chunks", "chunks, window"]
-)
+@pytest.mark.parametrize("name", ["decode, one kv head, soft cap", "decode, window", "decode, long", "chunks, window"])
 def test_the_kernels_for_gpus_attend_as_xla_does(name: str) -> None:
     case = CASES[name]
     check(case, GpuAttention(case.head_size, case.page_size, emulated=True), jnp.dtype(jnp.float32), 2e-6)
