@@ -54,7 +54,7 @@ class MixtureOfExperts(nnx.Module):
     shared_gate: Parameter  # (D, S)
     shared_up: Parameter  # (D, S)
     shared_down: Parameter  # (S, D)
-    shared_router: Parameter  # (D,)
+    shared_router: Parameter  # (D, 1)
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs) -> None:
         assert config.experts is not None
@@ -77,7 +77,7 @@ class MixtureOfExperts(nnx.Module):
     def _shared(self, tokens: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """What every token gets, in part where its kernels are a shard's."""
         inner = activation(tokens @ self.shared_gate[...]) * (tokens @ self.shared_up[...])
-        share = jax.nn.sigmoid(tokens @ self.shared_router[...][:, None])
+        share = jax.nn.sigmoid(tokens @ self.shared_router[...])
         return share * (inner @ self.shared_down[...])
 
 

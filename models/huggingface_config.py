@@ -10,7 +10,14 @@ from typing import Any
 import msgspec
 
 from spotjax.errors import CheckpointError
-from spotjax.models import huggingface_gemma, huggingface_gpt2, huggingface_llama, huggingface_neox, huggingface_opt
+from spotjax.models import (
+    huggingface_experts,
+    huggingface_gemma,
+    huggingface_gpt2,
+    huggingface_llama,
+    huggingface_neox,
+    huggingface_opt,
+)
 from spotjax.models.config import DecoderConfig
 from spotjax.models.storage import TensorLayout
 
@@ -34,6 +41,9 @@ FAMILIES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "mixtral": Family(huggingface_experts.read_mixtral, huggingface_experts.MIXTRAL),
+    "qwen2_moe": Family(huggingface_experts.read_qwen2_moe, huggingface_experts.QWEN),
+    "qwen3_moe": Family(huggingface_experts.read_qwen3_moe, huggingface_experts.QWEN),
     "gemma2": Family(huggingface_gemma.read_gemma2, huggingface_gemma.LAYOUT),
     "gemma3_text": Family(huggingface_gemma.read_gemma3, huggingface_gemma.LAYOUT),
     "gemma3": Family(huggingface_gemma.read_gemma3_with_vision, huggingface_gemma.WITH_VISION),

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from spotjax.errors import ConfigError
-from spotjax.models.config import DecoderConfig, RopeScaling
+from spotjax.models.config import DecoderConfig, Experts, RopeScaling
 from spotjax.models.spec import ModelSpec
 
 _LLAMA3_SCALING = RopeScaling("llama3", factor=8.0, original_positions=8192)
@@ -60,13 +60,24 @@ def _mistral(vocab: int, **others: Any) -> ModelSpec:
 
 
 def _qwen2(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int, **others: Any) -> ModelSpec:
-    common = {"max_positions": 32_768, "rope_base": 1e6, "norm_epsilon": 1e-6, "attention_bias": True}
-    return _llama(layers, width, heads, kv_heads, mlp, vocab, **common, **others)
+    common: dict[str, Any] = {
+        "max_positions": 32_768, "rope_base": 1e6, "norm_epsilon": 1e-6, "attention_bias": True,
+    }  # fmt: skip
+    return _llama(layers, width, heads, kv_heads, mlp, vocab, **(common | others))
 
 
-def _qwen3(layers: int, width: int, heads: int, mlp: int, *, tied: bool = False) -> ModelSpec:
+def _qwen3(
+    layers: int,
+    width: int,
+    heads: int,
+    mlp: int,
+    *,
+    kv_heads: int = 8,
+    tied: bool = False,
+    experts: Experts | None = None,
+) -> ModelSpec:
     common = {"max_positions": 40_960, "rope_base": 1e6, "norm_epsilon": 1e-6, "qk_norm": True}
-    return _llama(layers, width, heads, 8, mlp, 151_936, **common, tied_embeddings=tied)
+    return _llama(layers, width, heads, kv_heads, mlp, 151_936, **common, tied_embeddings=tied, experts=experts)
 
 
 def _gemma(layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int, **others: Any) -> ModelSpec:
@@ -143,6 +154,17 @@ PRESETS = {
     "gemma-3-4b": _gemma3(34, 2560, 8, 4, 10_240),
     "gemma-3-12b": _gemma3(48, 3840, 16, 8, 15_360),
     "gemma-3-27b": _gemma3(62, 5376, 32, 16, 21_504, head_size=128, attention_scale=168**-0.5),
+    "mixtral-8x7b": _mistral(32_000, rope_base=1e6, experts=Experts(8, 2)),
+    "mixtral-8x22b": _llama(
+        56, 6144, 48, 8, 16_384, 32_768, max_positions=65_536, rope_base=1e6, experts=Experts(8, 2)
+    ),
+    "qwen1.5-moe-a2.7b": _qwen2(
+        24, 2048, 16, 16, 1408, 151_936, max_positions=8192, experts=Experts(60, 4, normalized=False, shared_mlp=5632)
+    ),
+    "qwen2-57b-a14b": _qwen2(
+        28, 3584, 28, 4, 2560, 151_936, experts=Experts(64, 8, normalized=False, shared_mlp=20_480)
+    ),
+    "qwen3-30b-a3b": _qwen3(48, 2048, 32, 768, kv_heads=4, experts=Experts(128, 8)),
 }
 """Of Gemma 3 the language model."""
 

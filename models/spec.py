@@ -176,5 +176,5 @@ class ModelSpec:
         if shared:
             arrays |= {f"mlp.shared_{name}": ((width, shared), ("embed", "mlp")) for name in ("gate", "up")}
             arrays["mlp.shared_down"] = ((shared, width), ("mlp", "embed"))
-            arrays["mlp.shared_router"] = ((width,), ("embed",))
+            arrays["mlp.shared_router"] = ((width, 1), ("embed", "choices"))
         return arrays

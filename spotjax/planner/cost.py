@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, log, prod, sqrt
 
 from spotjax.meshes.instance import InstanceType
-from spotjax.meshes.layout import LayerRanges, kv_heads_per_shard, shard_shape, stage_holds
+from spotjax.meshes.layout import LayerRanges, kv_heads_per_shard, shard_shape, stage_holds, tensor_axes
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import Range
 from spotjax.models.spec import ArraySpec, ModelSpec
@@ -49,6 +49,30 @@ def layer_elements(spec: ModelSpec, tensor: int) -> int:
     """Parameters of one decoder layer on one device, padding included."""
     arrays = (ArraySpec(name, extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
     return sum(prod(shard_shape(array, spec, tensor)) for array in arrays)
+
+
+@lru_cache(maxsize=4096)
+def expert_elements(spec: ModelSpec, tensor: int) -> int:
+    """Those of them that are one or other expert's: the rest computes every token."""
+    arrays = (ArraySpec(name, extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
+    return sum(prod(shard_shape(array, spec, tensor)) for array in arrays if "expert" in array.axes)
+
+
+def experts_read(spec: ModelSpec, tensor: int, tokens: int) -> float:
+    """Which part of its experts a device reads for so many tokens, if a router chose at random.
+
+    Tokens with k experts each then leave out (1 - k/E)^tokens of the E; real routers leave out more. Where shards hold
+    whole experts, all wait for the one that has the most to do: about sqrt(2 n ln M) more than the mean n of M shards
+    (Raab and Steger 1998).
+    """
+    experts = spec.config.experts
+    if experts is None:
+        return 0.0
+    chosen = experts.count * (1 - (1 - experts.per_token / experts.count) ** tokens)
+    if "expert" not in tensor_axes(spec, tensor):
+        return chosen / experts.count
+    mean, held = chosen / tensor, experts.count / tensor
+    return min(1.0, (mean + sqrt(2 * mean * log(tensor))) / held)
 
 
 @lru_cache(maxsize=4096)
@@ -91,13 +115,23 @@ def _stage_memory(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage:
     page = 2 * demand.page_size * kv_heads_per_shard(c.heads, c.kv_heads, shape.tensor) * c.head_size * spec.dtype_bytes
     # Alive at once: residual stream and its norm, gate and up (or up before and after its activation), queries and
     # their output; logits in float32.
-    per_token = 2 * c.width + 2 * -(-c.mlp // shape.tensor) + 2 * c.heads // shape.tensor * c.head_size
+    inner = _inner_elements(spec, shape.tensor)
+    per_token = 2 * c.width + inner + 2 * c.heads // shape.tensor * c.head_size
     logits = 4 * demand.batch * c.vocab if stage == shape.stage - 1 else 0
     return MemoryNeed(
         parameters=parameter_bytes(spec, shape, layers, stage),
         kv=(stop - start) * demand.pages * page,
         activations=max(demand.step_tokens, demand.batch) * per_token * spec.dtype_bytes + logits,
     )
+
+
+def _inner_elements(spec: ModelSpec, tensor: int) -> int:
+    """What the feed-forward layer keeps of a token; experts each have a copy of it and a result, too."""
+    c = spec.config
+    if c.experts is None:
+        return 2 * -(-c.mlp // tensor)
+    width = c.mlp if "expert" in tensor_axes(spec, tensor) else -(-c.mlp // tensor)
+    return 2 * c.experts.per_token * (c.width + width) + 2 * -(-c.experts.shared_mlp // tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +147,12 @@ class Roofline:
         head = _head_elements(self.spec, tensor) if stage.last else 0
         weights = stage.layers * layer_elements(self.spec, tensor)
         attention = 4 * stage.layers * work.pairs * c.heads // tensor * c.head_size
-        flops = 2 * work.tokens * weights + 2 * work.sequences * head + attention
+        experts = stage.layers * expert_elements(self.spec, tensor)
+        share = c.experts.per_token / c.experts.count if c.experts is not None else 0
+        flops = 2 * work.tokens * (weights - experts * (1 - share)) + 2 * work.sequences * head + attention
         kv = 2 * stage.layers * work.cached * kv_heads_per_shard(c.heads, c.kv_heads, tensor) * c.head_size
-        read = (weights + head + kv) * self.spec.dtype_bytes
+        unread = experts * (1 - experts_read(self.spec, tensor, work.tokens))
+        read = (weights - unread + head + kv) * self.spec.dtype_bytes
         seconds = CALL_SECONDS + max(flops / kind.flops, read / kind.memory_bandwidth)
         if tensor > 1:
             # Sums after attention and after the feed-forward layer, and after the split embedding; logits are gathered.

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import tensorstore as ts
 from checkpoint_cases import MANY_CHUNKS, rounded, save, verify, words
 from serving_cases import (
     BUCKETS,
+    EXPERTS,
     NEOX,
     OPT,
     POST_NORM,
@@ -34,7 +36,7 @@ from spotjax.meshes.layout import shard_index, split_layers, stage_holds, tensor
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh
 from spotjax.meshes.slices import ArraySlice, whole
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.models.spec import ArraySpec, ModelSpec
@@ -43,6 +45,8 @@ from spotjax.reshard.shards import Shard
 FLOAT32 = np.dtype(np.float32)
 UNEVEN = DecoderConfig(vocab=8191, width=384, layers=2, heads=12, kv_heads=4, head_size=32, mlp=1366)
 """41 MB whose vocabulary and feed-forward width split evenly nowhere, kv heads shared irregularly by 3 and 6 shards."""
+UNEVEN_EXPERTS = replace(UNEVEN, vocab=100, mlp=390, experts=Experts(6, 2, shared_mlp=500))
+"""27 MB: 6 shards deal out experts, others split each."""
 WORDS = words(SHARED_HEADS.vocab).files()
 
 
@@ -128,7 +132,7 @@ def test_restored_on_another_mesh_the_model_has_the_same_logits_bit_for_bit(
     assert found.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("config", [OPT, POST_NORM, NEOX], ids=["opt", "post-norm", "neox"])
+@pytest.mark.parametrize("config", [OPT, POST_NORM, NEOX, EXPERTS], ids=["opt", "post-norm", "neox", "experts"])
 def test_other_architectures_come_back_bit_for_bit_on_another_mesh(tmp_path: Path, config: DecoderConfig) -> None:
     weights, mesh = random_weights(config)[1], MeshShape(1, 2, 3)
     saved = save_from_mesh(weights, MeshShape(1, 2, 2), tmp_path / "saved")
@@ -173,6 +177,20 @@ def test_a_device_reads_at_most_a_tenth_more_than_its_slices(
             saved.read(*piece)
         needed = sum(piece.size for piece in slices) * np.dtype(dtype).itemsize
         assert needed <= bytes_read() - before <= 1.1 * needed
+
+
+def test_of_experts_a_device_reads_at_most_a_tenth_more_than_its_slices(tmp_path: Path) -> None:
+    saved = save(RandomCheckpoint(UNEVEN_EXPERTS), tmp_path / "saved", "float32")
+    for tensor in tensor_degrees(saved.spec, 12):
+        for m in (0, tensor - 1):
+            arrays = [array for array in saved.spec.parameters if array.layer == 1]
+            slices = [ArraySlice(array.name, shard_index(array, saved.spec, tensor, m)) for array in arrays]
+            before = bytes_read()
+            for piece in slices:
+                saved.read(*piece)
+            needed = 4 * sum(piece.size for piece in slices)
+            assert needed <= bytes_read() - before <= 1.1 * needed, tensor
+    verify(saved)
 
 
 def test_opening_reads_no_parameters(uneven: dict[str, OrbaxCheckpoint]) -> None:

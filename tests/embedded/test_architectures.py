@@ -55,7 +55,14 @@ async def generate(server: EmbeddedServer, case: str) -> dict[int, list[int]]:
 
 @pytest.mark.parametrize(
     ("case", "converted"),
-    [("opt", False), ("gpt-neox", False), ("opt-post-norm", True), ("gpt-neox-sequential", True), ("gpt2", True)],
+    [
+        ("opt", False),
+        ("gpt-neox", False),
+        ("opt-post-norm", True),
+        ("gpt-neox-sequential", True),
+        ("gpt2", True),
+        ("mixtral", True),
+    ],
 )
 async def test_every_family_says_what_hugging_face_says_under_preemption(
     programs: Path, tmp_path: Path, case: str, converted: bool

@@ -16,13 +16,14 @@ from spotjax.meshes.layout import (
 )
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import ArraySlice
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ModelSpec
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 6))
+    experts = draw(st.none() | st.integers(1, 13).map(lambda count: Experts(count, 1, shared_mlp=count // 2)))
     config = DecoderConfig(
         vocab=draw(st.integers(1, 17)),
         width=draw(st.integers(1, 8)),
@@ -37,8 +38,9 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         positions=draw(st.sampled_from(("rotary", "learned"))),
         norm=draw(st.sampled_from(("rms", "layer"))),
         norm_place=draw(st.sampled_from(("before", "after"))),
-        gated_mlp=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        gated_mlp=experts is not None or draw(st.booleans()),
+        mlp_bias=experts is None and draw(st.booleans()),
+        experts=experts,
         embedding_width=draw(st.sampled_from((None, 3))),
         max_positions=draw(st.integers(1, 9)),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ArraySpec
 
 Tensors = dict[str, np.ndarray]
@@ -42,6 +42,8 @@ def _llama(array: ArraySpec, c: DecoderConfig, tensors: Tensors) -> np.ndarray:
         if kind == "bias":
             return tensors[f"{layer}self_attn.{letter}_proj.bias"].reshape(heads, c.head_size)
         return tensors[f"{layer}self_attn.{letter}_proj.weight"].T.reshape(c.width, heads, c.head_size)
+    if module == "mlp" and c.experts is not None:
+        return _experts(rest, c.experts, layer, tensors)
     if module == "mlp":
         base, _, kind = rest.partition("_")
         return tensors[f"{layer}mlp.{base}_proj.bias"] if kind else tensors[f"{layer}mlp.{base}_proj.weight"].T
@@ -52,6 +54,20 @@ def _llama(array: ArraySpec, c: DecoderConfig, tensors: Tensors) -> np.ndarray:
         "mlp_norm": mlp_norm, "mlp_output_norm": "post_feedforward_layernorm",
     }  # fmt: skip
     return tensors[f"{layer}{norms[module]}.weight"]
+
+
+def _experts(name: str, experts: Experts, layer: str, tensors: Tensors) -> np.ndarray:
+    mixtral = f"{layer}block_sparse_moe.gate.weight" in tensors
+    if name == "router":
+        return tensors[f"{layer}{'block_sparse_moe' if mixtral else 'mlp'}.gate.weight"].T
+    if name == "shared_router":
+        return tensors[f"{layer}mlp.shared_expert_gate.weight"].T
+    if name.startswith("shared_"):
+        return tensors[f"{layer}mlp.shared_expert.{name.removeprefix('shared_')}_proj.weight"].T
+    # w2(act_fn(w1(hidden_states)) * w3(hidden_states))
+    letters = {"gate": "w1", "up": "w3", "down": "w2"}
+    one = f"block_sparse_moe.experts.{{}}.{letters[name]}" if mixtral else f"mlp.experts.{{}}.{name}_proj"
+    return np.stack([tensors[f"{layer}{one.format(n)}.weight"].T for n in range(experts.count)])
 
 
 def _local(array: ArraySpec) -> tuple[str, str]:

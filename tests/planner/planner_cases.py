@@ -12,7 +12,7 @@ from spotjax.meshes.instance import Instance, InstanceState, InstanceType
 from spotjax.meshes.layout import split_layers, tensor_degrees
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts
 from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, needs_of
@@ -46,6 +46,7 @@ def llama(heads: int = 6, kv_heads: int = 2, layers: int = 5, **changes: int) ->
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     kv_heads = draw(st.integers(1, 3))
+    experts = draw(st.none() | st.integers(1, 7).map(lambda count: Experts(count, 1, shared_mlp=count // 2)))
     config = DecoderConfig(
         vocab=draw(st.integers(2, 9)),
         width=draw(st.integers(1, 4)),
@@ -58,7 +59,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         positions=draw(st.sampled_from(("rotary", "learned"))),
         norm=draw(st.sampled_from(("rms", "layer"))),
         norm_place=draw(st.sampled_from(("before", "after"))),
-        gated_mlp=draw(st.booleans()),
+        gated_mlp=experts is not None or draw(st.booleans()),
+        experts=experts,
         embedding_width=draw(st.sampled_from((None, 3))),
         max_positions=draw(st.integers(1, 9)),
     )

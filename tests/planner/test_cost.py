@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,11 +9,12 @@ from planner_cases import fleet, kind, llama, shapes, specs
 from spotjax.meshes.layout import shard_shape, slices_at, split_layers
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice
-from spotjax.models.config import DecoderConfig
+from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cost import (
     CALL_SECONDS,
     decode_seconds,
+    experts_read,
     memory_need,
     parameter_bytes,
     prefill_seconds,
@@ -113,3 +115,49 @@ def test_demand_counts_pages_for_typical_requests_and_refuses_numbers_below_one(
     assert Demand(batch=3, kv_pages=2).pages == 2
     with pytest.raises(ValueError, match="kv_pages must be at least 1, got 0"):
         Demand(kv_pages=0)
+
+
+def mixture(count: int, per_token: int, mlp: int, heads: int = 8) -> ModelSpec:
+    config = DecoderConfig(
+        vocab=64,
+        width=64,
+        layers=2,
+        heads=heads,
+        kv_heads=heads,
+        head_size=8,
+        mlp=mlp,
+        experts=Experts(count, per_token),
+    )
+    return ModelSpec(config)
+
+
+@pytest.mark.parametrize(("count", "per_token", "tokens"), [(8, 2, 1), (8, 2, 4), (60, 4, 8), (16, 16, 3)])
+def test_experts_read_are_those_that_random_choices_hit(count: int, per_token: int, tokens: int) -> None:
+    chance = np.random.default_rng(1)
+    hits = [
+        len({int(n) for _ in range(tokens) for n in chance.permutation(count)[:per_token]}) / count for _ in range(2000)
+    ]
+    read = experts_read(mixture(count, per_token, 4096), 2, tokens)
+    assert read == pytest.approx(np.mean(hits), rel=0.02)
+    assert read * count <= min(count, tokens * per_token) + 1e-9
+
+
+@pytest.mark.parametrize(("tensor", "tokens"), [(2, 1), (4, 4), (8, 1), (8, 16)])
+def test_of_shards_with_whole_experts_the_busiest_counts(tensor: int, tokens: int) -> None:
+    chance, (count, per_token) = np.random.default_rng(2), (64, 8)
+    busiest = []
+    for _ in range(500):
+        chosen = {int(n) for _ in range(tokens) for n in chance.permutation(count)[:per_token]}
+        busiest.append(np.bincount([n * tensor // count for n in chosen]).max())
+    read = experts_read(mixture(count, per_token, 16), tensor, tokens)
+    assert read * count / tensor == pytest.approx(np.mean(busiest), rel=0.35)
+
+
+def test_an_expert_that_is_not_chosen_costs_memory_only() -> None:
+    few, many = mixture(8, 2, 4096), mixture(64, 2, 4096)
+    shape, layers, box = MeshShape(1, 1, 1), split_layers(2, 1), kind(1)
+    assert parameter_bytes(many, shape, layers, 0) > 7 * parameter_bytes(few, shape, layers, 0)
+    one, other = (decode_seconds(spec, shape, layers, box, 1, 1) for spec in (few, many))
+    assert one == pytest.approx(other, rel=0.01)
+    batch, larger = (decode_seconds(many, shape, layers, box, size, 1) for size in (1, 8))
+    assert 4 * (batch - CALL_SECONDS) < larger - CALL_SECONDS < 8 * (batch - CALL_SECONDS)
