@@ -1,4 +1,4 @@
-"""Mixtral, Qwen2-MoE and Qwen3-MoE: published configurations have their published sizes; what is not run is refused."""
+"""Mixtral, Qwen2-MoE and Qwen3-MoE: published configurations are the presets; what is not run is refused."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ QWEN3: dict[str, Any] = {
     "tie_word_embeddings": False, "sliding_window": None, "use_sliding_window": False,
 }  # fmt: skip
 PUBLISHED = [
-    ("mixtral-8x7b", MIXTRAL, 46_702_792_704, 12.9),
-    ("mixtral-8x22b", MIXTRAL_22B, 140_630_071_296, 39.2),
-    ("qwen1.5-moe-a2.7b", QWEN2, 14_315_784_192, 2.7),
-    ("qwen2-57b-a14b", QWEN2_57B, 57_408_658_944, 14.2),
-    ("qwen3-30b-a3b", QWEN3, 30_532_122_624, 3.3),
+    ("mixtral-8x7b", MIXTRAL, 12.9),
+    ("mixtral-8x22b", MIXTRAL_22B, 39.2),
+    ("qwen1.5-moe-a2.7b", QWEN2, 2.7),
+    ("qwen2-57b-a14b", QWEN2_57B, 14.2),
+    ("qwen3-30b-a3b", QWEN3, 3.3),
 ]
-"""Parameters of the published files (57.4 billion is what is said of Qwen2-57B), and billions that compute a token."""
+"""And how many billions of parameters are said to compute a token."""
 
 
 def config_of(tmp_path: Path, keys: dict[str, Any]) -> DecoderConfig:
@@ -67,13 +67,12 @@ def active(spec: ModelSpec) -> float:
     return sum(array.size * (share if "expert" in array.axes else 1) for array in spec.parameters) / 1e9
 
 
-@pytest.mark.parametrize(("name", "keys", "parameters", "billions"), PUBLISHED, ids=[case[0] for case in PUBLISHED])
-def test_published_models_and_presets_have_their_parameters(
-    tmp_path: Path, name: str, keys: dict[str, Any], parameters: int, billions: float
+@pytest.mark.parametrize(("name", "keys", "billions"), PUBLISHED, ids=[case[0] for case in PUBLISHED])
+def test_published_configurations_read_as_presets_that_compute_a_token_with_as_many_parameters(
+    tmp_path: Path, name: str, keys: dict[str, Any], billions: float
 ) -> None:
     spec = ModelSpec(config_of(tmp_path, keys))
     assert spec.config == PRESETS[name].config
-    assert sum(array.size for array in spec.parameters) == parameters
     assert active(spec) == pytest.approx(billions, rel=0.03)
 
 

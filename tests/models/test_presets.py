@@ -29,11 +29,13 @@ PARAMETERS = {
     "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
     "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320,
     "gemma-3-1b": 999_885_952,
+    "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_630_071_296, "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen3-30b-a3b": 30_532_122_624,
 }  # fmt: skip
-# As papers round them: of OPT the names, of Gemma 3 millions without and with embeddings.
+# As papers and cards round them: of OPT the names, of Gemma 3 millions without and with embeddings.
 MILLIONS = {
     "opt-30b": 30_000, "opt-66b": 65_700, "gemma-3-4b": 3209 + 675, "gemma-3-12b": 10_759 + 1012,
-    "gemma-3-27b": 25_600 + 1416,
+    "gemma-3-27b": 25_600 + 1416, "qwen2-57b-a14b": 57_400,
 }  # fmt: skip
 
 
