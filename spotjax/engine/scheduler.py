@@ -48,7 +48,8 @@ class Sequence:
       pages: KV pages it refers to, in position order; empty while it waits.
       computed: the watermark: positions whose KV is complete.
       cached: leading pages that are in the prefix cache, where others find them.
-      flights: its parts in steps that have not come back, in order.
+      flights: its parts in steps that have not come back, in order; changed by the methods below.
+      drawing: tokens that these draw.
       cancelled: why it is to end at the next token boundary, if it is.
     """
 
@@ -58,6 +59,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     flights: list[Flight] = field(default_factory=list)
+    drawing: int = 0
     cancelled: FinishReason | None = None
 
     @property
@@ -73,7 +75,7 @@ class Sequence:
     @property
     def length(self) -> int:
         """Positions that it takes when the steps in flight are back, unless it ends before."""
-        return self.state.length + sum(flight.samples for flight in self.flights)
+        return self.state.length + self.drawing
 
     @property
     def missing(self) -> int:
@@ -81,9 +83,19 @@ class Sequence:
         needed = len(self.state.prompt) + self.state.sampling.max_tokens - 1  # nobody attends to the last token
         return min(self.length, needed) - self.begun
 
+    def take_off(self, flight: Flight) -> None:
+        """It is part of one more step in flight."""
+        self.flights.append(flight)
+        self.drawing += flight.samples
+
+    def land(self) -> None:
+        """The oldest step in flight is back."""
+        self.drawing -= self.flights.pop(0).samples
+
     def ground(self) -> None:
         """Forgets the steps in flight: they never come back."""
         self.flights.clear()
+        self.drawing = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +186,7 @@ class Scheduler:
             if (sequence := self.running.get(span.sequence)) is None:
                 self._land(self.leaving[span.sequence])
                 continue
-            sequence.flights.pop(0)
+            sequence.land()
             sequence.computed = span.stop
             sequence.state = states.get(sequence.key, sequence.state)
             self._remember(sequence)
@@ -191,7 +203,7 @@ class Scheduler:
 
     def _land(self, sequence: Sequence) -> None:
         """A step is back with a sequence that had ended before."""
-        sequence.flights.pop(0)
+        sequence.land()
         if not sequence.in_flight:
             self._release(self.leaving.pop(sequence.key))
 
@@ -337,7 +349,7 @@ class Scheduler:
                 break
             if sequence.missing != 1 or (sequence.in_flight and not ahead):
                 continue
-            unknown = sequence.flights[-1].step if sequence.length > sequence.state.length else None
+            unknown = sequence.flights[-1].step if sequence.drawing else None
             if None not in (unknown, follows) and unknown != follows:
                 continue
             if self._make_room(sequence, chosen):
@@ -380,7 +392,7 @@ class Scheduler:
             sequence = self.running[span.sequence] = self.running.pop(span.sequence)  # now the most recently scheduled
             if span.tokens[0] < 0:
                 follows = sequence.flights[-1].step
-            sequence.flights.append(Flight(self._step, row, span.stop, span.samples))
+            sequence.take_off(Flight(self._step, row, span.stop, span.samples))
         return Batch(self._step, tuple(spans), follows)
 
     def _release(self, sequence: Sequence) -> None:
@@ -393,8 +405,9 @@ def _may_run_ahead(sequence: Sequence) -> bool:
 
     At most one of its tokens is unknown then, and nothing but the model is to know it.
     """
-    unknown = sequence.length - sequence.state.length
-    return sequence.cancelled is None and (unknown == 0 or (unknown == 1 and not sequence.state.sampling.penalised))
+    if sequence.cancelled is not None or sequence.drawing > 1:
+        return False
+    return not sequence.drawing or not sequence.state.sampling.penalised
 
 
 def _span(sequence: Sequence, length: int, pages: int) -> Span:

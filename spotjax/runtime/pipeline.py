@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -62,25 +63,29 @@ class LocalPipeline:
         Raises:
           InstanceLost: ``lose`` was called before the result was read.
         """
-        reading = await asyncio.wrap_future(self._entrance.submit(self._enter, batch))
-        return await asyncio.wrap_future(reading)
+        done: Future[StepResult] = Future()
+        self._entrance.submit(self._enter, batch, done)
+        return await asyncio.wrap_future(done)
 
-    def _enter(self, batch: Batch) -> Future[StepResult]:
-        try:
-            return self._exit.submit(self._read, batch, self._dispatch(batch))
-        except RuntimeError:
-            # jax raises one of several RuntimeErrors when a buffer is deleted under a running step
-            self._check_alive()
-            raise
+    def _enter(self, batch: Batch, done: Future[StepResult]) -> None:
+        with self._told(done):
+            self._exit.submit(self._read, batch, self._dispatch(batch), done)
 
-    def _read(self, batch: Batch, result: jax.Array) -> StepResult:
-        try:
+    def _read(self, batch: Batch, result: jax.Array, done: Future[StepResult]) -> None:
+        with self._told(done):
             read = np.asarray(result)
-        except RuntimeError:  # see above
             self._check_alive()
-            raise
-        self._check_alive()
-        return unpack_result(batch, read)
+            done.set_result(unpack_result(batch, read))
+
+    @contextmanager
+    def _told(self, done: Future[StepResult]) -> Iterator[None]:
+        """Whoever waits for the step is told what went wrong."""
+        try:
+            yield
+        except Exception as problem:
+            # jax raises one of several RuntimeErrors when a buffer is deleted under a running step
+            lost = isinstance(problem, RuntimeError) and self._lost is not None
+            done.set_exception(self._loss() if lost else problem)
 
     def lose(self, instance: str) -> None:
         """Makes every step that has not been read fail with InstanceLost."""
@@ -93,7 +98,10 @@ class LocalPipeline:
 
     def _check_alive(self) -> None:
         if self._lost is not None:
-            raise InstanceLost(f"instance {self._lost} was lost during the step")
+            raise self._loss()
+
+    def _loss(self) -> InstanceLost:
+        return InstanceLost(f"instance {self._lost} was lost during the step")
 
     def _dispatch(self, batch: Batch) -> jax.Array:
         """Starts the step on all stages and draws tokens from the logits; nothing is waited for."""
