@@ -207,8 +207,7 @@ async def generate(
     scheduler = Scheduler(limits, PageAllocator(pages, PAGE_SIZE))
     replica = Replica(scheduler, pipeline, MemoryCommitLog(), Letters(), deliver)
     sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
-    for key in range(batch):
-        prompt = tuple((13 * key + 7 * position) % 250 + 1 for position in range(PROMPT))
+    for key, prompt in enumerate(prompts(batch)):
         scheduler.add(ScheduledSequence(key, RequestState(str(key), 0, prompt, sampling)))
     loop = asyncio.create_task(replica.run())
     await ended.wait()
@@ -217,6 +216,11 @@ async def generate(
     await loop
     seconds = (end - max(firsts.values())) / (tokens - 1)
     return seconds, [ends[str(key)].tokens for key in range(batch)]
+
+
+def prompts(count: int) -> list[tuple[int, ...]]:
+    """Token ids that every vocabulary has."""
+    return [tuple((13 * key + 7 * position) % 250 + 1 for position in range(PROMPT)) for key in range(count)]
 
 
 class Letters:
