@@ -18,7 +18,7 @@ from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.meshes.layout import shard_index, shard_shape, split_layers, stage_holds
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh

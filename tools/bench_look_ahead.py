@@ -42,7 +42,7 @@ from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler  # fmt: skip
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.models.catalog import Model, open_model
 from spotjax.protocol.steps import ResultHeader, StepHeader

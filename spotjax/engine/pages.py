@@ -109,10 +109,6 @@ class PageAllocator:
         """Caches a full page that follows another; False if none are cached, or a page of the same tokens is."""
         return self.caching and self.cache.insert(before, tokens, page)
 
-    def forget(self) -> None:
-        """Empties the cache: what is in its pages may not be what it was."""
-        self._free += self.cache.clear()
-
     def check(self, owned: Iterable[Iterable[int]]) -> None:
         """Verifies that the given owners hold exactly the references that there are, and the cache what is left.
 

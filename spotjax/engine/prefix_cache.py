@@ -77,10 +77,3 @@ class PrefixCache:
         page, _ = self._idle.popitem(last=False)
         del self._pages[self._nodes.pop(page)]
         return page
-
-    def clear(self) -> list[int]:
-        """Forgets everything. Returns: the pages that were idle."""
-        idle = list(self._idle)
-        for kept in (self._pages, self._nodes, self._idle):
-            kept.clear()
-        return idle

@@ -14,88 +14,13 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from spotjax.engine.batch import Batch, Span, ahead
+from spotjax.engine.batch import Batch, Span
 from spotjax.engine.pages import PageAllocator
-from spotjax.engine.prefix_cache import ROOT, Node, Tokens
+from spotjax.engine.prefix_cache import ROOT, Node
 from spotjax.engine.request import FinishReason, RequestState
-
-
-class Flight(NamedTuple):
-    """A sequence's part in a step that has not come back.
-
-    Attributes:
-      step, row: of the batch.
-      stop: the position after the last whose KV it writes.
-      samples: whether it draws a token.
-    """
-
-    step: int
-    row: int
-    stop: int
-    samples: bool
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A request's sequence on its way through a replica.
-
-    Attributes:
-      key: unique in the process, in order of acceptance.
-      state: what is committed.
-      pages: KV pages it refers to, in position order; empty while it waits.
-      computed: the watermark: positions whose KV is complete.
-      cached: leading pages that are in the prefix cache, where others find them.
-      flights: its parts in steps that have not come back, in order; changed by the methods below.
-      drawing: tokens that these draw.
-      cancelled: why it is to end at the next token boundary, if it is.
-    """
-
-    key: int
-    state: RequestState
-    pages: list[int] = field(default_factory=list)
-    computed: int = 0
-    cached: int = 0
-    flights: list[Flight] = field(default_factory=list)
-    drawing: int = 0
-    cancelled: FinishReason | None = None
-
-    @property
-    def in_flight(self) -> bool:
-        """Whether it is part of a step that has not come back."""
-        return bool(self.flights)
-
-    @property
-    def begun(self) -> int:
-        """Positions whose KV is complete, or is when the steps in flight are back."""
-        return self.flights[-1].stop if self.flights else self.computed
-
-    @property
-    def length(self) -> int:
-        """Positions that it takes when the steps in flight are back, unless it ends before."""
-        return self.state.length + self.drawing
-
-    @property
-    def missing(self) -> int:
-        """Positions whose KV no step computes yet; the last one's logits give the next token."""
-        needed = len(self.state.prompt) + self.state.sampling.max_tokens - 1  # nobody attends to the last token
-        return min(self.length, needed) - self.begun
-
-    def take_off(self, flight: Flight) -> None:
-        """It is part of one more step in flight."""
-        self.flights.append(flight)
-        self.drawing += flight.samples
-
-    def land(self) -> None:
-        """The oldest step in flight is back."""
-        self.drawing -= self.flights.pop(0).samples
-
-    def ground(self) -> None:
-        """Forgets the steps in flight: they never come back."""
-        self.flights.clear()
-        self.drawing = 0
+from spotjax.engine.sequence import Flight, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +217,7 @@ class Scheduler:
         )
         if not self.pages.caching or sequence.computed != number * size or filled < (number + 1) * size:
             return None
-        return self._before(sequence), _tokens(sequence.state, number * size, (number + 1) * size)
+        return self._before(sequence), sequence.tokens(number * size, (number + 1) * size)
 
     def _can_use(self, sequence: Sequence) -> bool:
         """Whether there is a position left to be computed when its next page is there."""
@@ -303,7 +228,7 @@ class Scheduler:
         size = self.pages.page_size
         while self.pages.caching and sequence.cached < sequence.computed // size:
             number = sequence.cached
-            tokens = _tokens(sequence.state, number * size, (number + 1) * size)
+            tokens = sequence.tokens(number * size, (number + 1) * size)
             if not self.pages.remember(self._before(sequence), tokens, sequence.pages[number]):
                 return
             sequence.cached += 1
@@ -333,7 +258,7 @@ class Scheduler:
                     break
                 chosen.append((sequence, length))
         self.prefilled += sum(length for _, length in chosen)
-        return [_span(sequence, length, self.pages.needed(sequence.begun + length)) for sequence, length in chosen]
+        return [sequence.span(length, self.pages.needed(sequence.begun + length)) for sequence, length in chosen]
 
     def _decode(self, ahead: bool) -> list[Span]:
         """One position each of the sequences that miss one, a fair share of them when several steps are in flight.
@@ -354,7 +279,7 @@ class Scheduler:
                 continue
             if self._make_room(sequence, chosen):
                 follows = unknown if follows is None else follows
-                chosen[sequence.key] = _span(sequence, 1, self.pages.needed(sequence.begun + 1))
+                chosen[sequence.key] = sequence.span(1, self.pages.needed(sequence.begun + 1))
             else:
                 ahead = False
         return list(chosen.values())
@@ -383,7 +308,7 @@ class Scheduler:
 
     def _ready(self, ahead: bool) -> Iterable[Sequence]:
         """The running sequences that can take part in another step."""
-        return (s for s in self.running.values() if not s.in_flight or (ahead and _may_run_ahead(s)))
+        return (s for s in self.running.values() if not s.in_flight or (ahead and s.may_run_ahead()))
 
     def _take_off(self, spans: list[Span]) -> Batch:
         """The spans as a step that is in flight from now on."""
@@ -398,35 +323,3 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.cached = [], 0, 0
-
-
-def _may_run_ahead(sequence: Sequence) -> bool:
-    """Whether a sequence that is in flight can take part in one more step.
-
-    At most one of its tokens is unknown then, and nothing but the model is to know it.
-    """
-    if sequence.cancelled is not None or sequence.drawing > 1:
-        return False
-    return not sequence.drawing or not sequence.state.sampling.penalised
-
-
-def _span(sequence: Sequence, length: int, pages: int) -> Span:
-    """The next positions of a sequence, which has at least so many pages."""
-    state, start = sequence.state, sequence.begun
-    stop = start + length
-    if length > 1:
-        tokens = _tokens(state, start, stop)
-    else:
-        tokens = (_token_at(state, start) if start < state.length else ahead(sequence.flights[-1].row),)
-    return Span(sequence.key, tokens, start, tuple(sequence.pages[:pages]), state, samples=stop == sequence.length)
-
-
-def _tokens(state: RequestState, start: int, stop: int) -> Tokens:
-    """The tokens at some positions."""
-    prompt = len(state.prompt)
-    return state.prompt[start:stop] + state.tokens[max(0, start - prompt) : max(0, stop - prompt)]
-
-
-def _token_at(state: RequestState, position: int) -> int:
-    output = position - len(state.prompt)
-    return state.tokens[output] if output >= 0 else state.prompt[position]

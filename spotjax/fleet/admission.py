@@ -11,7 +11,7 @@ from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import CommitLogError, InvalidRequest, LogUnavailable, Overloaded, RequestExists
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.requests import AcceptedRequest, RequestTable

@@ -15,7 +15,7 @@ from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over, live_sequence
 from spotjax.fleet.recovery import StoppedPipeline
 from spotjax.planner.holdings import KvCohort, LiveSequence
@@ -161,16 +161,10 @@ class Dispatcher:
         return [going_on.get(number, self._pages - 1) for number in range(replicas)]
 
     def give_back(self, handover: Handover, carried: Mapping[int, int]) -> None:
-        """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all.
-
-        Of those that do not, what is cached may have been written over.
-        """
+        """Frees what ``hand_over`` took of replicas that go on, because nothing is handed over to them after all."""
         for old, new in carried.items():
             for sequence in handover.adopted.get(new, ()):
                 self.replicas[old].scheduler.release_reserved(sequence.key)
-        for old, replica in enumerate(self.replicas):
-            if old not in carried:
-                replica.scheduler.pages.forget()
 
     def take_cancelled(self, carried: Collection[int] = ()) -> list[RequestState]:
         """Removes the sequences that were to end at the token boundary that a stopped replica never reached."""

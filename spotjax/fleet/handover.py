@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spotjax.engine.pages import PageAllocator
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.planner.holdings import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
 

@@ -13,7 +13,7 @@ from spotjax.engine.batch import Batch, StepResult
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import InstanceLost
 from spotjax.reshard.transfer import Remains
 

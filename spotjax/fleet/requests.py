@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import RequestState
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
 
 

@@ -13,7 +13,7 @@ from test_scheduler import Bench, make_scheduler, sequence, tokens_of
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.prefix_cache import ROOT
 from spotjax.engine.request import FinishReason
-from spotjax.engine.scheduler import Sequence
+from spotjax.engine.sequence import Sequence
 
 
 def filled(allocator: PageAllocator, tokens: Several[int]) -> list[int]:
@@ -98,17 +98,6 @@ def test_what_is_free_or_does_not_exist_cannot_be_shared() -> None:
     allocator = PageAllocator(4, 1, caching=True)
     with pytest.raises(ValueError, match="page 2 is to be shared but holds nothing"):
         allocator.share([2])
-
-
-def test_an_emptied_cache_finds_nothing_and_its_pages_are_free() -> None:
-    allocator = PageAllocator(6, 1, caching=True)
-    used, idle = filled(allocator, [1]), filled(allocator, [2, 3])
-    allocator.release(idle)
-    allocator.forget()
-    assert not found(allocator, [1]) and not found(allocator, [2, 3])
-    allocator.check([used])
-    allocator.release(used)
-    assert allocator.free == 5 and not allocator.cache.idle
 
 
 def test_a_page_that_was_given_away_again_has_another_life() -> None:

@@ -16,7 +16,7 @@ from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 
 LETTERS = Letters()
 PAGE_SIZE = 4

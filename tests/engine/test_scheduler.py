@@ -13,7 +13,8 @@ from pure_model import END, Letters, Pages, Steps, is_prefix, next_token, undist
 from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
-from spotjax.engine.scheduler import Limits, Scheduler, Sequence
+from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.sequence import Sequence
 from spotjax.engine.text import advance
 
 LETTERS = Letters()

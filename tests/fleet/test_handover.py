@@ -14,7 +14,8 @@ from pure_model import PurePipeline
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
-from spotjax.engine.scheduler import Limits, Scheduler, Sequence
+from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.sequence import Sequence
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.handover import Handover, hand_over, live_sequence
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs

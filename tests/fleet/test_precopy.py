@@ -11,7 +11,7 @@ from pure_model import PurePipeline
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.precopy import Precopy
 from spotjax.reshard.transfer import PageTransfer, Traffic

@@ -13,7 +13,8 @@ from pure_model import Letters, next_token
 from spotjax.engine.batch import Batch
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import RequestState, SamplingParams
-from spotjax.engine.scheduler import Limits, Scheduler, Sequence
+from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.sequence import Sequence
 from spotjax.engine.text import advance
 from spotjax.fleet.recovery import certain, common_remains, recalled
 from spotjax.meshes.instance import DeviceRef

@@ -14,7 +14,7 @@ from recording_log import RecordingLog
 
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
-from spotjax.engine.scheduler import Sequence as ScheduledSequence
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.engine.text import advance
 from spotjax.errors import InvalidRequest, UnknownRequest
 from spotjax.fleet.requests import AcceptedRequest, RequestTable

@@ -11,7 +11,8 @@ import numpy as np
 from spotjax.engine.batch import Batch
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
-from spotjax.engine.scheduler import Limits, Scheduler, Sequence
+from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.sequence import Sequence
 from spotjax.meshes.instance import InstanceType
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.shape import MeshShape

@@ -78,6 +78,41 @@ def test_no_backup_ever_holds_the_kv_of_another_sequence(seed: int) -> None:
     assert {key for key in owner if store.positions((0, SHARED_HEADS.layers), [key]) == (PAGE_SIZE,)} == set(owner)
 
 
+def test_a_prefix_that_another_has_computed_is_backed_up_for_each_who_reads_it() -> None:
+    store, (stage, mover) = BackupStore(), _stage()
+    done: Future[None] = Future()
+    done.set_result(None)
+
+    def push(header: BackupHeader, payload: np.ndarray) -> Future[None]:
+        store.put(header, payload)
+        return done
+
+    ledger = StageLedger(stage, PAGE_SIZE)
+    copying = Backup(mover, "", push, bandwidth=0)
+    copying.close()  # only rounds of our own
+    copying.install([ledger])
+    for page in (1, 2, 3, 4):
+        write(stage, mover, page, mark=100.0 * page)
+
+    def step(key: int, start: int, stop: int, pages: list[int]) -> None:
+        rows: list[Row] = [(key, start, stop - start, pages)]
+        ledger.begin([key], *arrays(rows))
+        ledger.written([key], arrays(rows)[0])
+
+    step(1, 0, 2 * PAGE_SIZE + 1, [1, 2, 3])
+    assert copying.copy_now()
+    step(2, 2 * PAGE_SIZE, 2 * PAGE_SIZE + 2, [1, 2, 4])  # it found what the first has computed
+    step(1, 2 * PAGE_SIZE + 1, 2 * PAGE_SIZE + 2, [1, 2, 3])
+    assert copying.copy_now()
+    layers = (0, SHARED_HEADS.layers)
+    assert store.positions(layers, [1, 2]) == (2 * PAGE_SIZE + 2, 2 * PAGE_SIZE + 2)
+    for key, pages in ((1, [1, 2, 3]), (2, [1, 2, 4])):
+        kept = store.read(layers, [(key, number) for number in range(3)]).view(np.float32)
+        for layer, content in enumerate(kept.reshape(SHARED_HEADS.layers, 2, 3, -1)):
+            for number, page in enumerate(pages):
+                assert set(content[:, number].ravel().tolist()) == {100.0 * page + layer}
+
+
 _built: list[tuple[Stage, KvMover]] = []
 
 
