@@ -58,17 +58,17 @@ def old_meshes(draw: st.DrawFn) -> OldMesh:
     replicas, old_allocators = [], []
     for _ in range(draw(st.integers(1, 3))):
         allocator, running = PageAllocator(pages, PAGE_SIZE), []
-        for _ in range(random.randint(0, 8)):
+        for _ in range(random.randint(0, 12)):
             one = sequence(next(keys), random.randint(1, 12), random.randint(0, 6))
-            if allocator.needed(one.state.length) > allocator.free:
-                break
             one.computed = random.randint(0, one.state.length - 1)
             spared = one.computed and random.random() < 0.5  # its next position may still lack a page
             like = random.choice(running) if running and random.random() < 0.6 else one
             shared = like.pages[: random.randint(0, min(like.computed, one.computed) // PAGE_SIZE)]
+            more = allocator.needed(one.computed if spared else one.state.length) - len(shared)
+            if more > allocator.free:
+                break
             allocator.share(shared)
-            needed = allocator.needed(one.computed if spared else one.state.length)
-            one.pages = shared + allocator.allocate(needed - len(shared))
+            one.pages = shared + allocator.allocate(more)
             running.append(one)
         replicas.append(running)
         old_allocators.append(allocator)
