@@ -11,6 +11,7 @@ from itertools import takewhile
 
 from spotjax.engine.batch import Batch, StepResult
 from spotjax.engine.pages import PageAllocator
+from spotjax.engine.prefix_cache import Tokens
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.sequence import Sequence as ScheduledSequence
@@ -88,9 +89,14 @@ def recalled(
     ]
     placed: set[int] = set()
     for replica, kept in remains.sequences.items():
-        for key, (numbers, positions) in sorted(kept.items()):
-            if key in sequences and key not in placed:
-                placed |= _place(schedulers[replica], sequences[key], numbers, positions)
+        content: dict[int, Tokens] = {}
+        usable = {
+            key: min(positions, certain(sequences[key].state), len(numbers) * page_size)
+            for key, (numbers, positions) in kept.items()
+            if key in sequences and key not in placed
+        }
+        for key in sorted(usable, key=lambda key: (-usable[key], key)):  # who has all of a page before who has less
+            placed |= _place(schedulers[replica], sequences[key], kept[key][0], usable[key], content)
     for replica in range(placement.shape.data):
         if remains.holders.isdisjoint(placement.instances(replica)):
             for key in sorted(sequences.keys() - placed):
@@ -98,22 +104,35 @@ def recalled(
     return schedulers
 
 
-def _place(scheduler: Scheduler, sequence: ScheduledSequence, numbers: Sequence[int], positions: int) -> frozenset[int]:
+def _place(
+    scheduler: Scheduler,
+    sequence: ScheduledSequence,
+    numbers: Sequence[int],
+    positions: int,
+    content: dict[int, Tokens],
+) -> frozenset[int]:
     """Gives a sequence the pages that hold its KV. Returns its key, nothing if it cannot have them.
 
-    Pages that another has already are its own as well if they hold the same tokens, after the same ones.
+    Its first pages may be another's as well, full ones with the same tokens. ``content`` has the tokens up to the end
+    of every full page, and is told those of this sequence. A full page of another is not completed by this one.
     """
-    positions = min(positions, certain(sequence.state), len(numbers) * scheduler.pages.page_size)
+    number, partial = divmod(positions, scheduler.pages.page_size)
+    if partial and numbers[number] in content:
+        positions -= partial
     wanted = list(numbers)[: scheduler.pages.needed(positions)]
     if not positions or len(set(wanted)) < len(wanted):
         return frozenset()
-    known = scheduler.cached_pages(sequence.state)[: positions // scheduler.pages.page_size]
-    shared = [page for page, _ in takewhile(lambda pair: pair[0] == pair[1], zip(wanted, known, strict=False))]
+    full = {
+        page: sequence.tokens(0, (number + 1) * scheduler.pages.page_size)
+        for number, page in enumerate(wanted[: positions // scheduler.pages.page_size])
+    }
+    shared = list(takewhile(lambda page: content.get(page) == full[page], full))
     try:
         scheduler.pages.claim(wanted[len(shared) :])
     except ValueError:  # another has them: what one worker said of them was out of date
         return frozenset()
     scheduler.pages.share(shared)
+    content |= full
     sequence.pages, sequence.computed = wanted, positions
     scheduler.adopt(sequence)
     return frozenset((sequence.key,))
