@@ -164,7 +164,7 @@ GEMMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 10,
     "vocab_size": 131,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 128,
     "initializer_range": 0.12,
     "bos_token_id": 2,
     "eos_token_id": 1,

@@ -58,6 +58,7 @@ async def generate(server: EmbeddedServer, case: str) -> dict[int, list[int]]:
     [
         ("opt", False),
         ("gpt-neox", False),
+        ("gemma3", False),
         ("opt-post-norm", True),
         ("gpt-neox-sequential", True),
         ("gpt2", True),
@@ -79,6 +80,7 @@ async def test_every_family_says_what_hugging_face_says_under_preemption(
         durability="none",
         prefill_tokens=16,
         page_size=8,
+        max_batch=4,
         compilation_cache=str(programs),
         fuse=False,
         instance_memory_bytes=0 if converted else LARGE_MEMORY,
