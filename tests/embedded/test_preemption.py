@@ -131,6 +131,18 @@ def test_two_instances_can_be_taken_at_once(served: Served, runner: asyncio.Runn
     runner.run(disturbed(served, happening))
 
 
+def test_prompts_that_begin_alike_share_kv_before_and_after_a_loss(served: Served, runner: asyncio.Runner) -> None:
+    async def reused() -> int:
+        same(await undisturbed(served.server), served.expected)
+        return sum(replica.tokens_reused for replica in served.server.service.status().replicas)
+
+    runner.run(restore(served.server))
+    wanted = served.server.service._limits.prefix_cache
+    assert (runner.run(reused()) > 0) is wanted
+    runner.run(disturbed(served, [Event(20, "kill", "instance-0")]))
+    assert (runner.run(reused()) > 0) is wanted
+
+
 def test_an_instance_can_be_lost_during_every_other_change(served: Served, runner: asyncio.Runner) -> None:
     for grace in (0.0, 5.0):
         runner.run(disturbed(served, [Event(20, "notice", "instance-1", grace), Event(20, "kill", "instance-0")]))
