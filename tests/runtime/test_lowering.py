@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -48,12 +50,16 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     monkeypatch.setitem(tpu_info.registry, "cpu", partial(tpu_info.get_tpu_info_for_chip, TPU, 1))
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    if find_spec("jax._src.pallas.triton.gpu_info"):  # jax 0.12
+        hopper = SimpleNamespace(compute_capability=90)
+        monkeypatch.setattr("jax._src.pallas.triton.gpu_info.get_gpu_info", lambda: hopper)
     lower = jax.stages.Traced.lower
     return lambda platform: monkeypatch.setattr(
         jax.stages.Traced, "lower", lambda traced: lower(traced, lowering_platforms=(platform,))
     )
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")  # jax 0.12
 @pytest.mark.parametrize(
     ("platform", "attention", "one_position", "span"),
     [

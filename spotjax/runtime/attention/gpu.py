@@ -5,18 +5,22 @@ The kernel reads the pages of each row's context where they lie. cuDNN wants one
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
 from spotjax.models.attention import Scoring, visibility
 from spotjax.models.config import DecoderConfig
 from spotjax.runtime.attention.backend import PageArray
 from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # jax 0.12 has it still, and names nothing in its place
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
 BLOCK_POSITIONS = 128
 """Of keys that the kernel takes at a time."""
