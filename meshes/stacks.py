@@ -54,6 +54,12 @@ def depth(array: str) -> float:
     return -1 if array in INPUTS else inf
 
 
+def other_bytes(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of one element of every stack that is not kept at the model's dtype: matrices in int8 and their scales."""
+    stacks = (*(f"layers.*.{name}" for name in spec.layer_arrays), *(array.name for array in spec.edges))
+    return {stack: spec.element_bytes(stack) for stack in stacks if spec.element_type(stack) is not None}
+
+
 def stacks_at(spec: ModelSpec, shape: MeshShape, ranges: LayerRanges, position: Position) -> dict[str, Index]:
     """Parameters that belong at ``position``: stack name to index ranges. ``layout.slices_at``, stacked."""
     layers = ranges[position.stage]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spotjax.errors import CheckpointError
@@ -19,6 +19,8 @@ from spotjax.models.gguf import GgufCheckpoint
 from spotjax.models.gguf_tokenizer import gguf_tokenizer
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint, is_checkpoint
+from spotjax.models.quantization import Quantization
+from spotjax.models.quantized_checkpoint import quantized
 from spotjax.models.tokenizer import Tokenizer
 
 HUB = "hf://"
@@ -75,18 +77,25 @@ FETCHABLE = {
 }
 
 
-def open_model(name: str) -> Model:
-    """Opens a model; weights are read later, slice by slice.
+def open_model(name: str, quantization: Quantization = "none") -> Model:
+    """Opens a model as it is to be served; weights are read, and quantized, later, slice by slice.
 
     Args:
       name: ``tiny`` (shipped), ``smollm2-135m-instruct`` (after ``fetch``), the path of a Hugging Face directory or of
         a ``.gguf`` file, or ``hf://organisation/name`` with an optional ``@revision``; or a checkpoint that
         ``spotjax convert`` or ``spotjax checkpoint save`` wrote: its path, or its ``gs://`` or ``s3://`` URL, which
         is handed to tensorstore (only paths were tried).
+      quantization: of its matrices.
 
     Raises:
       CheckpointError: there is no such model, or it cannot be read.
+      ConfigError: it is stored quantized, and asked for otherwise.
     """
+    model = _open(name)
+    return replace(model, checkpoint=quantized(model.checkpoint, quantization))
+
+
+def _open(name: str) -> Model:
     if name in SHIPPED:
         return _open_directory(name, SHIPPED[name])
     if name in FETCHABLE:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spotjax.meshes.slices import ArraySlice, Index
 from spotjax.models.spec import ArraySpec, ModelSpec
@@ -19,8 +18,10 @@ class Checkpoint(Protocol):
     def spec(self) -> ModelSpec:
         """Shapes and names of the model's arrays."""
 
-    def read(self, name: str, index: Index) -> NDArray[np.float32]:
-        """The part of array ``name`` that ``index`` covers: float32, C-contiguous, in our layout.
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The part of array ``name`` that ``index`` covers: C-contiguous, in our layout.
+
+        All is float32 but what the spec says is int8.
 
         Reads from the files little more than what is asked for.
 

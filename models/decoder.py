@@ -17,11 +17,12 @@ from spotjax.models.layers import DecoderLayer
 from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
 from spotjax.models.projection import project
+from spotjax.models.quantized import Matrix, Quantized, take_rows
 from spotjax.models.rope import rotations
 from spotjax.models.shard import WHOLE, TensorShard
 from spotjax.models.spec import ModelSpec
 
-EdgeArrays = Mapping[str, jax.Array]
+EdgeArrays = Mapping[str, Matrix]
 """Parameters before the layers, or after them, by name: ``ModelSpec.inputs``, ``ModelSpec.outputs``."""
 
 
@@ -48,13 +49,13 @@ def embed(
     return shard.sum(x)
 
 
-def _rows(table: jax.Array, wanted: jax.Array, shard: TensorShard) -> jax.Array:
+def _rows(table: Matrix, wanted: jax.Array, shard: TensorShard) -> jax.Array:
     """Rows of a table, zeros where another shard has them."""
     if shard.degree == 1:
-        return jnp.take(table, wanted, axis=0)
+        return take_rows(table, wanted)
     local = wanted - shard.index() * table.shape[0]
     mine = (local >= 0) & (local < table.shape[0])
-    rows = jnp.take(table, jnp.clip(local, 0, table.shape[0] - 1), axis=0)
+    rows = take_rows(table, jnp.clip(local, 0, table.shape[0] - 1))
     return jnp.where(mine[:, :, None], rows, jnp.zeros((), rows.dtype))
 
 
@@ -69,10 +70,12 @@ def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: Tens
     Returns: (B, V) float32.
     """
     if config.norm_place != "after":
-        x = normalize(config, x, outputs["norm.scale"], outputs.get("norm.bias"))
+        scale, bias = outputs["norm.scale"], outputs.get("norm.bias")
+        assert not isinstance(scale, Quantized) and not isinstance(bias, Quantized), "norms are not quantized"
+        x = normalize(config, x, scale, bias)
     if config.embedding_width is not None:
-        x = x @ outputs["output_projection"]
-    local = x @ outputs["embedding"].T if config.tied_embeddings else x @ outputs["head"]
+        x = project(x, outputs["output_projection"])
+    local = project(x, outputs["embedding"].T if config.tied_embeddings else outputs["head"])
     return softcap(shard.concatenate(local.astype(jnp.float32))[:, : config.vocab], config.logit_softcap)
 
 

@@ -20,7 +20,8 @@ from jax import lax
 
 from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.parameters import Parameter, add_parameters
-from spotjax.models.projection import ACTIVATIONS
+from spotjax.models.projection import ACTIVATIONS, project
+from spotjax.models.quantized import Matrix, Quantized
 from spotjax.models.shard import TensorShard
 
 LARGEST_BLOCK = 64
@@ -38,9 +39,9 @@ class Kernels(NamedTuple):
       activation: of the gate.
     """
 
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
+    gate: Matrix
+    up: Matrix
+    down: Matrix
     activation: Callable[[jax.Array], jax.Array]
 
 
@@ -76,9 +77,9 @@ class MixtureOfExperts(nnx.Module):
 
     def _shared(self, tokens: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """What every token gets, in part where its kernels are a shard's."""
-        inner = activation(tokens @ self.shared_gate[...]) * (tokens @ self.shared_up[...])
+        inner = activation(project(tokens, self.shared_gate[...])) * project(tokens, self.shared_up[...])
         share = jax.nn.sigmoid(tokens @ self.shared_router[...])
-        return share * (inner @ self.shared_down[...])
+        return share * project(inner, self.shared_down[...])
 
 
 def route(scores: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:
@@ -119,8 +120,18 @@ def mix(tokens: jax.Array, chosen: jax.Array, weights: jax.Array, kernels: Kerne
 
 def ragged(kernels: Kernels, tokens: jax.Array, sizes: jax.Array) -> jax.Array:
     """Computes tokens (P, D), the first ``sizes[0]`` of them by the first expert and so on; the rest is undefined."""
-    inner = kernels.activation(lax.ragged_dot(tokens, kernels.gate, sizes))
-    return lax.ragged_dot(inner * lax.ragged_dot(tokens, kernels.up, sizes), kernels.down, sizes)
+    inner = kernels.activation(ragged_product(tokens, kernels.gate, sizes))
+    return ragged_product(inner * ragged_product(tokens, kernels.up, sizes), kernels.down, sizes)
+
+
+def ragged_product(tokens: jax.Array, kernel: Matrix, sizes: jax.Array) -> jax.Array:
+    """Each token (P, in) times the (in, out) kernel of its expert."""
+    if not isinstance(kernel, Quantized):
+        return lax.ragged_dot(tokens, kernel, sizes)
+    values = kernel.values.astype(tokens.dtype)
+    product = lax.ragged_dot(tokens, values, sizes, preferred_element_type=jnp.float32)
+    expert = jnp.repeat(jnp.arange(len(sizes)), sizes, total_repeat_length=len(tokens))
+    return (product * jnp.take(kernel.scale, expert, axis=0)).astype(tokens.dtype)
 
 
 def in_blocks(kernels: Kernels, block: int, tokens: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -131,10 +142,10 @@ def in_blocks(kernels: Kernels, block: int, tokens: jax.Array, sizes: jax.Array)
 
     def compute(number: jax.Array, done: jax.Array) -> jax.Array:
         expert = jnp.searchsorted(ends, number, side="right")
-        gate, up, down = (lax.dynamic_index_in_dim(k, expert, keepdims=False) for k in kernels[:3])
+        gate, up, down = jax.tree.map(partial(lax.dynamic_index_in_dim, index=expert, keepdims=False), kernels[:3])
         start = starts[expert] + (number - ends[expert] + blocks[expert]) * block
         mine = lax.dynamic_slice_in_dim(padded, start, block)
-        made = (kernels.activation(mine @ gate) * (mine @ up)) @ down
+        made = project(kernels.activation(project(mine, gate)) * project(mine, up), down)
         # Beyond the expert's last token the block is wrong; the next block, or nobody, is there.
         return lax.dynamic_update_slice_in_dim(done, made, start, axis=0)
 

@@ -73,8 +73,7 @@ class Attention(nnx.Module):
         if rotation is not None:
             query, keys = rotate(query, rotation), rotate(keys, rotation)
         mixed = self._mix(query, keys, values, store, shard)  # (B, T, N, H)
-        kernel = self.output[...]
-        out = shard.sum(mixed.reshape(*x.shape[:-1], -1) @ kernel.reshape(-1, kernel.shape[-1]))
+        out = shard.sum(project(mixed, self.output[...], inputs=2))
         return out + self.output_bias[...][None, None] if c.output_bias else out
 
     def _mix(

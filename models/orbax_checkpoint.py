@@ -6,18 +6,18 @@ Imports neither jax nor orbax: the controller, which has no use for them, opens 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from numpy.typing import NDArray
 
 from spotjax.errors import CheckpointError
 from spotjax.meshes.slices import ArraySlice, Index
 from spotjax.models.checkpoint import check_index
-from spotjax.models.fingerprint import sample_digest, sample_index
+from spotjax.models.fingerprint import sample_digest
 from spotjax.models.orbax_manifest import (
     MANIFEST,
     PARAMETERS,
@@ -52,7 +52,7 @@ class OrbaxCheckpoint:
         self.location, context = str(location), make_context()
         self._root = _open_root(self.location, context)
         self.manifest: Manifest = decode(self._read_file(MANIFEST, INCOMPLETE), self.location)
-        self._spec = ModelSpec(self.manifest.config)
+        self._spec = ModelSpec(self.manifest.config, quantization=self.manifest.quantization)
         self._places = {array.name: (array, *place_of(array)) for array in self._spec.parameters}
         self._parts = {
             name: StoredPart(self.location, name, record, context) for name, record in self.manifest.parts.items()
@@ -65,10 +65,10 @@ class OrbaxCheckpoint:
         """Shapes and names of the model's arrays."""
         return self._spec
 
-    def read(self, name: str, index: Index) -> NDArray[np.float32]:
+    def read(self, name: str, index: Index) -> np.ndarray:
         """See ``Checkpoint.read``; also raises CheckpointError where files are damaged or missing."""
         self._check(name, index)
-        content: NDArray[np.float32] = np.empty([stop - start for start, stop in index], np.float32)
+        content = np.empty([stop - start for start, stop in index], self._spec.element_type(name) or np.float32)
         self.read_into([(ArraySlice(name, index), content)])
         return content
 
@@ -97,7 +97,7 @@ class OrbaxCheckpoint:
         """See ``fingerprint.Sampled``."""
         array, part, place = self._places[name]
         kept = self.manifest.parts[part].arrays[place].samples.get(dtype.name)
-        return kept if kept is not None else sample_digest(self.read(name, sample_index(array)), dtype)
+        return kept if kept is not None else sample_digest(partial(self.read, name), array, dtype)
 
     def tokenizer_files(self) -> dict[str, bytes]:
         """Name and contents of each file in ``tokenizer/``.

@@ -19,6 +19,7 @@ import xxhash
 
 from spotjax.errors import CheckpointError
 from spotjax.models.config import DecoderConfig
+from spotjax.models.quantization import Quantization
 from spotjax.models.spec import INPUTS, ArraySpec, ModelSpec
 
 FORMAT = 1
@@ -40,20 +41,22 @@ class StoredArray(msgspec.Struct, frozen=True):
       shape: of the whole array.
       chunk: extents of what is read at once.
       checksum: XXH3 of the contents of all chunks, in order, without padding; hexadecimal.
-      samples: by dtype, the array's part in a fingerprint when it is served at that dtype.
+      samples: by dtype, the array's part in a fingerprint when it is served at that dtype; none of scales.
+      dtype: if it is another than that of its part.
     """
 
     shape: tuple[int, ...]
     chunk: tuple[int, ...]
     checksum: str
     samples: dict[str, str]
+    dtype: str = ""
 
 
 class Part(msgspec.Struct, frozen=True):
     """One Orbax checkpoint.
 
     Attributes:
-      dtype: of all its arrays.
+      dtype: of all its arrays that do not say otherwise.
       arrays: by name within the part.
       checksum: XXH3 of its ``manifest.ocdbt``, hexadecimal.
     """
@@ -65,7 +68,7 @@ class Part(msgspec.Struct, frozen=True):
     @property
     def bytes(self) -> int:
         """Size of the arrays."""
-        return sum(int(np.prod(array.shape)) for array in self.arrays.values()) * itemsize(self.dtype)
+        return sum(int(np.prod(array.shape)) * itemsize(array.dtype or self.dtype) for array in self.arrays.values())
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -73,15 +76,22 @@ class Manifest(msgspec.Struct, frozen=True):
 
     Attributes:
       config: of the model.
-      dtype: of all parameters.
+      dtype: of all parameters that are not quantized.
       parts: by name.
       tokenizer: XXH3 of each file in ``tokenizer/``, hexadecimal.
+      quantization: of the others.
     """
 
     config: DecoderConfig
     dtype: str
     parts: dict[str, Part]
     tokenizer: dict[str, str]
+    quantization: Quantization = "none"
+
+    @property
+    def spec(self) -> ModelSpec:
+        """Shapes and names of the arrays."""
+        return ModelSpec(self.config, itemsize(self.dtype), self.quantization)
 
 
 class _Sealed(msgspec.Struct):
@@ -156,11 +166,11 @@ def decode(content: bytes, where: str) -> Manifest:
         manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
     except msgspec.MsgspecError as error:
         raise CheckpointError(f"{where}: {MANIFEST} cannot be read: {error}; {REMEDY}") from error
-    check_parts(manifest.config, manifest.dtype, manifest.parts, where)
+    check_parts(manifest.spec, manifest.dtype, manifest.parts, where)
     return manifest
 
 
-def check_parts(config: DecoderConfig, dtype: str, parts: Mapping[str, Part], where: str) -> None:
+def check_parts(spec: ModelSpec, dtype: str, parts: Mapping[str, Part], where: str) -> None:
     """Checks that all parts of the model are there, each with its arrays in their shapes.
 
     Raises:
@@ -168,13 +178,14 @@ def check_parts(config: DecoderConfig, dtype: str, parts: Mapping[str, Part], wh
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"{where}: parameters are {dtype}, only {', '.join(DTYPES)} are read")
-    wanted = parts_of(ModelSpec(config))
+    wanted = parts_of(spec)
     if missing := [part for part in wanted if part not in parts]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(f"{where} is incomplete: {shown} of {len(wanted)} parts are missing; save them first")
     for part, arrays in wanted.items():
-        found = {name: array.shape for name, array in parts[part].arrays.items()}
-        if found != {name: array.shape for name, array in arrays.items()} or parts[part].dtype != dtype:
+        found = {name: (array.shape, array.dtype) for name, array in parts[part].arrays.items()}
+        described = {name: (array.shape, spec.element_type(array.name) or "") for name, array in arrays.items()}
+        if found != described or parts[part].dtype != dtype:
             raise CheckpointError(
                 f"{where}: the arrays of {part} are not those that the configuration describes, in {dtype}; {REMEDY}"
             )

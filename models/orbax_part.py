@@ -105,8 +105,9 @@ class StoredPart:
         except FAILURES as error:
             raise self.damaged(name, error) from error
         stored = self.record.arrays[name]
-        if (array.shape, array.dtype.name) != (stored.shape, self.record.dtype):
-            found = f"it is {array.dtype.name}{list(array.shape)} instead of {self.record.dtype}{list(stored.shape)}"
+        dtype = stored.dtype or self.record.dtype
+        if (array.shape, array.dtype.name) != (stored.shape, dtype):
+            found = f"it is {array.dtype.name}{list(array.shape)} instead of {dtype}{list(stored.shape)}"
             raise self.damaged(name, found)
         return array
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from math import prod
 
 import numpy as np
-from numpy.typing import NDArray
 
 from spotjax.meshes.slices import ArraySlice, Index
 from spotjax.models.checkpoint import Checkpoint, read_into
@@ -41,9 +39,9 @@ class PacedCheckpoint:
         """See ``Checkpoint``."""
         return self._checkpoint.spec
 
-    def read(self, name: str, index: Index) -> NDArray[np.float32]:
+    def read(self, name: str, index: Index) -> np.ndarray:
         """See ``Checkpoint.read``."""
-        until = self._take(prod(stop - start for start, stop in index))
+        until = self._take([ArraySlice(name, index)])
         content = self._checkpoint.read(name, index)
         self._wait(until)
         return content
@@ -51,7 +49,7 @@ class PacedCheckpoint:
     def read_into(self, wanted: Iterable[tuple[ArraySlice, np.ndarray]]) -> None:
         """See ``models.checkpoint.read_into``."""
         slices = list(wanted)
-        until = self._take(sum(piece.size for piece, _ in slices))
+        until = self._take([piece for piece, _ in slices])
         read_into(self._checkpoint, slices)
         self._wait(until)
 
@@ -59,11 +57,12 @@ class PacedCheckpoint:
         """See ``Checkpoint.close``."""
         self._checkpoint.close()
 
-    def _take(self, elements: int) -> float:
-        """When that many elements, after all that was asked for before, may have been read."""
+    def _take(self, wanted: Iterable[ArraySlice]) -> float:
+        """When these, after all that was asked for before, may have been read."""
+        size = sum(piece.size * self.spec.element_bytes(piece.name) for piece in wanted)
         with self._lock:
             begin = max(self._free_at, self._clock())
-            self._free_at = begin + elements * self.spec.dtype_bytes / self._bandwidth
+            self._free_at = begin + size / self._bandwidth
             return self._free_at
 
     def _wait(self, until: float) -> None:

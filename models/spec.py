@@ -1,7 +1,8 @@
 """A model without its weights: every parameter's name, shape and logical axes. Enough to plan and to simulate; no jax.
 
 Arrays are named ``layers.<n>.<module>.<array>``; before the layers ``embedding``, ``positions``, ``input_projection``;
-after them ``norm.scale``, ``norm.bias``, ``output_projection``, ``head``. KV of layer n is ``kv.<n>``.
+after them ``norm.scale``, ``norm.bias``, ``output_projection``, ``head``. KV of layer n is ``kv.<n>``. Of a quantized
+model, every matrix is followed by the scales of its output channels: ``head`` by ``head_scale``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import cached_property
 from math import prod
 
 from spotjax.models.config import DecoderConfig, Experts, LayerKind
+from spotjax.models.quantization import SCALE, ElementType, Quantization, scale_axes
 
 Axes = tuple[str, ...]
 """Logical axis names: ``vocab positions embed heads kv_heads head_size mlp pages page_slot kv``; of experts ``expert``,
@@ -19,7 +21,9 @@ Axes = tuple[str, ...]
 Arrays = dict[str, tuple[tuple[int, ...], Axes]]
 """Shapes and axes by name."""
 
-INPUTS = frozenset({"embedding", "positions", "input_projection"})
+ELEMENT_BYTES: dict[ElementType | None, int] = {"int8": 1, "float32": 4}
+
+INPUTS = frozenset({"embedding", "embedding_scale", "positions", "input_projection"})
 """Names of all arrays that any model may have before its layers."""
 
 
@@ -47,10 +51,17 @@ class ArraySpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Shapes and logical axes of a model."""
+    """Shapes and logical axes of a model.
+
+    Attributes:
+      config: what it is made of.
+      dtype_bytes: of one element of activations, KV and all parameters that are not quantized.
+      quantization: of matrices.
+    """
 
     config: DecoderConfig
     dtype_bytes: int = 4
+    quantization: Quantization = "none"
 
     @cached_property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -71,33 +82,31 @@ class ModelSpec:
         if self.config.norm_place == "both":
             attention |= self._norm("attention_output_norm")
             feed_forward |= self._norm("mlp_output_norm")
-        return attention | feed_forward
+        return self._with_scales(attention | feed_forward)
 
     @cached_property
     def inputs(self) -> dict[str, ArraySpec]:
         """What turns tokens into the first layer's input, by name."""
         c = self.config
-        arrays = [ArraySpec("embedding", (c.vocab, c.embedding_width or c.width), ("vocab", "embed"))]
+        arrays: Arrays = {"embedding": ((c.vocab, c.embedding_width or c.width), ("vocab", "embed"))}
         if c.positions == "learned":
-            arrays.append(ArraySpec("positions", (c.max_positions, c.width), ("positions", "embed")))
+            arrays["positions"] = ((c.max_positions, c.width), ("positions", "embed"))
         if c.embedding_width is not None:
-            arrays.append(ArraySpec("input_projection", (c.embedding_width, c.width), ("embed", "embed")))
-        return {array.name: array for array in arrays}
+            arrays["input_projection"] = ((c.embedding_width, c.width), ("embed", "embed"))
+        return self._edges(arrays)
 
     @cached_property
     def outputs(self) -> dict[str, ArraySpec]:
         """What turns the last layer's output into logits, by name; a tied embedding is an input as well."""
         c = self.config
-        arrays: list[ArraySpec] = []
-        if c.norm_place != "after":
-            arrays += [ArraySpec(name, shape, axes) for name, (shape, axes) in self._norm("norm").items()]
+        arrays: Arrays = self._norm("norm") if c.norm_place != "after" else {}
         if c.embedding_width is not None:
-            arrays.append(ArraySpec("output_projection", (c.width, c.embedding_width), ("embed", "embed")))
+            arrays["output_projection"] = ((c.width, c.embedding_width), ("embed", "embed"))
         if c.tied_embeddings:
-            arrays.append(self.inputs["embedding"])
-        else:
-            arrays.append(ArraySpec("head", (c.embedding_width or c.width, c.vocab), ("embed", "vocab")))
-        return {array.name: array for array in arrays}
+            tied = {name: array for name, array in self.inputs.items() if name in ("embedding", "embedding" + SCALE)}
+            return self._edges(arrays) | tied
+        arrays["head"] = ((c.embedding_width or c.width, c.vocab), ("embed", "vocab"))
+        return self._edges(arrays)
 
     @cached_property
     def edges(self) -> tuple[ArraySpec, ...]:
@@ -123,7 +132,40 @@ class ModelSpec:
     @cached_property
     def parameter_bytes(self) -> int:
         """Bytes of all parameters."""
-        return sum(array.size for array in self.parameters) * self.dtype_bytes
+        return sum(array.size * self.element_bytes(array.name) for array in self.parameters)
+
+    def element_type(self, array: str) -> ElementType | None:
+        """Of a parameter, or of a stack of them; None where it is kept at the dtype that the model is served at."""
+        return self._element_types.get(array.split(".", 2)[2] if array.startswith("layers.") else array)
+
+    def element_bytes(self, array: str) -> int:
+        """Bytes of one element of a parameter, or of a stack of them."""
+        return ELEMENT_BYTES.get(self.element_type(array), self.dtype_bytes)
+
+    @cached_property
+    def _element_types(self) -> dict[str, ElementType]:
+        """By name, in a layer or outside."""
+        shapes = self.layer_arrays | {array.name: (array.shape, array.axes) for array in self.edges}
+        types: dict[str, ElementType] = {}
+        for name in shapes:
+            if name + SCALE in shapes:
+                types |= {name: "int8", name + SCALE: "float32"}
+        return types
+
+    def _with_scales(self, arrays: Arrays) -> Arrays:
+        """The same, and behind everything that is quantized its scales."""
+        if self.quantization == "none":
+            return arrays
+        all_arrays: Arrays = {}
+        for name, (shape, axes) in arrays.items():
+            all_arrays[name] = shape, axes
+            if (kept := scale_axes(axes)) is not None:
+                all_arrays[name + SCALE] = tuple(shape[axis] for axis in kept), tuple(axes[axis] for axis in kept)
+        return all_arrays
+
+    def _edges(self, arrays: Arrays) -> dict[str, ArraySpec]:
+        """Arrays outside the layers."""
+        return {name: ArraySpec(name, shape, axes) for name, (shape, axes) in self._with_scales(arrays).items()}
 
     @property
     def kv_bytes_per_position(self) -> int:

@@ -103,6 +103,13 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         Literal["auto", "float32", "bfloat16"],
         Meta(description="of parameters and KV; auto: float32 on CPU, bfloat16 on accelerators", extra=SERVING),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "int8"],
+        Meta(
+            description="of the model's matrices on devices: int8, with a scale for each output channel; or none",
+            extra=SERVING,
+        ),
+    ] = "none"
     max_model_len: Annotated[
         int,
         Meta(

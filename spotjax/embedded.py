@@ -24,7 +24,6 @@ from spotjax.fleet.saving import Saves
 from spotjax.meshes.instance import Instance
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.fingerprint import fingerprint
-from spotjax.models.spec import ModelSpec
 from spotjax.models.tokenizer import Tokenizer
 from spotjax.reshard.local import LocalCluster
 from spotjax.runtime.attention.choice import choose_attention
@@ -82,14 +81,14 @@ async def start(config: ServeConfig) -> EmbeddedServer:
       NoFeasibleShape: the model does not fit the instances.
     """
     devices = local_instances(config.embedded_instances, config.devices_per_instance)
-    model = await asyncio.to_thread(open_model, config.model)
+    model = await asyncio.to_thread(open_model, config.model, config.quantization)
     return await serve_model(config, model, devices)
 
 
 async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, Devices]) -> EmbeddedServer:
     """The same with a model and devices at hand."""
     dtype = resolve_dtype(config.dtype, next(iter(devices.values()))[0].platform)
-    spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
+    spec = replace(model.checkpoint.spec, dtype_bytes=dtype.itemsize)
     limits, buckets = resolve_limits(config, spec)
     planning = planning_for(config, spec, limits)
     kind = device_type(next(iter(devices.values())), config.instance_memory_bytes)
@@ -108,7 +107,9 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     service = Controller(
         model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
         limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity),
-        files=CheckpointFiles(spec.config, dtype.name, served, model.tokenizer, directory_of(commits)),
+        files=CheckpointFiles(
+            spec.config, dtype.name, served, model.tokenizer, directory_of(commits), spec.quantization
+        ),
     )  # fmt: skip
     started = time.monotonic()
     try:

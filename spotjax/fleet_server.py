@@ -34,7 +34,6 @@ from spotjax.local_workers import LocalWorkers
 from spotjax.meshes.instance import Instance, InstanceType
 from spotjax.models.catalog import Model, open_model
 from spotjax.models.fingerprint import fingerprint
-from spotjax.models.spec import ModelSpec
 from spotjax.models.tokenizer import Tokenizer
 from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
@@ -222,7 +221,7 @@ class FleetServer:
         """The controller and its cluster, for devices like those of the first worker."""
         config = self._config
         dtype = resolve_dtype(config.dtype, registration.platform)
-        spec = ModelSpec(self._model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
+        spec = replace(self._model.checkpoint.spec, dtype_bytes=dtype.itemsize)
         limits, buckets = resolve_limits(config, spec)
         planning = planning_for(config, spec, limits)
         foreseen = config.workers or FORESEEN
@@ -241,12 +240,12 @@ class FleetServer:
             self._model.tokenizer.end_tokens, limits, time.monotonic, time.time, self._supply,
             config.leave, self._saves,
             CheckpointFiles(
-                spec.config, dtype.name, print_of, self._model.tokenizer, directory_of(self._log)
+                spec.config, dtype.name, print_of, self._model.tokenizer, directory_of(self._log), spec.quantization
             ),
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
-            config.prefill_tokens, tuple(degrees),
+            config.prefill_tokens, tuple(degrees), config.quantization,
         )  # fmt: skip
 
     def _sized(self, kind: InstanceType) -> InstanceType:
@@ -297,7 +296,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
     assert mode(config) == "controller", "not the settings of a controller"
     door = Door()
     server.add_handlers([door.handler()])
-    model = await asyncio.to_thread(open_model, config.model)
+    model = await asyncio.to_thread(open_model, config.model, config.quantization)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     commits = await asyncio.to_thread(open_commit_log, config, weights)
     try:

@@ -36,12 +36,12 @@ def random_model(config: DecoderConfig) -> Model:
 
 def save(weights: Checkpoint | RandomCheckpoint, directory: Path, dtype: str = "float32") -> OrbaxCheckpoint:
     """Weights, saved and opened again."""
-    config = weights.spec.config
-    writer = ParameterWriter(str(directory), config, dtype)
+    config, quantization = weights.spec.config, weights.spec.quantization
+    writer = ParameterWriter(str(directory), config, dtype, quantization)
     for part, arrays in writer.parts.items():
         writer.write(part, {array.name: partial(weights.read, array.name) for array in arrays.values()})
     writer.close()
-    complete(str(directory), config, dtype, words(config.vocab).files())
+    complete(str(directory), config, dtype, words(config.vocab).files(), quantization=quantization)
     return OrbaxCheckpoint(directory)
 
 

@@ -137,7 +137,7 @@ def shared_heads() -> tuple[CompiledModel, RandomCheckpoint]:
 def shard(weights: Checkpoint, array: ArraySpec, tensor: int, m: int) -> np.ndarray:
     """What tensor shard ``m`` holds of an array, padding included."""
     part = weights.read(array.name, shard_index(array, weights.spec, tensor, m))
-    content = np.zeros(shard_shape(array, weights.spec, tensor), np.float32)
+    content = np.zeros(shard_shape(array, weights.spec, tensor), part.dtype)
     content[tuple(slice(extent) for extent in part.shape)] = part
     return content
 
@@ -154,7 +154,7 @@ def build_stage(
             model.spec,
             mesh,
             [
-                jax.device_put(shard(weights, array, tensor, m).astype(model.dtype), device)
+                jax.device_put(shard(weights, array, tensor, m).astype(model.parameter_dtype(array.name)), device)
                 for m, device in enumerate(group)
             ],
         )

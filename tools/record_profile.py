@@ -17,8 +17,7 @@ import numpy as np
 
 from spotjax.errors import ConfigError
 from spotjax.meshes.sharding import array_sharding, stacked_shape, stage_mesh
-from spotjax.models.config import DecoderConfig
-from spotjax.models.spec import ModelSpec
+from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.planner.latency import Stage as StageKind
 from spotjax.planner.latency import Work
 from spotjax.planner.profile import MeasuredProfile, Sample
@@ -68,9 +67,10 @@ def record(
             tell(f"tensor degree {tensor}, stage of {stage.layers} layers{' with logits' if stage.last else ''}")
             samples += measure_stage(spec, tuple(devices[:tensor]), stage, dtype, repeats)
     hop_latency, hop_bandwidth = _measure_hop(devices)
+    as_int8 = "" if spec.quantization == "none" else f", matrices in {spec.quantization}"
     return MeasuredProfile(
         model=name,
-        hardware=f"{devices[0].device_kind} ({platform.machine()}), {dtype}",
+        hardware=f"{devices[0].device_kind} ({platform.machine()}), {dtype}{as_int8}",
         samples=tuple(samples),
         hop_latency=hop_latency,
         hop_bandwidth=hop_bandwidth,
@@ -98,11 +98,12 @@ def works() -> Iterator[tuple[StepShape, Work]]:
 def measure_stage(spec: ModelSpec, devices: Devices, kind: StageKind, dtype: str, repeats: int) -> Iterator[Sample]:
     """Measures one stage at every size of ``works``."""
     pages = 1 + max(BATCHES) * -(-max(CONTEXTS) // PAGE_SIZE)
-    small = ModelSpec(_with_layers(spec.config, kind.layers), jnp.dtype(dtype).itemsize)
+    config = replace(spec.config, layers=kind.layers)
+    small = ModelSpec(config, jnp.dtype(dtype).itemsize, spec.quantization)
     model = CompiledModel(small, pages, PAGE_SIZE, max(CONTEXTS), dtype)
     stage = Stage(
         model, devices, (0, kind.layers), first=kind.first, last=kind.last,
-        parameters=_random_parameters(small, devices, dtype),
+        parameters=_random_parameters(model, devices),
     )  # fmt: skip
     stage.pages = {layer: stage.empty_pages() for layer in range(kind.layers)}
     try:
@@ -112,19 +113,18 @@ def measure_stage(spec: ModelSpec, devices: Devices, kind: StageKind, dtype: str
         model.executables.close()
 
 
-def _with_layers(config: DecoderConfig, layers: int) -> DecoderConfig:
-
-    return replace(config, layers=layers)
-
-
-def _random_parameters(spec: ModelSpec, devices: Devices, dtype: str) -> dict[str, jax.Array]:
+def _random_parameters(model: CompiledModel, devices: Devices) -> dict[str, jax.Array]:
     mesh, chance = stage_mesh(devices), np.random.default_rng(0)
+
+    def content(array: ArraySpec) -> np.ndarray:
+        dtype = model.parameter_dtype(array.name)
+        spread = 40 if dtype == np.int8 else 0.02
+        shape = stacked_shape(array, model.spec, len(devices))
+        return (spread * chance.standard_normal(shape, np.float32)).astype(dtype)
+
     return {
-        array.name: jax.device_put(
-            (0.02 * chance.standard_normal(stacked_shape(array, spec, len(devices)), np.float32)).astype(dtype),
-            array_sharding(array, spec, mesh),
-        )
-        for array in spec.parameters
+        array.name: jax.device_put(content(array), array_sharding(array, model.spec, mesh))
+        for array in model.spec.parameters
     }
 
 

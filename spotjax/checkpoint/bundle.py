@@ -31,9 +31,10 @@ from spotjax.checkpoint.saves import SAVES, Save, newest
 from spotjax.engine.log_directory import DATABASE, sync_directory
 from spotjax.engine.log_inspection import LogSummary, copy_log, inspect_log
 from spotjax.errors import CheckpointError, CommitLogError
-from spotjax.models.fingerprint import fingerprint
+from spotjax.models.fingerprint import Sampled, fingerprint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint
 from spotjax.models.orbax_manifest import MANIFEST, PARAMETERS, TOKENIZER, is_url
+from spotjax.models.quantized_checkpoint import QuantizedCheckpoint
 
 FORMAT = 1
 BUNDLE = "bundle.json"
@@ -196,7 +197,9 @@ def _require_parameters_of(checkpoint: str, model: str) -> None:
     """Raises CheckpointError unless the checkpoint has, in full, the parameters that the log is of."""
     if not (checkpoint and Path(checkpoint, MANIFEST).is_file()):
         raise CheckpointError(f"the checkpoint {checkpoint or '(none given)'} has no parameters to put into a bundle")
-    if fingerprint(OrbaxCheckpoint(checkpoint), np.dtype(np.float32)) != model:
+    stored = OrbaxCheckpoint(checkpoint)
+    served: list[Sampled] = [stored] if stored.spec.quantization != "none" else [stored, QuantizedCheckpoint(stored)]
+    if model not in {fingerprint(one, np.dtype(np.float32)) for one in served}:
         raise CheckpointError(f"the parameters of {checkpoint} are those of another model than the commit log's")
 
 

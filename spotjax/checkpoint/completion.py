@@ -29,6 +29,7 @@ from spotjax.models.orbax_manifest import (
     place_of,
 )
 from spotjax.models.orbax_part import FAILURES, StoredPart, make_context
+from spotjax.models.quantization import Quantization
 from spotjax.models.spec import ModelSpec
 
 
@@ -71,7 +72,12 @@ def drop_record(location: str, part: str) -> None:
 
 
 def complete(
-    location: str, config: DecoderConfig, dtype: str, tokenizer: Mapping[str, bytes], expected: str = ""
+    location: str,
+    config: DecoderConfig,
+    dtype: str,
+    tokenizer: Mapping[str, bytes],
+    expected: str = "",
+    quantization: Quantization = "none",
 ) -> Manifest:
     """Writes tokenizer and manifest: from then on the directory is a checkpoint.
 
@@ -81,17 +87,19 @@ def complete(
       dtype: that its parts are stored as.
       tokenizer: ``Tokenizer.files``.
       expected: fingerprint of the weights at that dtype; empty if whoever wrote the parts answers for them.
+      quantization: of the parts.
 
     Raises:
       CheckpointError: parts are missing or not those of such a model, or the files cannot be written.
     """
-    names = list(parts_of(ModelSpec(config)))
+    spec = ModelSpec(config, quantization=quantization)
+    names = list(parts_of(spec))
     records = {name: record for name in names if (record := find_record(location, name)) is not None}
-    check_parts(config, dtype, records, location)
-    if expected and fingerprint(_Recorded(records, ModelSpec(config)), np.dtype(dtype)) != expected:
+    check_parts(spec, dtype, records, location)
+    if expected and fingerprint(_Recorded(records, spec), np.dtype(dtype)) != expected:
         raise CheckpointError(f"{location} has parts of another model, from a save that was given up; remove it")
     sums = {name: checksum(content) for name, content in tokenizer.items()}
-    manifest = Manifest(config, dtype, records, sums)
+    manifest = Manifest(config, dtype, records, sums, quantization)
     write_files(location, {f"{TOKENIZER}/{name}": content for name, content in tokenizer.items()})
     write_files(location, {MANIFEST: encode(manifest)})
     with suppress(*FAILURES):  # they do no harm where they are

@@ -95,8 +95,10 @@ def _parameters_of(root: epath.Path) -> StoredParameters | None:
     checkpoint = OrbaxCheckpoint(str(root))
     manifest = checkpoint.manifest
     total = sum(part.bytes for part in manifest.parts.values())
-    count = checkpoint.spec.parameter_bytes // checkpoint.spec.dtype_bytes
-    return StoredParameters(True, manifest.dtype, len(manifest.parts), total, count)
+    spec = checkpoint.spec
+    count = sum(array.size for array in spec.parameters if spec.element_type(array.name) != "float32")
+    stored_as = manifest.dtype if spec.quantization == "none" else f"{spec.quantization} and {manifest.dtype}"
+    return StoredParameters(True, stored_as, len(manifest.parts), total, count)
 
 
 def _saves_of(directory: str, service: str) -> list[StoredSave]:

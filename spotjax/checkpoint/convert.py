@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def convert(
     """Converts a model, part by part, and goes on where an interrupted conversion to the same place stopped.
 
     Args:
-      model: to convert.
+      model: to convert; what is quantized is written so.
       location: directory to write, which may exist if it is empty or holds such a conversion.
       dtype: to store parameters as, ``float32`` or ``bfloat16``.
       verify: whether every part is read back and compared.
@@ -52,7 +52,8 @@ def convert(
     """
     _check_target(location)
     checkpoint, kept, total = model.checkpoint, 0, 0
-    writer = ParameterWriter(location, checkpoint.spec.config, dtype)
+    spec = checkpoint.spec
+    writer = ParameterWriter(location, spec.config, dtype, spec.quantization)
     try:
         for part, arrays in writer.parts.items():
             sources = {array.name: partial(checkpoint.read, array.name) for array in arrays.values()}
@@ -67,13 +68,13 @@ def convert(
             total += record.bytes
     finally:
         writer.close()
-    complete(location, checkpoint.spec.config, dtype, model.tokenizer.files())
+    complete(location, spec.config, dtype, model.tokenizer.files(), quantization=spec.quantization)
     return Conversion(len(writer.parts), kept, total)
 
 
 def stored_bytes(model: Model, dtype: str) -> int:
     """Bytes that the parameters of a model take."""
-    return sum(array.size for array in model.checkpoint.spec.parameters) * itemsize(dtype)
+    return replace(model.checkpoint.spec, dtype_bytes=itemsize(dtype)).parameter_bytes
 
 
 def _check_target(location: str) -> None:

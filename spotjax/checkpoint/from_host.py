@@ -22,7 +22,8 @@ def save_parameters(host: Host, location: str) -> int:
     placement, model, stages, store = host.placement, host.model, dict(host.stages), host.store
     if placement is None:
         return 0
-    writer, saved = ParameterWriter(location, model.spec.config, model.dtype.name), 0
+    writer = ParameterWriter(location, model.spec.config, model.dtype.name, model.spec.quantization)
+    saved = 0
     try:
         for (data, number), stage in sorted(stages.items()):
             if data:

@@ -21,7 +21,7 @@ from spotjax.checkpoint.completion import check_incomplete, drop_record, find_re
 from spotjax.errors import CheckpointError, SliceUnavailable
 from spotjax.meshes.slices import Index, intersect, relative, remainder
 from spotjax.models.config import DecoderConfig
-from spotjax.models.fingerprint import sample_digest, sample_index
+from spotjax.models.fingerprint import digest_of, first_channel, sample_digest
 from spotjax.models.orbax_manifest import (
     DTYPES,
     OCDBT_MANIFEST,
@@ -34,6 +34,7 @@ from spotjax.models.orbax_manifest import (
     parts_of,
 )
 from spotjax.models.orbax_part import FAILURES, add_chunks, as_slices, chunk_runs
+from spotjax.models.quantization import INPUT_AXES, SCALE, ElementType, Quantization, scale_axes
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.reshard.shards import Shard
 
@@ -53,18 +54,19 @@ class ParameterWriter:
     Args:
       location: directory of the checkpoint: a path, or a ``gs://`` URL as far as Orbax writes there (not tried).
       config: of the model.
-      dtype: that parameters are stored as, ``float32`` or ``bfloat16``.
+      dtype: that parameters are stored as, ``float32`` or ``bfloat16``, where they are not quantized.
+      quantization: of the sources, and of what is stored.
 
     Raises:
       CheckpointError: there is a complete checkpoint already, or the type is another.
     """
 
-    def __init__(self, location: str, config: DecoderConfig, dtype: str) -> None:
+    def __init__(self, location: str, config: DecoderConfig, dtype: str, quantization: Quantization = "none") -> None:
         if dtype not in DTYPES:
             raise CheckpointError(f"parameters can be stored as {' or '.join(DTYPES)}, not as {dtype}")
         check_incomplete(location)
         self._location, self._dtype = location, dtype
-        self._spec = ModelSpec(config, dtype_bytes=itemsize(dtype))
+        self._spec = ModelSpec(config, itemsize(dtype), quantization)
         self.parts: Mapping[str, Mapping[str, ArraySpec]] = parts_of(self._spec)
         """All parts of the model, and the arrays of each by their name in it."""
         own = jax.process_index()
@@ -123,8 +125,9 @@ class ParameterWriter:
     def _leaves(self, part: str, sources: Mapping[str, Source], progress: Progress | None = None) -> dict[str, _Leaf]:
         leaves = {}
         for name, array in self.parts[part].items():
-            chunk = chunk_shape(array, self._spec, itemsize(self._dtype))
-            leaves[name] = _Leaf(array, chunk, self._dtype, sources[array.name], progress)
+            chunk = chunk_shape(array, self._spec, self._spec.element_bytes(array.name))
+            kind, scales = self._spec.element_type(array.name), sources.get(array.name + SCALE)
+            leaves[name] = _Leaf(array, chunk, self._dtype, kind, sources[array.name], scales, progress)
         return leaves
 
     def _path(self, part: str) -> str:
@@ -167,11 +170,18 @@ class _Leaf:
     """An array to be written, as a leaf of the pytree that Orbax saves."""
 
     def __init__(
-        self, array: ArraySpec, chunk: tuple[int, ...], dtype: str, source: Source, progress: Progress | None
+        self,
+        array: ArraySpec,
+        chunk: tuple[int, ...],
+        dtype: str,
+        kind: ElementType | None,
+        source: Source,
+        scales: Source | None,
+        progress: Progress | None,
     ) -> None:
-        self.shape, self.chunk, self.dtype = array.shape, chunk, np.dtype(dtype)
+        self.shape, self.chunk, self.dtype = array.shape, chunk, np.dtype(kind or dtype)
         self.digest = xxhash.xxh3_64()
-        self._array, self._source, self._progress = array, source, progress
+        self._array, self._kind, self._source, self._scales, self._progress = array, kind, source, scales, progress
 
     def read(self, index: Index) -> np.ndarray:
         """Part of the array, as it is to be stored."""
@@ -184,14 +194,18 @@ class _Leaf:
 
     def stored(self) -> StoredArray:
         """The record of the array, once all of it was added to the digest."""
-        samples = _samples(self._array, self._source, self.dtype.name)
-        return StoredArray(self.shape, self.chunk, self.digest.hexdigest(), samples)
+        return StoredArray(self.shape, self.chunk, self.digest.hexdigest(), self._samples(), self._kind or "")
 
-
-def _samples(array: ArraySpec, source: Source, dtype: str) -> dict[str, str]:
-    """By dtype that it is served at, what a fingerprint has of an array that is stored as ``dtype``."""
-    sample = source(sample_index(array)).astype(dtype)
-    return {served: sample_digest(sample, np.dtype(served)) for served in DTYPES}
+    def _samples(self) -> dict[str, str]:
+        """By dtype that it is served at, what a fingerprint has of an array that is stored as this one is."""
+        if self._kind == "float32":
+            return {}
+        if self._scales is not None:
+            channel, inputs = first_channel(self._array), INPUT_AXES[self._array.axes]
+            scale = self._scales(tuple(extent for axis, extent in enumerate(channel) if axis not in inputs))
+            return {"int8": digest_of(self._source(channel) * np.expand_dims(scale, inputs))}
+        served = (*DTYPES, "int8") if scale_axes(self._array.axes) is not None else DTYPES
+        return {dtype: sample_digest(self.read, self._array, np.dtype(dtype)) for dtype in served}
 
 
 class _LeafHandler(type_handlers.NumpyHandler):  # type: ignore[misc]  # Orbax has no types

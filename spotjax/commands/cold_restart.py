@@ -214,7 +214,7 @@ def model_of(place: Place, expected: str) -> Model:
     """
     from spotjax.models.catalog import open_model
 
-    model = open_model(place.config.model)
+    model = open_model(place.config.model, place.config.quantization)
     if expected and fingerprint_of(model) != expected:
         raise CommitLogError(
             f"the commit log {place.log} is of a model with fingerprint {expected[:16]}, {model.name} has "

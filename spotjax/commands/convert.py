@@ -31,6 +31,9 @@ def add_commands(commands: Commands) -> None:
         help="what to store: float32 (default) keeps every weight exactly, bfloat16 takes half as much and keeps those "
         "that are published so",
     )
+    parser.add_argument(
+        "--quantization", choices=("none", "int8"), default="none", help="what to store matrices as (default: none)"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not read back and compare what was written")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
@@ -48,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spotjax.commands.output import print_json, shown_bytes
     from spotjax.models.catalog import open_model
 
-    model = open_model(arguments.source)
+    model = open_model(arguments.source, arguments.quantization)
     columns = (
         bars.TextColumn("{task.description:>10}"),
         bars.BarColumn(),

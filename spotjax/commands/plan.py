@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spotjax.commands.arguments import Commands
     from spotjax.meshes.instance import Instance
     from spotjax.meshes.placement import Placement
+    from spotjax.models.quantization import Quantization
     from spotjax.models.spec import ModelSpec
     from spotjax.planner.capacity import Capacity
     from spotjax.planner.demand import Demand
@@ -71,6 +72,7 @@ def add_commands(commands: Commands) -> None:
     parser = add_command(commands, "plan", run, "show which mesh would be chosen, and what would move", EXAMPLES)
     add = parser.add_argument
     add("--model", required=True, metavar="MODEL", help="model to plan for")
+    add("--quantization", choices=("none", "int8"), default="none", help="of matrices (default: none)")
     add("--instances", required=True, metavar="COUNTxTYPE,...", help="instances, such as 7xg4dn.12xlarge")
     add("--tensor-instances", type=int, default=1, metavar="COUNT", help="that a tensor group may span (default: 1)")
     add("--rate", type=float, metavar="PER_SECOND", help="requests that arrive; without it throughput decides")
@@ -142,7 +144,7 @@ def make_study(arguments: argparse.Namespace) -> Study:
     from spotjax.planner.load import Load
     from spotjax.planner.optimizer import choose_shape
 
-    spec = model_spec(arguments.model)
+    spec = model_spec(arguments.model, arguments.quantization)
     across = arguments.tensor_instances
     if across < 1:
         raise ConfigError(f"--tensor-instances must be at least 1, got {across}")
@@ -185,7 +187,6 @@ def _migrate(
 ) -> Study:
     from spotjax.meshes.instance import Instance, InstanceState
     from spotjax.meshes.placement import Placement
-    from spotjax.meshes.slices import ArraySlice
     from spotjax.planner.cohorts import assign_cohorts
     from spotjax.planner.holdings import Holdings, needs_of
     from spotjax.planner.matcher import match
@@ -205,7 +206,7 @@ def _migrate(
     kept = {
         at: (
             holdings.reusable_bytes(devices[at], mine),
-            sum(ArraySlice(*item).size for item in mine.stacks.items()) * spec.dtype_bytes,
+            holdings.bytes_of(mine.stacks.items()),
         )
         for at, mine in needs.items()
     }
@@ -227,12 +228,15 @@ def _typical_sequences(before: Placement | None, demand: Demand, running: int | 
     return {d: [LiveSequence(n, pages, demand.context) for n in range(count)] for d in range(before.shape.data)}
 
 
-def model_spec(name: str) -> ModelSpec:
+def model_spec(name: str, quantization: Quantization = "none") -> ModelSpec:
     """Shapes of a preset, or of a model that can be served."""
     from spotjax.models.catalog import open_model
     from spotjax.models.presets import PRESETS
+    from spotjax.models.quantized_checkpoint import quantized
 
-    return PRESETS[name] if name in PRESETS else open_model(name).checkpoint.spec
+    if name in PRESETS:
+        return replace(PRESETS[name], quantization=quantization)
+    return quantized(open_model(name).checkpoint, quantization).spec
 
 
 def latency_source(
@@ -248,10 +252,11 @@ def latency_source(
     from spotjax.planner.published import PublishedProfile
     from spotjax.planner.published_tables import TABLES
 
-    fits = model in TABLES and all(instance.type.name == "g4dn.12xlarge" for instance in instances)
+    alike = spec.quantization == "none" and all(instance.type.name == "g4dn.12xlarge" for instance in instances)
+    fits = model in TABLES and alike
     if asked == "published" or (asked is None and fits):
         if not fits:
-            raise ConfigError(f"tables are published for {', '.join(TABLES)} on g4dn.12xlarge only")
+            raise ConfigError(f"tables are published for {', '.join(TABLES)} on g4dn.12xlarge only, not quantized")
         published = PublishedProfile(TABLES[model])
         return "SpotServe's published T4 tables", lambda _: published
     if asked in (None, "roofline"):

@@ -28,6 +28,7 @@ def add_commands(commands: Commands) -> None:
     add("--tensor", type=int, nargs="+", default=[1], metavar="M", help="tensor degrees to measure (default: 1)")
     add("--layers", type=int, default=4, metavar="COUNT", help="most layers of a measured stage (default: 4)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of parameters and KV (default: float32)")
+    add("--quantization", choices=("none", "int8"), default="none", help="of matrices (default: none)")
     add("--repeats", type=int, default=7, metavar="COUNT", help="calls that the shortest is taken of (default: 7)")
 
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from spotjax.commands.plan import model_spec
     from spotjax.tools.record_profile import record
 
-    spec = model_spec(arguments.model)
+    spec = model_spec(arguments.model, arguments.quantization)
     profile = record(
         arguments.model, spec, arguments.tensor, arguments.layers, arguments.dtype, arguments.repeats, print
     )

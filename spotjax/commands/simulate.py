@@ -75,6 +75,7 @@ def add_commands(commands: Commands) -> None:
     parser = add_command(commands, "simulate", run, "simulate serving systems on traces of instances", EXAMPLES)
     add = parser.add_argument
     add("--model", required=True, metavar="PRESET", help="such as opt-6.7b or llama-3-70b; docs/models.md lists them")
+    add("--quantization", choices=("none", "int8"), default="none", help="of matrices (default: none)")
     add("--instance-type", default="g4dn.12xlarge", metavar="TYPE", help="of all instances (default: g4dn.12xlarge)")
     add("--tensor-instances", type=int, default=1, metavar="COUNT", help="that a tensor group may span (default: 1; the"
         " published systems take what their tables have)")  # fmt: skip

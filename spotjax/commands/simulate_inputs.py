@@ -103,7 +103,7 @@ def make_scenario(arguments: argparse.Namespace, assumptions: Assumptions, seed:
     from spotjax.models.presets import preset
     from spotjax.sim.world import Scenario
 
-    spec, across = preset(arguments.model), arguments.tensor_instances
+    spec, across = replace(preset(arguments.model), quantization=arguments.quantization), arguments.tensor_instances
     if across < 1:
         raise ConfigError(f"--tensor-instances must be at least 1, got {across}")
     kind = replace(instance_type(arguments.instance_type), tensor_instances=across)

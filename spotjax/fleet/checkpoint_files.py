@@ -18,6 +18,7 @@ from spotjax.checkpoint import save_generation
 from spotjax.checkpoint.saves import GENERATION
 from spotjax.errors import CheckpointError
 from spotjax.models.config import DecoderConfig
+from spotjax.models.quantization import Quantization
 
 PROGRAM = save_generation.__name__
 PROGRAM_SECONDS = 120.0
@@ -41,12 +42,20 @@ class CheckpointFiles:
       model: fingerprint of the weights at that dtype.
       tokenizer: of the model.
       log: directory of the commit log; None if it is in memory.
+      quantization: of what is served and saved.
     """
 
     def __init__(
-        self, config: DecoderConfig, dtype: str, model: str, tokenizer: TokenizerFiles, log: Path | None
+        self,
+        config: DecoderConfig,
+        dtype: str,
+        model: str,
+        tokenizer: TokenizerFiles,
+        log: Path | None,
+        quantization: Quantization = "none",
     ) -> None:
         self._config, self._dtype, self._model, self._tokenizer, self._log = config, dtype, model, tokenizer, log
+        self._quantization = quantization
 
     async def require_free(self, directory: str) -> None:
         """Raises CheckpointError if there is a complete checkpoint."""
@@ -72,7 +81,7 @@ class CheckpointFiles:
         """
         from spotjax.checkpoint.completion import complete
 
-        work = (directory, self._config, self._dtype, self._tokenizer.files(), self._model)
+        work = (directory, self._config, self._dtype, self._tokenizer.files(), self._model, self._quantization)
         await asyncio.to_thread(complete, *work)
 
     async def save_generation(self, save: str) -> int:

@@ -7,6 +7,7 @@ estimates for one kind of instance; all bytes are exact up to activations.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, log, prod, sqrt
@@ -44,18 +45,33 @@ class MemoryNeed:
         return ceil((self.parameters + self.kv + self.activations) * (1 + MEMORY_MARGIN))
 
 
-@lru_cache(maxsize=4096)
-def layer_elements(spec: ModelSpec, tensor: int) -> int:
-    """Parameters of one decoder layer on one device, padding included."""
-    arrays = (ArraySpec(name, extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
-    return sum(prod(shard_shape(array, spec, tensor)) for array in arrays)
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Parameters on one device, padding included."""
+
+    elements: int
+    bytes: int
+
+
+def _size(arrays: Iterable[ArraySpec], spec: ModelSpec, tensor: int) -> Size:
+    shards = [(prod(shard_shape(array, spec, tensor)), spec.element_bytes(array.name)) for array in arrays]
+    return Size(sum(count for count, _ in shards), sum(count * size for count, size in shards))
 
 
 @lru_cache(maxsize=4096)
-def expert_elements(spec: ModelSpec, tensor: int) -> int:
-    """Those of them that are one or other expert's: the rest computes every token."""
-    arrays = (ArraySpec(name, extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
-    return sum(prod(shard_shape(array, spec, tensor)) for array in arrays if "expert" in array.axes)
+def layer_size(spec: ModelSpec, tensor: int) -> Size:
+    """One decoder layer on one device."""
+    return _size(_layer_arrays(spec), spec, tensor)
+
+
+@lru_cache(maxsize=4096)
+def expert_size(spec: ModelSpec, tensor: int) -> Size:
+    """Of that what is one or other expert's: the rest computes every token."""
+    return _size((array for array in _layer_arrays(spec) if "expert" in array.axes), spec, tensor)
+
+
+def _layer_arrays(spec: ModelSpec) -> Iterator[ArraySpec]:
+    return (ArraySpec(f"layers.*.{name}", extents, axes) for name, (extents, axes) in spec.layer_arrays.items())
 
 
 def experts_read(spec: ModelSpec, tensor: int, tokens: int) -> float:
@@ -76,24 +92,22 @@ def experts_read(spec: ModelSpec, tensor: int, tokens: int) -> float:
 
 
 @lru_cache(maxsize=4096)
-def _edge_elements(spec: ModelSpec, tensor: int, layers: LayerRanges, stage: int) -> int:
-    """Parameters before and after the decoder layers (embedding, final norm, head) on one device of a stage."""
-    return sum(
-        prod(shard_shape(array, spec, tensor)) for array in spec.edges if stage_holds(array, spec, layers, stage)
-    )
+def _edge_size(spec: ModelSpec, tensor: int, layers: LayerRanges, stage: int) -> Size:
+    """What is before and after the decoder layers (embedding, final norm, head) on one device of a stage."""
+    return _size((array for array in spec.edges if stage_holds(array, spec, layers, stage)), spec, tensor)
 
 
 @lru_cache(maxsize=4096)
-def _head_elements(spec: ModelSpec, tensor: int) -> int:
-    """Elements of the matrices that make logits of a hidden vector, on one device."""
-    return sum(prod(shard_shape(array, spec, tensor)) for array in spec.outputs.values() if len(array.shape) > 1)
+def _head_size(spec: ModelSpec, tensor: int) -> Size:
+    """The matrices that make logits of a hidden vector, on one device."""
+    return _size((array for array in spec.outputs.values() if len(array.shape) > 1), spec, tensor)
 
 
 def parameter_bytes(spec: ModelSpec, shape: MeshShape, layers: LayerRanges, stage: int) -> int:
     """Bytes of parameters on one device of a stage, padding included."""
     start, stop = layers[stage]
-    elements = (stop - start) * layer_elements(spec, shape.tensor)
-    return (elements + _edge_elements(spec, shape.tensor, layers, stage)) * spec.dtype_bytes
+    edge = _edge_size(spec, shape.tensor, layers, stage)
+    return (stop - start) * layer_size(spec, shape.tensor).bytes + edge.bytes
 
 
 @lru_cache(maxsize=4096)
@@ -144,15 +158,16 @@ class Roofline:
     def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
         """One call of one stage: roofline, collectives, overhead."""
         c, kind = self.spec.config, self.kind
-        head = _head_elements(self.spec, tensor) if stage.last else 0
-        weights = stage.layers * layer_elements(self.spec, tensor)
+        head = _head_size(self.spec, tensor) if stage.last else Size(0, 0)
+        layer = layer_size(self.spec, tensor)
         attention = 4 * stage.layers * work.pairs * c.heads // tensor * c.head_size
-        experts = stage.layers * expert_elements(self.spec, tensor)
+        experts = expert_size(self.spec, tensor)
         share = c.experts.per_token / c.experts.count if c.experts is not None else 0
-        flops = 2 * work.tokens * (weights - experts * (1 - share)) + 2 * work.sequences * head + attention
+        computed = stage.layers * (layer.elements - experts.elements * (1 - share))
+        flops = 2 * work.tokens * computed + 2 * work.sequences * head.elements + attention
         kv = 2 * stage.layers * work.cached * kv_heads_per_shard(c.heads, c.kv_heads, tensor) * c.head_size
-        unread = experts * (1 - experts_read(self.spec, tensor, work.tokens))
-        read = (weights - unread + head + kv) * self.spec.dtype_bytes
+        unread = experts.bytes * (1 - experts_read(self.spec, tensor, work.tokens))
+        read = stage.layers * (layer.bytes - unread) + head.bytes + kv * self.spec.dtype_bytes
         seconds = CALL_SECONDS + max(flops / kind.flops, read / kind.memory_bandwidth)
         if tensor > 1:
             # Sums after attention and after the feed-forward layer, and after the split embedding; logits are gathered.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from types import MappingProxyType
 
@@ -19,7 +19,7 @@ from spotjax.meshes.layout import LayerRanges, tensor_range
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice, Boxes, Index, covered, joined, remainder
-from spotjax.meshes.stacks import in_stack, is_layered, stack_of, stacks_at
+from spotjax.meshes.stacks import in_stack, is_layered, other_bytes, stack_of, stacks_at
 from spotjax.models.spec import ArraySpec, ModelSpec
 
 Needs = Mapping[str, Index]
@@ -225,15 +225,17 @@ class Holdings:
 
     Attributes:
       devices: device to stack name to the index ranges it has.
-      element_bytes: bytes of one element of every array.
+      element_bytes: bytes of one element of every array that ``other_bytes`` does not name.
       dying: instances with a deadline: sources until then, never targets.
       gone: instances that are neither, whatever ``devices`` says.
+      other_bytes: bytes of one element of quantized matrices and of their scales, by stack.
     """
 
     devices: Mapping[DeviceRef, Mapping[str, Boxes]]
     element_bytes: int
     dying: frozenset[str] = frozenset()
     gone: frozenset[str] = frozenset()
+    other_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -279,7 +281,16 @@ class Holdings:
             spec.dtype_bytes,
             dying=frozenset(name for name in names if states.get(name) in dying),
             gone=frozenset(name for name in names if states.get(name, InstanceState.GONE) is InstanceState.GONE),
+            other_bytes=other_bytes(spec),
         )
+
+    def bytes_per_element(self, stack: str) -> int:
+        """Of a stack."""
+        return self.other_bytes.get(stack, self.element_bytes)
+
+    def bytes_of(self, stacks: Iterable[tuple[str, Index]]) -> int:
+        """Of slices of stacks."""
+        return sum(ArraySlice(*item).size * self.bytes_per_element(item[0]) for item in stacks)
 
     def at(self, device: DeviceRef) -> Mapping[str, Boxes]:
         """What a device has; nothing when it is gone or unknown."""
@@ -322,7 +333,8 @@ class Holdings:
         """Bytes of ``needs`` that a device already has."""
         held = self.at(device)
         stacks = needs.stacks
-        return self.element_bytes * sum(covered(stacks[name], held[name]) for name in stacks.keys() & held.keys())
+        common = stacks.keys() & held.keys()
+        return sum(covered(stacks[name], held[name]) * self.bytes_per_element(name) for name in common)
 
 
 def _boxes(arrays: Needs) -> dict[str, Boxes]:

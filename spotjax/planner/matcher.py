@@ -22,7 +22,7 @@ import numpy as np
 from spotjax.errors import NotEnoughPlaces
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.meshes.slices import ArraySlice, Range
+from spotjax.meshes.slices import Range
 from spotjax.meshes.stacks import is_layered
 from spotjax.planner.assignment import Seconds, Weights, assign
 from spotjax.planner.holdings import Holdings, Needs, StackedNeeds
@@ -97,9 +97,8 @@ def _receiving(
     for number, group in enumerate(groups):
         key = tuple(id(needs[position].parameters) for position in group)
         if key not in sizes:
-            sizes[key] = sum(ArraySlice(*item).size for at in group for item in needs[at].parameters.items())
-        kv = sum(ArraySlice(*item).size for position in group for item in needs[position].kv.items())
-        total[number] = (sizes[key] + kv) * holdings.element_bytes
+            sizes[key] = sum(holdings.bytes_of(needs[position].parameters.items()) for position in group)
+        total[number] = sizes[key] + sum(holdings.bytes_of(needs[position].kv.items()) for position in group)
     bandwidth = np.array([hosts[host].type.network_bandwidth for host, _ in places])
     seconds: Seconds = (total[:, None] - weights) / bandwidth[None, :]
     return seconds

@@ -155,7 +155,7 @@ def _given_up(
                 continue
             needed = [wanted[stack]] if stack in wanted else []
             for box in (piece for held in boxes for piece in remainder(held, needed)):
-                size = ArraySlice(stack, box).size * holdings.element_bytes
+                size = holdings.bytes_of([(stack, box)])
                 if is_layered(stack):
                     start, stop = box[0]
                     table[start + 1 : stop + 1, number] += size // (stop - start)

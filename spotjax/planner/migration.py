@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef
-from spotjax.meshes.slices import ArraySlice
 from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of
 from spotjax.planner.links import Direction, Link, Links
 from spotjax.planner.memory import within_memory
@@ -77,7 +76,7 @@ def plan_migration(
     plan = MigrationPlan(
         transfers=tuple(chosen),
         lost=tuple(sorted(lost)),
-        bytes_in_place=_bytes_needed(wanted, lost, holdings.element_bytes) - moving,
+        bytes_in_place=_bytes_needed(wanted, lost, holdings) - moving,
         bytes_moved=moving - loaded,
         bytes_loaded=loaded,
         link_seconds=link_seconds,
@@ -88,17 +87,17 @@ def plan_migration(
     return plan if room is None else within_memory(plan, wanted, holdings, room, links)
 
 
-def _bytes_needed(needs: Mapping[DeviceRef, StackedNeeds], lost: frozenset[str], element_bytes: int) -> int:
+def _bytes_needed(needs: Mapping[DeviceRef, StackedNeeds], lost: frozenset[str], holdings: Holdings) -> int:
     """Everything that all devices need, KV of lost cohorts not counted."""
     shared: dict[int, int] = {}
-    elements = 0
+    total = 0
     for wanted in needs.values():
         key = id(wanted.parameters)
         if key not in shared:
-            shared[key] = sum(ArraySlice(*item).size for item in wanted.parameters.items())
-        elements += shared[key]
-        elements += sum(ArraySlice(*item).size for item in wanted.kv.items() if cohort_of(item[0]) not in lost)
-    return elements * element_bytes
+            shared[key] = holdings.bytes_of(wanted.parameters.items())
+        total += shared[key]
+        total += holdings.bytes_of(item for item in wanted.kv.items() if cohort_of(item[0]) not in lost)
+    return total
 
 
 def _cohort(part: Part) -> str | None:

@@ -33,7 +33,7 @@ class Part:
     """Missing slices that come from one source together.
 
     Attributes:
-      pieces: of stacks.
+      pieces: of stacks, whose elements are of one size.
       target: who misses them.
       bytes: all of them.
       phase: when they may move.
@@ -80,17 +80,18 @@ class Gaps:
                 known[pair] = self._missing(wanted.parameters, has, Phase.PRECOPY)
             for found in (known[pair], self._missing(wanted.kv, has, Phase.FINAL)):
                 for (phase, holders, _), pieces in found.items():
-                    size = sum(piece.size for piece in pieces) * self._holdings.element_bytes
+                    size = sum(piece.size for piece in pieces) * self._holdings.bytes_per_element(pieces[0].name)
                     yield Part(tuple(pieces), target, size, phase, holders)
 
     def _missing(self, wanted: Mapping[str, Index], has: Mapping[str, Boxes], phase: Phase) -> Missing:
-        """KV of each cohort is kept apart, so that what is lost can be left out."""
+        """KV of each cohort is kept apart, so that what is lost can be left out; and elements of different sizes."""
         found: dict[tuple[Phase, int, object], list[ArraySlice]] = defaultdict(list)
         for stack, index in wanted.items():
             held = has.get(stack, ())
+            apart = cohort_of(stack) or is_layered(stack), self._holdings.bytes_per_element(stack)
             for box in () if index in held else remainder(index, held):
                 for part, holders in self._cut(ArraySlice(stack, box)):
-                    found[phase, holders, cohort_of(stack) or is_layered(stack)].append(ArraySlice(stack, part))
+                    found[phase, holders, apart].append(ArraySlice(stack, part))
         return found
 
     def _cut(self, piece: ArraySlice) -> list[tuple[Index, int]]:

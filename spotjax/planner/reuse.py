@@ -90,7 +90,7 @@ class Reuse:
         self.device_class = [
             tuple(held.number(parameters_held(holdings.at(device))) for device in host.devices) for host in hosts
         ]
-        self._table = _class_table(needed, held) * holdings.element_bytes
+        self._table = _class_table(needed, held, holdings)
         self._kv = _kv_blocks(needs, groups, hosts, holdings)
         self._most: dict[bytes, int] = {}
 
@@ -136,8 +136,8 @@ class Reuse:
         return table
 
 
-def _class_table(needed: Classes, held: Classes) -> Weights:
-    """Elements of the parameters of every needed class (row) that every held class (column) has."""
+def _class_table(needed: Classes, held: Classes, holdings: Holdings) -> Weights:
+    """Bytes of the parameters of every needed class (row) that every held class (column) has."""
     table = np.zeros((len(needed.contents), len(held.contents)), dtype=np.int64)
     wanted = [dict(content) for content in needed.contents]
     has = [dict(content) for content in held.contents]
@@ -146,7 +146,7 @@ def _class_table(needed: Classes, held: Classes) -> Weights:
         columns = [column for column, content in enumerate(has) if content.get(stack)]
         if columns:
             common = overlaps([wanted[row][stack][0] for row in rows], [has[column][stack] for column in columns])
-            table[np.ix_(rows, columns)] += common
+            table[np.ix_(rows, columns)] += common * holdings.bytes_per_element(stack)
     return table
 
 

@@ -16,6 +16,7 @@ from spotjax.meshes.layout import LayerRanges
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import Index, Range
+from spotjax.models.quantization import Quantization
 from spotjax.planner.plan import Transfer
 from spotjax.reshard.transfer import PageTransfer
 from spotjax.runtime.buckets import StepShape
@@ -75,6 +76,7 @@ class ModelSetup(msgspec.Struct, frozen=True):
       pages, page_size: KV of one replica, page 0 included.
       max_positions, max_batch, prefill_tokens: what buckets are made of.
       degrees: tensor degrees to be compiled ahead.
+      quantization: of matrices; else they are as all other parameters.
     """
 
     model: str
@@ -86,6 +88,7 @@ class ModelSetup(msgspec.Struct, frozen=True):
     max_batch: int
     prefill_tokens: int
     degrees: tuple[int, ...]
+    quantization: Quantization = "none"
 
 
 class StageRemains(msgspec.Struct, frozen=True, array_like=True):

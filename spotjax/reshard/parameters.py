@@ -82,7 +82,7 @@ class ParameterMover:
 
     Args:
       spec: the model.
-      dtype: of parameters on devices.
+      dtype: of parameters on devices that are not quantized.
       checkpoint: source of last resort.
       device_of: the jax device of a reference that is in this process, None for others.
       peers: other runtimes; None where all instances are in this process.
@@ -150,7 +150,7 @@ class ParameterMover:
         brought: dict[DeviceRef, dict[str, Shard]] = defaultdict(dict)
         with ThreadPoolExecutor(STREAMS, thread_name_prefix="bring") as streams:
             bring = partial(self._bring, store=store, traffic=traffic)
-            for one, shard in chain.from_iterable(streams.map(bring, _groups(wanted, self._dtype.itemsize))):
+            for one, shard in chain.from_iterable(streams.map(bring, _groups(wanted, self._bytes))):
                 brought[one.target][one.slice.name] = shard
         return ShardStore(brought)
 
@@ -218,7 +218,7 @@ class ParameterMover:
         if kept + sum(move.slice.size for move in one.moves) < one.slice.size:
             name = one.slice.name
             raise SliceUnavailable(f"device {one.target} does not hold what of {name} the plan leaves in place")
-        buffer = self._memory.allocate(one.target, one.slice, one.shape, self._dtype)
+        buffer = self._memory.allocate(one.target, one.slice, one.shape, self._dtype_of(one.slice.name))
         if held is not None and common is not None:
             one.place(buffer, common)[...] = held.read(common)
         for source, piece in ((move.source, move.slice) for move in one.moves):
@@ -237,17 +237,23 @@ class ParameterMover:
             self._peers.read_slice(source, piece, scratch)
             place[...] = scratch
 
+    def _dtype_of(self, array: str) -> np.dtype:
+        return np.dtype(self._spec.element_type(array) or self._dtype)
+
+    def _bytes(self, piece: ArraySlice) -> int:
+        return piece.size * self._dtype_of(piece.name).itemsize
+
     def _count(self, moves: Sequence[SliceMove], traffic: Traffic) -> None:
         with self._lock:
             for move in moves:
-                size = move.slice.size * self._dtype.itemsize
+                size = self._bytes(move.slice)
                 if move.source is None:
                     traffic.loaded += size
                 else:
                     traffic.moved += size
 
 
-def _groups(wanted: Iterable[_Wanted], itemsize: int) -> Iterator[list[_Wanted]]:
+def _groups(wanted: Iterable[_Wanted], bytes_of: Callable[[ArraySlice], int]) -> Iterator[list[_Wanted]]:
     """Shards to bring at once: those that take from the checkpoint up to ``READ_BYTES``, every other one alone."""
     group, size = list[_Wanted](), 0
     for one in wanted:
@@ -255,7 +261,7 @@ def _groups(wanted: Iterable[_Wanted], itemsize: int) -> Iterator[list[_Wanted]]
             yield [one]
             continue
         group.append(one)
-        size += one.slice.size * itemsize
+        size += bytes_of(one.slice)
         if size >= READ_BYTES:
             yield group
             group, size = [], 0

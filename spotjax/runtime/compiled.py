@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -47,7 +48,7 @@ class CompiledModel:
       pages: KV pages of a replica, page 0 included.
       page_size: positions per page.
       max_positions: longest sequence.
-      dtype: of activations, parameters and KV.
+      dtype: of activations, KV and parameters that are not quantized.
       cache_directory: where compiled programs are kept between runs; None keeps nothing.
       attention: how keys and values are kept and read on the devices; None for XLA's.
     """
@@ -71,6 +72,10 @@ class CompiledModel:
         self._max_positions = max_positions
         self._arrays = {array.name: array for array in spec.parameters}
         self._calls: dict[Devices, threading.Lock] = {}
+
+    def parameter_dtype(self, array: str) -> np.dtype:
+        """Of a parameter on devices."""
+        return np.dtype(self.spec.element_type(array) or self.dtype)
 
     def calls(self, devices: Devices) -> threading.Lock:
         """Held by whoever calls a function with buffers on these devices, and by whoever deletes such buffers.
@@ -163,7 +168,7 @@ class CompiledModel:
 
     def _abstract_array(self, array: ArraySpec, mesh: Mesh) -> Any:
         shape, sharding = stacked_shape(array, self.spec, mesh.size), array_sharding(array, self.spec, mesh)
-        return self._abstract(shape, sharding, self.dtype)
+        return self._abstract(shape, sharding, self.parameter_dtype(array.name))
 
     def _abstract_layer(self, mesh: Mesh) -> Mapping[str, Any]:
         return {name: self._abstract_array(self._arrays[f"layers.0.{name}"], mesh) for name in self.spec.layer_arrays}
@@ -178,7 +183,7 @@ class CompiledModel:
         return self._abstract((rows, span, self.spec.config.width), replicated(mesh), self.dtype)
 
     def _functions(self, mesh: Mesh) -> StageFunctions:
-        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS), self.attention)
+        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS), self.attention, self.dtype)
 
     def _lower(
         self, function: Call, arguments: Sequence[Any], results: Any, mesh: Mesh, donate: tuple[int, ...] = ()

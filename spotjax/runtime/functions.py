@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from spotjax.models.config import DecoderConfig, LayerKind
-from spotjax.models.decoder import EdgeArrays, embed, logits
+from spotjax.models.decoder import embed, logits
 from spotjax.models.layers import DecoderLayer
+from spotjax.models.quantized import Matrix, with_scales
 from spotjax.models.rope import rotations
 from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ModelSpec
@@ -31,9 +33,9 @@ def layer_graph(config: DecoderConfig, kind: LayerKind) -> nnx.GraphDef[DecoderL
     return graph
 
 
-def bind(graph: nnx.GraphDef[DecoderLayer], arrays: LayerArrays) -> DecoderLayer:
+def bind(graph: nnx.GraphDef[DecoderLayer], arrays: Mapping[str, Matrix]) -> DecoderLayer:
     """The layer that has these arrays."""
-    nested: dict[str, dict[str, jax.Array]] = {}
+    nested: dict[str, dict[str, Matrix]] = {}
     for name, array in arrays.items():
         module, parameter = name.split(".")
         nested.setdefault(module, {})[parameter] = array
@@ -42,15 +44,16 @@ def bind(graph: nnx.GraphDef[DecoderLayer], arrays: LayerArrays) -> DecoderLayer
 
 
 class StageFunctions:
-    """Functions of one model, for shards of one tensor degree."""
+    """Functions of one model, for shards of one tensor degree; ``dtype`` is that of activations."""
 
-    def __init__(self, spec: ModelSpec, shard: TensorShard, attention: AttentionBackend) -> None:
+    def __init__(self, spec: ModelSpec, shard: TensorShard, attention: AttentionBackend, dtype: DTypeLike) -> None:
         self._config, self._kinds, self._shard, self._attention = spec.config, spec.kinds, shard, attention
+        self._dtype = jnp.dtype(dtype)
         self._graphs = [layer_graph(spec.config, kind) for kind in spec.kinds]
 
-    def embed(self, inputs: EdgeArrays, rows: jax.Array) -> jax.Array:
+    def embed(self, inputs: Mapping[str, jax.Array], rows: jax.Array) -> jax.Array:
         """The step's rows (B, 2 + T) to hidden vectors (B, T, D)."""
-        return embed(self._config, inputs, rows[:, 2:], positions_of(rows), self._shard)
+        return embed(self._config, with_scales(inputs, self._dtype), rows[:, 2:], positions_of(rows), self._shard)
 
     def layers(
         self,
@@ -67,13 +70,13 @@ class StageFunctions:
         rotation = {kind: rotations(self._config, self._kinds[kind], step.positions) for kind in set(kinds)}
         extended = []
         for kind, arrays, kv in zip(kinds, layers, pages, strict=True):
-            store = self._attention.store(kv, step)
-            hidden = bind(self._graphs[kind], arrays)(hidden, rotation[kind], store, self._shard)
+            store, whole = self._attention.store(kv, step), with_scales(arrays, self._dtype)
+            hidden = bind(self._graphs[kind], whole)(hidden, rotation[kind], store, self._shard)
             extended.append(store.pages)
         return hidden, tuple(extended)
 
-    def logits(self, outputs: EdgeArrays, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    def logits(self, outputs: Mapping[str, jax.Array], hidden: jax.Array, rows: jax.Array) -> jax.Array:
         """Logits (B, V) float32 at the last valid position of every row."""
         last = jnp.maximum(rows[:, 1] - 1, 0)
         vectors = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return logits(self._config, outputs, vectors, self._shard)
+        return logits(self._config, with_scales(outputs, self._dtype), vectors, self._shard)

@@ -79,7 +79,7 @@ class SliceWorker(Worker):
         peers, hosts = self._slice_peers, self._slice_peers.hosts
         if isinstance(wanted, reads.ReadSlice) and hosts.of(wanted.device) != hosts.number:
             shape = tuple(stop - start for start, stop in wanted.index)
-            content = np.empty(shape, self._host.model.dtype)
+            content = np.empty(shape, self._host.model.parameter_dtype(wanted.name))
             peers.read_slice(DeviceRef(self._name, wanted.device), ArraySlice(wanted.name, wanted.index), content)
             return [content.reshape(-1).view(np.uint8).data]
         if not isinstance(wanted, reads.ReadPages | ReadHeads):

@@ -24,6 +24,7 @@ from spotjax.meshes.slices import ArraySlice
 from spotjax.models.catalog import open_model
 from spotjax.models.fingerprint import fingerprint
 from spotjax.models.paced import PacedCheckpoint
+from spotjax.models.quantized_checkpoint import quantized
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.holdings import StackedNeeds
 from spotjax.planner.plan import MigrationPlan
@@ -113,19 +114,20 @@ class Worker:
         """
         dtype = np.dtype(setup.dtype)
         model = open_model(setup.model)
-        own_weights = fingerprint(model.checkpoint, dtype)
+        own_weights = fingerprint(quantized(model.checkpoint, setup.quantization), dtype)
         if own_weights != setup.fingerprint:
             raise ConfigError(
                 f"the weights of {setup.model} on this machine are not those that the controller has; put the same "
                 "files on both"
             )
-        spec = ModelSpec(model.checkpoint.spec.config, dtype_bytes=dtype.itemsize)
+        spec = ModelSpec(model.checkpoint.spec.config, dtype.itemsize, setup.quantization)
         backend = choose_attention(attention, spec, setup.page_size, dtype, devices[0])
         compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs, backend)
         buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
         store = ParameterStore.open(stores, cls.store_name(name), own_weights) if stores is not None else None
         memory = StoreMemory(store) if store is not None else None
-        checkpoint = PacedCheckpoint(model.checkpoint, read_bandwidth) if read_bandwidth else model.checkpoint
+        stored = PacedCheckpoint(model.checkpoint, read_bandwidth) if read_bandwidth else model.checkpoint
+        checkpoint = quantized(stored, setup.quantization)
         host = Host(compiled, buckets, checkpoint, {name: devices}, peers, memory)
         for tensor in setup.degrees:
             host.compile_for(tensor, partial(_log_progress, tensor))

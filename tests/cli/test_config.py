@@ -38,7 +38,8 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
 
 EMBEDDED = {
     "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
-    "dtype": "bfloat16", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7, "page_size": 8, "kv_pages": 9,
+    "dtype": "bfloat16", "quantization": "int8", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7,
+    "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
     "prefix_cache": False,
     "attention": "xla", "compilation_cache": "off", "log_level": "debug", "log_format": "json",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from spotjax.models.config import Experts
 from spotjax.models.experts import Kernels, block_size, in_blocks, mix, ragged, route
+from spotjax.models.quantized import Quantized
 
 WIDTH, MLP = 5, 3
 
@@ -51,6 +52,21 @@ def test_ragged_products_and_blocks_agree_on_tokens_of_experts(sizes: list[int])
     """Sizes may add up to less than the tokens; what is made of the rest is undefined."""
     found, expected = both_ways(jnp.asarray(sizes, jnp.int32))
     np.testing.assert_allclose(found[: sum(sizes)], expected[: sum(sizes)], atol=2e-5)
+
+
+def test_experts_in_int8_are_scaled_each_by_its_own() -> None:
+    generator, kernels = np.random.default_rng(5), random_kernels(5)
+    shapes = [kernel.shape for kernel in kernels[:3]]
+    values = [jnp.asarray(generator.integers(-127, 128, shape, np.int8)) for shape in shapes]
+    scales = [jnp.asarray(generator.uniform(0.001, 0.01, (5, shape[2])), jnp.float32) for shape in shapes]
+    int8 = Kernels(*(Quantized(*pair, jnp.float32) for pair in zip(values, scales, strict=True)), jax.nn.silu)
+    restored = [v.astype(jnp.float32) * s[:, None] for v, s in zip(values, scales, strict=True)]
+    tokens = jnp.asarray(generator.normal(size=(20, WIDTH)), jnp.float32)
+    sizes = jnp.asarray([3, 0, 7, 1, 4], jnp.int32)
+    expected = ragged(Kernels(*restored, jax.nn.silu), tokens, sizes)[:15]
+    assert np.abs(expected).max() > 0.01
+    for found in (ragged(int8, tokens, sizes), in_blocks(int8, 4, tokens, sizes)):
+        np.testing.assert_allclose(found[:15], expected, atol=1e-5)
 
 
 @jax.jit

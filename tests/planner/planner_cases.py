@@ -64,7 +64,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         embedding_width=draw(st.sampled_from((None, 3))),
         max_positions=draw(st.integers(1, 9)),
     )
-    return ModelSpec(config, dtype_bytes=draw(st.sampled_from((2, 4))))
+    return ModelSpec(config, draw(st.sampled_from((2, 4))), draw(st.sampled_from(("none", "int8"))))
 
 
 @st.composite

@@ -36,7 +36,7 @@ def test_parameter_bytes_are_those_of_the_padded_slices_at_the_position(data: st
     arrays = {array.name: array for array in spec.parameters}
     for stage in range(shape.stage):
         held = slices_at(spec.parameters, spec, shape, layers, Position(0, stage, 0))
-        padded = sum(ArraySlice(name, index).size for name, index in held.items()) * spec.dtype_bytes
+        padded = sum(ArraySlice(name, index).size * spec.element_bytes(name) for name, index in held.items())
         assert parameter_bytes(spec, shape, layers, stage) == padded
         assert all(ArraySlice(n, i).shape == shard_shape(arrays[n], spec, shape.tensor) for n, i in held.items())
 
@@ -68,6 +68,17 @@ def test_decoding_one_sequence_takes_as_long_as_reading_the_parameters() -> None
     read = (LARGE.parameter_bytes - 32_000 * 4096 * 2) / v100.memory_bandwidth
     seconds = decode_seconds(LARGE, MeshShape(1, 1, 1), ((0, 32),), v100, 1, 1)
     assert seconds == pytest.approx(read + CALL_SECONDS, rel=1e-3)
+
+
+def test_int8_weights_are_a_quarter_of_the_bytes_of_float32_and_are_read_in_as_much_of_the_time() -> None:
+    v100 = kind(4, flops=1.25e14)
+    wide, narrow = (replace(LARGE, dtype_bytes=4, quantization=how) for how in ("none", "int8"))
+    one = MeshShape(1, 1, 1), ((0, 32),)
+    sizes = [parameter_bytes(spec, *one, 0) for spec in (wide, narrow)]
+    assert sizes == [wide.parameter_bytes, narrow.parameter_bytes]
+    assert 0.25 < sizes[1] / sizes[0] < 0.251, "scales and norms are all that is beside int8"
+    seconds = [decode_seconds(spec, *one, v100, 1, 1) - CALL_SECONDS for spec in (wide, narrow)]
+    assert seconds[1] / seconds[0] == pytest.approx(0.25, rel=1e-2)
 
 
 def test_prefilling_many_tokens_takes_as_long_as_computing_them() -> None:

@@ -90,7 +90,7 @@ def test_an_unchanged_mesh_stays_where_it_is(change: Change) -> None:
     before = change.before
     needs = needs_of(change.spec, before.shape, before.layers, ())
     holdings = Holdings.of(change.spec, before, (), ())
-    alive = Holdings(holdings.devices, holdings.element_bytes)
+    alive = Holdings(holdings.devices, holdings.element_bytes, other_bytes=holdings.other_bytes)
     matching = match(before.shape, needs, change.instances, alive)
     everything = sum(alive.reusable_bytes(device, needs[position]) for position, device in before.devices.items())
     assert sum(alive.reusable_bytes(device, needs[position]) for position, device in matching.items()) == everything

@@ -80,7 +80,6 @@ def test_carried_out_in_order_no_device_holds_more_than_reported_nor_than_its_ro
 ) -> None:
     needs, _, plan, _, _ = bounded(change, room)
     assert plan.memory is not None
-    size = change.spec.dtype_bytes
     held = dict.fromkeys(needs, 0)
     for move in (m for m in plan.moves if m.phase is Phase.PRECOPY):
         held[move.target] += move.bytes
@@ -98,25 +97,26 @@ def test_carried_out_in_order_no_device_holds_more_than_reported_nor_than_its_ro
         if plan.memory.fits:
             assert all(held[device] <= room for device in needs)
         for device in needs:
-            held[device] -= size * given_up(change, needs[device], device, layer, top)
+            held[device] -= given_up(change, needs[device], device, layer, top)
 
 
 def given_up(change: Change, wanted, device, layer: int, top: int) -> int:
-    """Elements of one layer that a device has and does not need."""
-    elements = 0
+    """Bytes of one layer that a device has and does not need."""
+    total = 0
     for array in change.spec.parameters:
         if int(min(depth(array.name), top)) != layer:
             continue
+        size = change.spec.element_bytes(array.name)
         stack, whole = in_stack(ArraySlice(array.name, tuple((0, n) for n in array.shape)))
         for box in change.holdings.at(device).get(stack, ()):
             mine = covered(whole, [box])
             needed = covered(whole, [wanted.parameters[stack]]) if stack in wanted.parameters else 0
             if needed:
                 common = [part for part in [box] for part in remainder(part, [wanted.parameters[stack]])]
-                elements += sum(covered(whole, [part]) for part in common)
+                total += sum(covered(whole, [part]) for part in common) * size
             else:
-                elements += mine
-    return elements
+                total += mine * size
+    return total
 
 
 def swap_of_stages():

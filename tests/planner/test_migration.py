@@ -95,7 +95,7 @@ def test_carrying_out_the_plan_gives_every_position_exactly_its_slices(change: C
         if move.source is not None:
             assert move.source.instance in alive and move.source != move.target
             values = read(move.source, move.slice)
-        assert move.bytes == values.size * change.spec.dtype_bytes > 0
+        assert move.bytes == values.size * change.spec.element_bytes(move.slice.name) > 0
         into = relative(move.slice.index, needs[move.target][move.slice.name])
         built[move.target][move.slice.name][into] = values
         written[move.target][move.slice.name][into] += 1
@@ -108,9 +108,8 @@ def test_carrying_out_the_plan_gives_every_position_exactly_its_slices(change: C
 @given(changes())
 def test_bytes_add_up_and_a_checkpoint_serves_only_parameters_that_nobody_alive_has(change: Change) -> None:
     needs, plan = planned(change)
-    size = change.spec.dtype_bytes
     wanted = sum(
-        ArraySlice(n, i).size * size
+        ArraySlice(n, i).size * change.spec.element_bytes(n)
         for mine in needs.values()
         for n, i in mine.items()
         if cohort_of(n) not in plan.lost
@@ -167,8 +166,8 @@ def test_no_matching_moves_fewer_bytes(change: Change) -> None:
     change = replace(change, cohorts=kept)
     _, plan = planned(change)
     needs = needs_of(change.spec, change.shape, change.after_layers, kept)
-    size = change.spec.dtype_bytes
-    wanted = sum(ArraySlice(n, i).size * size for mine in needs.values() for n, i in mine.items())
+    size = change.spec.element_bytes
+    wanted = sum(ArraySlice(n, i).size * size(n) for mine in needs.values() for n, i in mine.items())
     assert plan.bytes_moved + plan.bytes_loaded == wanted - most_bytes(change, needs)
 
 
