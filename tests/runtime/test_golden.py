@@ -36,7 +36,7 @@ from spotjax.models.config import DecoderConfig
 from spotjax.runtime.compiled import CompiledModel
 
 MESHES = [MeshShape(*degrees) for degrees in itertools.product((1, 2), (1, 2, 3), (1, 2, 3)) if np.prod(degrees) <= 8]
-ON_ALL_MESHES = ("llama-gqa-linear-bias", "gpt-neox", "opt", "gemma2", "mixtral")
+ON_ALL_MESHES = ("llama-gqa-linear-bias", "gpt-neox", "opt", "gemma2")
 ON_SOME_MESHES = [case for case in CASES if case not in ON_ALL_MESHES]
 SOME_MESHES = (MeshShape(2, 1, 3), MeshShape(1, 2, 3))
 
