@@ -1,7 +1,8 @@
 """Grouped-query attention in plain jax: the reference. Knows nothing of where keys and values are kept.
 
 Keys come with positions last, values with head size last, so that both products read memory in order: on the CPU
-backend this is twice as fast as the usual (positions, heads, head size).
+backend this is twice as fast as the usual (positions, heads, head size). Values of all pages are one piece, since one
+product over a whole context is faster than many small ones; keys would lose more by it than they gain.
 """
 
 from __future__ import annotations
@@ -41,23 +42,25 @@ def attend(query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Ar
     Args:
       query: (B, T, N, H).
       keys: (B, pages, K, H, G); K divides N, query head n uses key/value head n // (N / K).
-      values: (B, pages, K, G, H).
+      values: (B, K, pages * G, H).
       visible: (B, T, pages * G) bool, which positions each query sees; at least one for every query.
       scoring: its window is the business of whoever makes ``visible``.
 
     Returns: (B, T, N, H) in the dtype of ``query``.
     """
     batch, length, heads, size = query.shape
-    pages, kv_heads, page_size = values.shape[1:4]
+    kv_heads, context = values.shape[1:3]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, size)
     scores = jnp.einsum("btkgh,bpkhs->bkgtps", grouped, keys, preferred_element_type=jnp.float32)
-    scores = scores.reshape(*scores.shape[:4], pages * page_size) * jnp.float32(scoring.scale)
+    scores = scores.reshape(*scores.shape[:4], context) * jnp.float32(scoring.scale)
     scores = softcap(scores, scoring.softcap)
     scores = jnp.where(visible[:, None, None, :, :], scores, jnp.float32(-jnp.inf))
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    weights = weights.reshape(*weights.shape[:4], pages, page_size)
-    mixed = jnp.einsum("bkgtps,bpksh->btkgh", weights, values, preferred_element_type=jnp.float32)
-    return mixed.reshape(query.shape).astype(query.dtype)
+    # the queries of a kv head as one axis: XLA's CPU backend knows no mixed-precision product of several
+    flat = weights.reshape(batch, kv_heads, -1, context)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", flat, values, preferred_element_type=jnp.float32)
+    by_query = mixed.reshape(*weights.shape[:4], size).transpose(0, 3, 1, 2, 4)  # (B, T, K, N / K, H)
+    return by_query.reshape(query.shape).astype(query.dtype)
 
 
 def softcap(scores: jax.Array, bound: float | None) -> jax.Array:
@@ -66,8 +69,8 @@ def softcap(scores: jax.Array, bound: float | None) -> jax.Array:
 
 
 def as_one_page(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(B, T, K, H) keys and values as a single page each, in the layout that ``attend`` reads."""
-    return keys.transpose(0, 2, 3, 1)[:, None], values.transpose(0, 2, 1, 3)[:, None]
+    """(B, T, K, H) keys as a single page, and values, in the layout that ``attend`` reads."""
+    return keys.transpose(0, 2, 3, 1)[:, None], values.transpose(0, 2, 1, 3)
 
 
 def visibility(positions: jax.Array, context: int, window: int | None) -> jax.Array:

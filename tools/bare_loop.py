@@ -18,7 +18,7 @@ from spotjax.runtime.functions import bind, layer_graph
 
 
 class ContiguousStore:
-    """KV of one layer in one piece: (B, 1, K, H, S) keys and (B, 1, K, S, H) values, filled up to ``position``."""
+    """KV of one layer in one piece: (B, 1, K, H, S) keys and (B, K, S, H) values, filled up to ``position``."""
 
     def __init__(self, keys: jax.Array, values: jax.Array, position: jax.Array) -> None:
         self.keys, self.values, self._position = keys, values, position
@@ -27,7 +27,7 @@ class ContiguousStore:
         """See ``models.layers.KeyValueStore``."""
         at = self._position
         self.keys = jax.lax.dynamic_update_slice(self.keys, keys.transpose(0, 2, 3, 1)[:, None], (0, 0, 0, 0, at))
-        self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3)[:, None], (0, 0, 0, at, 0))
+        self.values = jax.lax.dynamic_update_slice(self.values, values.transpose(0, 2, 1, 3), (0, 0, at, 0))
         positions = at + jnp.arange(keys.shape[1], dtype=jnp.int32)[None, :]
         visible = visibility(positions, self.keys.shape[-1], scoring.window)
         return attend(query, self.keys, self.values, visible, scoring)
@@ -65,8 +65,9 @@ class BareLoop:
     def steps(self, prompts: np.ndarray, count: int) -> Iterator[np.ndarray]:
         """Continues (B, T) prompts greedily by so many tokens: (B,) of every step, as soon as they are read back."""
         c, (rows, length) = self._config, prompts.shape
-        shape = (rows, 1, c.kv_heads, c.head_size, length + count)
-        kv = [(jnp.zeros(shape), jnp.zeros((*shape[:3], shape[4], shape[3]))) for _ in range(c.layers)]
+        keys = (rows, 1, c.kv_heads, c.head_size, length + count)
+        values = (rows, c.kv_heads, length + count, c.head_size)
+        kv = [(jnp.zeros(keys), jnp.zeros(values)) for _ in range(c.layers)]
         token, kv = self._step(self._layers, self._ends, kv, jnp.asarray(prompts), jnp.int32(0))
         yield np.asarray(token)
         for index in range(count - 1):

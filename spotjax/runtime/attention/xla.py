@@ -54,4 +54,6 @@ class XlaStore:
         self.pages = all_keys, all_values
         pages, positions = step.context(page_size, scoring.window)
         visible = visibility(positions, pages.shape[1] * page_size, scoring.window)
-        return attend(query, all_keys[pages], all_values[pages], visible, scoring)
+        paged = all_values[pages].swapaxes(1, 2)  # (B, K, pages, G, H), laid so while it is gathered
+        context = paged.reshape(*paged.shape[:2], -1, paged.shape[-1])
+        return attend(query, all_keys[pages], context, visible, scoring)
