@@ -109,6 +109,10 @@ class PageAllocator:
         """Caches a full page that follows another; False if none are cached, or a page of the same tokens is."""
         return self.caching and self.cache.insert(before, tokens, page)
 
+    def forget(self) -> None:
+        """Caches nothing of what was cached: pages do not hold it any more."""
+        self._free += self.cache.clear()
+
     def check(self, owned: Iterable[Iterable[int]]) -> None:
         """Verifies that the given owners hold exactly the references that there are, and the cache what is left.
 

@@ -72,6 +72,13 @@ class PrefixCache:
         """Somebody refers to an idle page again."""
         del self._idle[page]
 
+    def clear(self) -> list[int]:
+        """Forgets all pages; returns those that were idle."""
+        idle = list(self._idle)
+        for known in (self._pages, self._nodes, self._idle):
+            known.clear()
+        return idle
+
     def evict(self) -> int:
         """Forgets the page that has been idle for longest."""
         page, _ = self._idle.popitem(last=False)

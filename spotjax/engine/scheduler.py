@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from spotjax.engine.batch import Batch, Span
@@ -140,6 +140,17 @@ class Scheduler:
             sequence.ground()
             self._release(sequence)
         self.leaving.clear()
+
+    def forget(self, keys: Collection[int]) -> None:
+        """Pages that only these sequences have, given by key, or nobody, may have been written to by others.
+
+        The sequences are computed again, and nothing of the past is found any more. Nothing may be in flight.
+        """
+        for sequence in list(self.running.values()):
+            sequence.cached = 0
+            if sequence.key in keys:
+                self._set_back(sequence)
+        self.pages.forget()
 
     def cancel(self, sequence: Sequence, reason: FinishReason) -> bool:
         """Ends a sequence; True if it ended now, False if it will when its next step comes back."""
@@ -300,11 +311,14 @@ class Scheduler:
         return sequence.key in self.running
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._set_back(sequence)
+        self.preempted += 1
+
+    def _set_back(self, sequence: Sequence) -> None:
         """Sends a running sequence back to its place in the queue; its KV will be computed again, its tokens stay."""
         del self.running[sequence.key]
         self._release(sequence)
         insort(self.waiting, sequence, key=lambda waiting: waiting.key)
-        self.preempted += 1
 
     def _ready(self, ahead: bool) -> Iterable[Sequence]:
         """The running sequences that can take part in another step."""

@@ -166,6 +166,14 @@ class Dispatcher:
             for sequence in handover.adopted.get(new, ()):
                 self.replicas[old].scheduler.release_reserved(sequence.key)
 
+    def forget(self, handover: Handover, carried: Collection[int]) -> None:
+        """The move was cut off: on stopped replicas only the KV of sequences that were handed over is what it was."""
+        keys = {sequence.key for sequence in handover.recomputed}
+        for number, replica in enumerate(self.replicas):
+            if number not in carried:
+                replica.scheduler.ground()
+                replica.scheduler.forget(keys)
+
     def take_cancelled(self, carried: Collection[int] = ()) -> list[RequestState]:
         """Removes the sequences that were to end at the token boundary that a stopped replica never reached."""
         ended = []

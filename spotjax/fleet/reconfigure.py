@@ -257,8 +257,7 @@ class Reconfigurer:
             pipelines, moved = await self._cluster.switch(handover.transfers)
         except InstanceLost:
             self._dispatcher.give_back(handover, carried)
-            for sequence in handover.recomputed:
-                sequence.computed = 0  # KV of others may have been brought into its pages already
+            self._dispatcher.forget(handover, carried)
             raise
         self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
