@@ -56,12 +56,9 @@ async def generate(server: EmbeddedServer, case: str) -> dict[int, list[int]]:
 @pytest.mark.parametrize(
     ("case", "converted"),
     [
-        ("opt", False),
         ("gpt-neox", False),
         ("gemma3", False),
         ("opt-post-norm", True),
-        ("gpt-neox-sequential", True),
-        ("gpt2", True),
         ("mixtral", True),
     ],
 )

@@ -196,7 +196,7 @@ def test_the_first_mesh_is_the_planners(recovery: Recovery) -> None:
 # --- services --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(recovery=st.sampled_from(BASELINES), **LIVES)
 def test_whatever_happens_every_request_gets_exactly_its_tokens(
     recovery: Recovery, fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, seed: int

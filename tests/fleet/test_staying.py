@@ -47,7 +47,7 @@ def changes(draw: st.DrawFn) -> tuple[Planning, list[Instance], list[Instance], 
 
 
 @given(changes())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_plans_are_as_good_as_with_all_replicas_matched(
     case: tuple[Planning, list[Instance], list[Instance], dict[int, list[LiveSequence]], int],
 ) -> None:
