@@ -15,7 +15,7 @@ demo: .venv/ready  ## serve the shipped model, take an instance away in the midd
 	$(BIN)/python -m spotjax.tools.demo
 
 test: .venv/ready  ## all tests, on two CPU cores without an accelerator
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 lint: .venv/ready
 	$(BIN)/ruff check .
