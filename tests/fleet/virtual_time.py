@@ -37,4 +37,15 @@ class _Jumps(selectors.DefaultSelector):
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Runs to the end in virtual time."""
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        return runner.run(main)
+        try:
+            return runner.run(main)
+        finally:
+            runner.run(_end_all())
+
+
+async def _end_all() -> None:
+    """Ends what is left, and what that begins on its way out, as long as there is a loop to end it on."""
+    while left := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
