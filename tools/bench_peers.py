@@ -16,9 +16,11 @@ and said to be.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -124,9 +126,17 @@ def run(peer: Peer, environments: Path, models: Path, job: Mapping[str, Any]) ->
         if peer.environment:
             environment.pop("PYTHONPATH", None)
         command = [str(part) for part in (peer.python(environments), SCRIPT, peer.module, file, result)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode or not (job["prepare"] or result.exists()):
-            raise RuntimeError(f"{peer.module}: {(done.stderr or done.stdout).strip()[-1500:]}")
+        # not a pipe: that would be kept open by what an engine leaves running
+        with Path(directory, "output").open("w+") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+            code = process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if code or not (job["prepare"] or result.exists()):
+                output.seek(0)
+                raise RuntimeError(f"{peer.module}: {output.read().strip()[-1500:]}")
         found: dict[str, Any] = {} if job["prepare"] else json.loads(result.read_text())
         return found
 

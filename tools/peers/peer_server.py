@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.tools.processes import free_port
 
@@ -29,8 +31,12 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
 
     async def connect() -> AsyncSpotjaxClient:
         client = AsyncSpotjaxClient(address, patience=300)
-        await client.models()
-        return client
+        while _servers[-1].poll() is None:
+            with contextlib.suppress(Unavailable):
+                await client.models()
+                return client
+            await asyncio.sleep(0.1)
+        raise SystemExit(f"the server ended with {_servers[-1].returncode}")
 
     client = loop.run_until_complete(connect())
 
