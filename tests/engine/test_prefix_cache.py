@@ -194,3 +194,24 @@ def test_nothing_is_cached_unless_it_is_wanted() -> None:
     run(bench, sequence(0, prompt=10, max_tokens=1, group=0))
     assert run(bench, sequence(1, prompt=10, max_tokens=1, group=0)) == [[(1, 0, 10)]]
     assert bench.scheduler.reused == 0 and not bench.scheduler.pages.cache.idle
+
+
+def test_after_a_move_that_was_cut_off_nothing_of_the_past_is_found_and_who_lost_is_computed_again() -> None:
+    """Sequence 0 keeps its KV, 1 shares pages with it and loses its own, 2 has ended and is only remembered."""
+    bench = Bench(make_scheduler(caching=True, prefill_tokens=16))
+    run(bench, sequence(2, prompt=10, max_tokens=1))
+    scheduler = bench.scheduler
+    kept, lost = (sequence(key, prompt=10, max_tokens=6, group=0) for key in range(2))
+    for one in (kept, lost):
+        scheduler.add(one)
+    while not lost.state.tokens:
+        bench.schedule()
+        bench.complete()
+    assert set(kept.pages) & set(lost.pages) and scheduler.pages.cache.idle
+    pages, computed = list(kept.pages), kept.computed
+    scheduler.forget({1})
+    scheduler.check()
+    assert (kept.pages, kept.computed) == (pages, computed) and [*scheduler.running] == [0]
+    assert (lost.pages, lost.computed) == ([], 0) and [*scheduler.waiting] == [lost]
+    assert scheduler.cached_pages(sequence(3, prompt=10, group=2).state) == []
+    assert scheduler.pages.total - scheduler.pages.free == len(pages)

@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 from fleet_cases import SPEC, TIGHT, PureCluster, Service, instances, kind, make_service, read
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pure_model import turns
 from test_change import DEMAND, GONE, NOTICED, READY, first_mesh, live_on, used, with_states
@@ -197,6 +197,7 @@ def test_the_first_mesh_is_the_planners(recovery: Recovery) -> None:
 
 
 @settings(max_examples=25, deadline=None)
+@example("reparallelization", (2, 1, False), 11, ["submit", "grace", *["submit"] * 9], 2, 41)  # lost in the switch
 @given(recovery=st.sampled_from(BASELINES), **LIVES)
 def test_whatever_happens_every_request_gets_exactly_its_tokens(
     recovery: Recovery, fleet: tuple[int, int, bool], pages: int, operations: list[str], faults: int, seed: int
