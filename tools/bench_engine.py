@@ -227,6 +227,14 @@ def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
+def report(title: str, rows: Sequence[dict[str, Any]], output: Path | None) -> None:
+    """Prints results, and writes them to a file if one is given."""
+    console.print(table(title, rows))
+    console.print(machine())
+    if output:
+        output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,13 +250,10 @@ def main() -> None:
     model = open_model(arguments.model or ("tiny" if arguments.pause else "smollm2-135m-instruct"))
     if arguments.pause:
         rows = asyncio.run(pauses(model, arguments.mesh, arguments.streams, arguments.seed))
-        console.print(table(f"{model.name}: preemptions on the embedded default", rows))
+        report(f"{model.name}: preemptions on the embedded default", rows, arguments.output)
     else:
         rows = [asyncio.run(compare(model, batch, arguments.repeats)) for batch in arguments.batch]
-        console.print(table(f"{model.name} float32, one device, {PROMPT}-token prompts, {NEW} new tokens", rows))
-    console.print(machine())
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+        report(f"{model.name} float32, one device, {PROMPT}-token prompts, {NEW} new tokens", rows, arguments.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import tempfile
 import threading
@@ -44,14 +43,14 @@ from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler  # fmt: skip
 from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.remote_pipeline import RemotePipeline
-from spotjax.models.catalog import Model, open_model
+from spotjax.models.catalog import Model
 from spotjax.protocol.steps import ResultHeader, StepHeader
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.pipeline import LocalPipeline
 from spotjax.runtime.stage import Stage
-from spotjax.tools.bench_engine import console, machine, table
-from spotjax.tools.random_model import random_config, write_random_model
+from spotjax.tools.bench_engine import console, report
+from spotjax.tools.random_model import small_model
 from spotjax.transport.memory import aligned
 from spotjax.worker.executor import Role, StageExecutor
 from spotjax.worker.watchdog import Watchdog
@@ -321,19 +320,14 @@ def main() -> None:
         ),
     ]
     with tempfile.TemporaryDirectory() as directory:
-        if arguments.width:
-            write_random_model(Path(directory, "random"), random_config(arguments.width, arguments.layers), seed=0)
-        model = open_model(str(Path(directory, "random")) if arguments.width else "tiny")
+        model = small_model(arguments.width, arguments.layers, Path(directory))
         rows = [
             row
             for settings in (one, [Setting("two stages", stages=2)])
             for row in asyncio.run(measure(model, settings, arguments.batch, arguments.tokens, arguments.repeats))
         ]
     parameters = sum(array.size for array in model.checkpoint.spec.parameters)
-    console.print(table(f"{model.name}, {parameters / 1e6:.3g} million parameters, float32", rows))
-    console.print(machine())
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    report(f"{model.name}, {parameters / 1e6:.3g} million parameters, float32", rows, arguments.output)
 
 
 if __name__ == "__main__":

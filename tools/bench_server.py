@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -25,12 +24,12 @@ from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.config import ServeConfig
-from spotjax.models.catalog import Model, open_model
+from spotjax.models.catalog import Model
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.pipeline import LocalPipeline
-from spotjax.tools.bench_engine import console, machine, table
+from spotjax.tools.bench_engine import report
 from spotjax.tools.bench_look_ahead import PAGE_SIZE, generate, prompts
-from spotjax.tools.random_model import random_config, write_random_model
+from spotjax.tools.random_model import small_model
 
 
 def client(port: int, link: Connection) -> None:
@@ -105,15 +104,10 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        if arguments.width:
-            write_random_model(directory / "random", random_config(arguments.width, arguments.layers), seed=0)
-        model = open_model(str(directory / "random") if arguments.width else "tiny")
+        model = small_model(arguments.width, arguments.layers, directory)
         rows = asyncio.run(measure(model, arguments.batch, arguments.tokens, arguments.repeats, directory / "log"))
     parameters = sum(array.size for array in model.checkpoint.spec.parameters)
-    console.print(table(f"{parameters / 1e6:.3g} million parameters, float32", rows))
-    console.print(machine())
-    if arguments.output:
-        arguments.output.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
+    report(f"{parameters / 1e6:.3g} million parameters, float32", rows, arguments.output)
 
 
 if __name__ == "__main__":

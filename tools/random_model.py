@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spotjax.models.catalog import open_model
+from spotjax.models.catalog import Model, open_model
 from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.tools.tiny_directory import save_weights, settings
@@ -36,6 +36,14 @@ def write_random_model(directory: Path, config: DecoderConfig, seed: int) -> Non
     files = {"config.json": json.dumps(settings(config, min(tokenizer.end_tokens))["config.json"]).encode()}
     for name, content in (files | tokenizer.files()).items():
         (directory / name).write_bytes(content)
+
+
+def small_model(width: int, layers: int, directory: Path) -> Model:
+    """A random model of that width, written beneath ``directory``; the shipped one if it is 0."""
+    if not width:
+        return open_model("tiny")
+    write_random_model(directory / "random", random_config(width, layers), seed=0)
+    return open_model(str(directory / "random"))
 
 
 def _drawn(array: ArraySpec, draw: np.random.Generator) -> NDArray[np.float32]:

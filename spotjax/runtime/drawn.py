@@ -9,25 +9,23 @@ import numpy as np
 
 from spotjax.runtime.compiled import CompiledModel
 
-RECENT_STEPS = 16
-"""A step follows one that is in flight with it; more are not, for the number of stages that a pipeline has."""
-
 
 class Drawn:
     """Tokens by step. For one thread at a time.
 
     Args:
       model: compiled functions.
+      steps: how many are in flight at most, of which a step may follow any.
     """
 
-    def __init__(self, model: CompiledModel) -> None:
-        self._model = model
+    def __init__(self, model: CompiledModel, steps: int) -> None:
+        self._model, self._steps = model, steps
         self._tokens: OrderedDict[int, jax.Array] = OrderedDict()
 
     def keep(self, step: int, tokens: jax.Array) -> None:
         """Takes what a step drew, see ``sampling.drawn_tokens``; it may still be being computed."""
         self._tokens[step] = tokens
-        if len(self._tokens) > RECENT_STEPS:
+        if len(self._tokens) > self._steps:
             self._tokens.popitem(last=False)
 
     def fill_in(self, rows: np.ndarray, follows: int, device: jax.Device) -> jax.Array:

@@ -42,7 +42,7 @@ class LocalPipeline:
         self._model, self._buckets, self._fuse = model, buckets, fuse
         self.recent: deque[Step] = deque(maxlen=RECENT_STEPS)
         """What the last steps ran, oldest first; whoever goes on elsewhere will soon need the same."""
-        self._drawn = Drawn(model)
+        self._drawn = Drawn(model, len(self.stages) + 1)
         self._entrance = ThreadPoolExecutor(1, thread_name_prefix="pipeline-in")
         self._exit = ThreadPoolExecutor(1, thread_name_prefix="pipeline-out")
         self._lost: str | None = None

@@ -30,6 +30,8 @@ from spotjax.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+STEPS_AHEAD = 2
+"""Steps in flight of a pipeline whose steps may follow each other on a worker: it has one stage."""
 CONTROLLER = ""
 """As the target of a frame."""
 
@@ -92,7 +94,7 @@ class StageExecutor:
         self._posts = {
             key: replace(before[key], role=role) if key in before else _Post(role) for key, role in roles.items()
         }
-        self._drawn = {pipeline: self._drawn.get(pipeline) or Drawn(self._model) for pipeline, _ in roles}
+        self._drawn = {pipeline: self._drawn.get(pipeline) or Drawn(self._model, STEPS_AHEAD) for pipeline, _ in roles}
         for key, post in before.items():
             if key not in self._posts:
                 post.thread.shutdown(wait=False, cancel_futures=True)

@@ -15,10 +15,11 @@ from serving_cases import shared_heads
 from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.runtime.buckets import Buckets, StepShape
-from spotjax.runtime.drawn import RECENT_STEPS, Drawn
+from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.sampling import drawn_tokens, drawn_width, fill_in
 from spotjax.runtime.step import pack_step
 
+STEPS = 3
 BUCKETS = Buckets(max_batch=4, prefill_tokens=16, page_size=8, max_positions=64)
 
 
@@ -35,11 +36,11 @@ def test_tokens_that_are_missing_are_those_that_were_drawn_and_others_stay(data:
 
 
 def test_only_recent_steps_are_kept() -> None:
-    drawn, device = Drawn(shared_heads()[0]), jax.devices()[0]
-    for step in range(RECENT_STEPS + 1):
+    drawn, device = Drawn(shared_heads()[0], STEPS), jax.devices()[0]
+    for step in range(STEPS + 1):
         drawn.keep(step, jax.device_put(np.full(drawn_width(1), step, np.int32), device))
     rows = np.array([[3, 1, ahead(0)]], np.int32)
-    assert np.asarray(drawn.fill_in(rows, RECENT_STEPS, device)).tolist() == [[3, 1, RECENT_STEPS]]
+    assert np.asarray(drawn.fill_in(rows, STEPS, device)).tolist() == [[3, 1, STEPS]]
     with pytest.raises(KeyError):
         drawn.fill_in(rows, 0, device)
 

@@ -28,9 +28,9 @@ def main() -> None:
     generate = peer.load(job["directory"], job["settings"])
     measure(generate, job["prompts"], min(8, job["count"]))  # whatever is made on the first call
     runs = [measure(generate, job["prompts"], job["count"]) for _ in range(job["repeats"])]
-    Path(result_file).write_text(json.dumps({"runs": runs, "peak_bytes": peak_bytes()}))
     if hasattr(peer, "close"):
-        peer.close()
+        peer.close()  # first: of children, the memory of those that ended is known
+    Path(result_file).write_text(json.dumps({"runs": runs, "peak_bytes": peak_bytes()}))
 
 
 def measure(generate: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
