@@ -138,8 +138,11 @@ class WorkerProcess:
             await asyncio.to_thread(self._heartbeat.close)
         if self._worker is not None:
             await asyncio.to_thread(self._worker.close, for_good=True)
-        await self._endpoint.close()
         self._watchdog.close()
+        await self._disconnect()
+
+    async def _disconnect(self) -> None:
+        await self._endpoint.close()
 
     async def _stay(self) -> End:
         kind = device_type(self._devices, self._config.instance_memory_bytes)

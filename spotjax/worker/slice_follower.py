@@ -54,6 +54,9 @@ class FollowerProcess(SliceProcess):
         await self._ended.wait()
         return self.code
 
+    async def _disconnect(self) -> None:
+        """The process's end does: host 0 ends when connections do, and jax aborts a process that outlives host 0."""
+
     def _receive(self, connection: Connection, header: Any, payload: memoryview) -> None:
         match header:
             case Order():
