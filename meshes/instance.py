@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+PriceClass = Literal["spot", "on_demand"]
+"""Whether a machine can be taken away."""
 HOST_MEMORY = -1
 """Number of the device that stands for an instance's host memory, which can be a source and never has a position."""
 

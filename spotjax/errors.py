@@ -21,6 +21,11 @@ The tree:
         NoSpareDevices       more instances were asked for than there are devices left
         InstanceLost         the machine that was to do the work is gone
         PeerUnreachable      an instance cannot be reached by another one; names it
+        ProviderError        whoever rents machines out does not do what was asked
+          OutOfCapacity      it has no such machines now
+          QuotaExceeded      this account may not have more of them
+          ProviderRefused    not allowed, or wrong; trying again is of no use
+          ProviderUnavailable  it does not answer, or says to try again; says when
       TransportError
         ConnectionLost       the other side is gone, silent, or not one to talk to
         TransferRefused      the peer has not, or does not give, what was asked for
@@ -137,6 +142,34 @@ class PeerUnreachable(FleetError):
     def __init__(self, instance: str, problem: object) -> None:
         super().__init__(f"instance {instance} cannot be reached: {problem}")
         self.instance = instance
+
+
+class ProviderError(FleetError):
+    """Whoever rents machines out does not do what was asked."""
+
+
+class OutOfCapacity(ProviderError):
+    """The provider has no such machines now; another zone, type or price class may have."""
+
+
+class QuotaExceeded(ProviderError):
+    """The account may not have more of these machines."""
+
+
+class ProviderRefused(ProviderError):
+    """The provider does not allow it, or does not understand it; trying again is of no use before something changes."""
+
+
+class ProviderUnavailable(ProviderError):
+    """The provider does not answer, or says to try again.
+
+    Attributes:
+      retry_after: seconds after which it said to try again; None if it said nothing.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class TransportError(SpotjaxError):

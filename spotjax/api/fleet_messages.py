@@ -7,12 +7,11 @@ from spotjax.fleet.status import (
     FleetEvent,
     FleetStatus,
     InstanceStatus,
-    PriceClass,
     Reconfiguration,
     ReplicaStatus,
     Saved,
 )
-from spotjax.meshes.instance import DeviceRef, InstanceState
+from spotjax.meshes.instance import DeviceRef, InstanceState, PriceClass
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 

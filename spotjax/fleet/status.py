@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-from spotjax.meshes.instance import InstanceState
+from spotjax.meshes.instance import InstanceState, PriceClass
 from spotjax.meshes.placement import Placement
-
-PriceClass = Literal["spot", "on_demand"]
-"""Whether a machine can be taken away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import pytest
 from scripted_server import MODEL, Running, Steps
 
 from spotjax.api.server import ApiServer
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_service import ScriptedService
 
 
 @pytest.fixture

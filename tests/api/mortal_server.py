@@ -9,8 +9,8 @@ from scripted_server import MODEL, Steps
 
 from spotjax.api.server import ApiServer
 from spotjax.engine.generation import Delta, GenerationRequest
-from spotjax.scripted_generation import ScriptedRequest
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_generation import ScriptedRequest
+from spotjax.testing.scripted_service import ScriptedService
 
 LOADING_SECONDS = 0.03
 

@@ -24,8 +24,8 @@ from spotjax.errors import (
     UnknownInstance,
     UnknownRequest,
 )
-from spotjax.scripted_generation import scripted_token
-from spotjax.testing import ByteTokenizer
+from spotjax.testing.scripted_generation import scripted_token
+from spotjax.testing.scripted_service import ByteTokenizer
 
 PROMPT = ByteTokenizer().encode("hello", add_special_tokens=True)
 

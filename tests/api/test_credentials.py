@@ -20,7 +20,7 @@ from spotjax.api.errors import Unavailable
 from spotjax.api.server import ApiServer
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.errors import ConfigError
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_service import ScriptedService
 from spotjax.transport.credentials import channel_credentials, server_credentials
 
 

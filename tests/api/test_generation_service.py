@@ -9,7 +9,7 @@ from scripted_server import Running, until
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.request import FinishReason
 from spotjax.errors import LogUnavailable
-from spotjax.scripted_generation import scripted_token
+from spotjax.testing.scripted_generation import scripted_token
 
 PROMPT = [256, *b"hello"]
 

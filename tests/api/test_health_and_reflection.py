@@ -9,7 +9,7 @@ from scripted_server import MODEL, Running, until
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, generation_pb2_grpc
 from spotjax.api.server import ApiServer
 from spotjax.errors import ConfigError
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_service import ScriptedService
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

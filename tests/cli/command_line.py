@@ -8,7 +8,7 @@ import pytest
 
 from spotjax import cli
 from spotjax.api.server import ApiServer
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_service import ScriptedService
 
 
 @dataclass

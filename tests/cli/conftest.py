@@ -7,7 +7,7 @@ from command_line import CommandLine
 
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 
 
 @pytest.fixture

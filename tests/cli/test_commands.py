@@ -14,8 +14,8 @@ from spotjax import cli
 from spotjax.api.requests import Sampling
 from spotjax.commands.output import shown_bytes
 from spotjax.fleet.status import FleetStatus
-from spotjax.scripted_generation import scripted_token
-from spotjax.testing import ByteTokenizer
+from spotjax.testing.scripted_generation import scripted_token
+from spotjax.testing.scripted_service import ByteTokenizer
 
 
 def text_of(prompt: str, count: int, seed: int, choice: int = 0, bos: bool = True) -> str:

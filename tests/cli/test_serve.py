@@ -21,7 +21,7 @@ import asyncio, sys, types
 from types import SimpleNamespace
 
 async def start(config):
-    from spotjax.testing import ByteTokenizer, ScriptedService
+    from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
     failure = asyncio.get_running_loop().create_future()
     {before}
     service = ScriptedService(delay=lambda: asyncio.sleep(config.retain_seconds))

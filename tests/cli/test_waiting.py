@@ -9,7 +9,7 @@ from spotjax import cli
 from spotjax.api import patience
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing import ByteTokenizer
+from spotjax.testing.scripted_service import ByteTokenizer
 
 MODEL = ServedModel("scripted", ByteTokenizer(), max_model_len=512)
 GENERATE = ("generate", "hello", "--seed", "1", "--max-tokens", "6", "--request-id")

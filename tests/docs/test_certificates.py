@@ -14,7 +14,7 @@ from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.protocol.beats import Beat
-from spotjax.testing import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 from spotjax.transport.connection import Connection
 from spotjax.transport.credentials import channel_credentials, server_credentials
 from spotjax.transport.endpoint import Endpoint

@@ -12,7 +12,7 @@ from documents import DOCUMENTS, blocks
 
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 
 SHOWN = "127.0.0.1:8470"
 EXAMPLES = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_text(), "python")]

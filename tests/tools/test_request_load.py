@@ -13,7 +13,7 @@ from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.engine.generation import GenerationRequest
 from spotjax.errors import LogUnavailable
-from spotjax.testing import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 from spotjax.tools import load as load_module
 from spotjax.tools.load import Load, Stream, answers, longest, median_gap
 from spotjax.tools.request_mix import mix

@@ -13,7 +13,7 @@ from spotjax.api.requests import generate_request
 from spotjax.api.validation import ServedModel, accepted_request
 from spotjax.engine.generation import Delta
 from spotjax.engine.request import FinishReason, Logprobs
-from spotjax.testing import ByteTokenizer
+from spotjax.testing.scripted_service import ByteTokenizer
 from spotjax.tools.request_mix import KINDS, Output, difference, mix
 
 

@@ -20,8 +20,8 @@ from spotjax.engine.request import SamplingParams
 from spotjax.errors import ConfigError, NoFeasibleShape, UnknownRequest
 from spotjax.fleet.status import FleetEvent
 from spotjax.models.catalog import open_model
-from spotjax.scripted_generation import ScriptedRequest, scripted_tokens
-from spotjax.testing import ScriptedService
+from spotjax.testing.scripted_generation import ScriptedRequest, scripted_tokens
+from spotjax.testing.scripted_service import ScriptedService
 from spotjax.tools.cold_restart import follow, plan_mesh, restoration, salvage
 
 TINY = open_model("tiny").checkpoint.spec

@@ -16,7 +16,7 @@ from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
-from spotjax.scripted_generation import ScriptedGeneration, ScriptedRequest
+from spotjax.testing.scripted_generation import ScriptedGeneration, ScriptedRequest
 
 LAYERS = 4
 DEVICES_PER_INSTANCE = 2
