@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from spotjax.errors import ProviderError
 from spotjax.meshes.instance import PriceClass
 
 
@@ -53,6 +54,8 @@ class Machine:
       state: where it is in its life.
       detail: why it is in this state, in the provider's own words; empty if it says nothing.
       created: when it was asked for, in Unix seconds; 0 if the provider does not say.
+      failure: why it FAILED, as the error that ``request`` would have raised had the provider known at once, such as
+        ``OutOfCapacity``; None in every other state, and if the provider does not say.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Machine:
     state: MachineState
     detail: str = ""
     created: float = 0.0
+    failure: type[ProviderError] | None = None
 
 
 class Provider(Protocol):
