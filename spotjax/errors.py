@@ -21,6 +21,7 @@ The tree:
         NoSpareDevices       more instances were asked for than there are devices left
         InstanceLost         the machine that was to do the work is gone
         PeerUnreachable      an instance cannot be reached by another one; names it
+        MetadataUnavailable  a machine's metadata server does not answer, or not with an answer
         ProviderError        whoever rents machines out does not do what was asked
           OutOfCapacity      it has no such machines now
           QuotaExceeded      this account may not have more of them
@@ -142,6 +143,19 @@ class PeerUnreachable(FleetError):
     def __init__(self, instance: str, problem: object) -> None:
         super().__init__(f"instance {instance} cannot be reached: {problem}")
         self.instance = instance
+
+
+class MetadataUnavailable(FleetError):
+    """A machine's metadata server did not answer, or with something that is not an answer.
+
+    Attributes:
+      trouble: which kind of trouble it is, in a few words that are the same each time.
+      retry_after: seconds after which the server said to ask again; None if it said nothing.
+    """
+
+    def __init__(self, trouble: str, detail: object = "", retry_after: float | None = None) -> None:
+        super().__init__(f"{trouble}: {detail}" if detail != "" else trouble)
+        self.trouble, self.retry_after = trouble, retry_after
 
 
 class ProviderError(FleetError):
