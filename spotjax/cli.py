@@ -8,7 +8,19 @@ import sys
 from collections.abc import Sequence
 
 from spotjax import __version__
-from spotjax.commands import checkpoint, cold_restart, convert, fetch, fleet, generate, plan, profile, serve, simulate
+from spotjax.commands import (
+    checkpoint,
+    cold_restart,
+    convert,
+    fetch,
+    fleet,
+    generate,
+    health,
+    plan,
+    profile,
+    serve,
+    simulate,
+)
 from spotjax.errors import ConfigError, SpotjaxError
 
 EXAMPLES = """\
@@ -30,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"spotjax {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (serve, generate, fleet, fetch, convert, checkpoint, cold_restart, plan, profile, simulate):
+    for module in (serve, health, generate, fleet, fetch, convert, checkpoint, cold_restart, plan, profile, simulate):
         module.add_commands(commands)
     return top
 
