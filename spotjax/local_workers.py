@@ -1,8 +1,9 @@
-"""Workers as child processes of the controller: ``spotjax serve --workers N``. Starts, ends and reaps them.
+"""Workers as child processes of the controller: ``spotjax serve --workers N``, or for a provider of machines.
 
-What a worker does is in ``spotjax.worker``; whether the fleet goes on without one is the controller's business. A child
-is always a fresh program (fork and exec), in a session of its own, so that Ctrl-C on the terminal reaches the parent
-only, which drains. It dies with its parent, however that ends (``die_with_parent``, Linux only).
+Starts, ends and reaps them. What a worker does is in ``spotjax.worker``; whether the fleet goes on without one is the
+controller's business. A child is always a fresh program (fork and exec), in a session of its own, so that Ctrl-C on the
+terminal reaches the parent only, which drains. It dies with its parent, however that ends (``die_with_parent``, Linux
+only).
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Child:
 
     Attributes:
       process: its process, which leads a process group.
+      place: which of this machine's devices it has: the first few, the next few and so on.
       reaping: ends when the process has ended and is accounted for.
       told: whether its end was asked for.
     """
 
     process: asyncio.subprocess.Process
+    place: int
     reaping: asyncio.Task[None] = field(init=False)
     told: bool = False
 
@@ -65,7 +68,7 @@ class Child:
 
 
 class LocalWorkers:
-    """The workers of this process, named ``instance-0``, ``instance-1`` and so on; names of dead ones are used again.
+    """The workers of this process, by name. Names and devices of dead ones are used again.
 
     For the thread of the event loop that lives as long as the process: children die with the thread that starts them.
     """
@@ -91,32 +94,42 @@ class LocalWorkers:
         self._address = f"127.0.0.1:{address.rpartition(':')[2]}" if is_any(address) else address
         self._command = command or worker_command
         self._on_exit = on_exit or (lambda name, code: None)
-        self._children: dict[int, Child] = {}
-        self._used: set[int] = set()
+        self._children: dict[str, Child] = {}
+        self._used: set[str] = set()
         self._changing = asyncio.Lock()
         self._stopped = False
 
     @property
     def processes(self) -> Mapping[str, int]:
         """Process ids of the running workers, by name."""
-        return {name_of(number): child.process.pid for number, child in sorted(self._children.items())}
+        return {name: child.process.pid for name, child in sorted(self._children.items())}
 
     async def add(self, count: int) -> tuple[str, ...]:
-        """Starts workers and names them; returns when their processes exist, long before they have joined.
+        """Starts workers and names them ``instance-0``, ``instance-1`` and so on, where there is none of that name.
+
+        Raises:
+          Draining, OSError: as ``start``; those before it run.
+        """
+        async with self._changing:
+            taken = {number for number in range(len(self._children) + count) if name_of(number) in self._children}
+            names = tuple(map(name_of, free_numbers(taken, count)))
+            for name in names:
+                await self._start(name, ())
+            return names
+
+    async def start(self, name: str, flags: Sequence[str] = ()) -> None:
+        """Starts a worker, if there is none of that name; returns when its process exists, long before it has joined.
+
+        Args:
+          flags: more of its settings, such as ``--zone=a``.
 
         Raises:
           Draining: ``stop`` was called.
-          OSError: the operating system gives no process; those before it run.
+          OSError: the operating system gives no process.
         """
         async with self._changing:
-            if self._stopped:
-                raise Draining("the server is stopping and starts no workers")
-            if self._stores is not None and not self._used:
-                await asyncio.to_thread(sweep_abandoned, self._stores.parent)
-            numbers = free_numbers(self._children, count)
-            for number in numbers:
-                await self._start(number)
-            return tuple(map(name_of, numbers))
+            if name not in self._children:
+                await self._start(name, flags)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         """Sends a worker a signal: SIGTERM asks it to leave, SIGKILL takes it away, with its own children.
@@ -124,8 +137,7 @@ class LocalWorkers:
         Raises:
           UnknownInstance: no worker of that name runs here.
         """
-        child = next((child for n, child in self._children.items() if name_of(n) == name), None)
-        if child is None:
+        if (child := self._children.get(name)) is None:
             running = ", ".join(self.processes) or "none"
             raise UnknownInstance(f"no worker {name!r} is a process of this server; there are {running}")
         child.signal(number)
@@ -136,7 +148,7 @@ class LocalWorkers:
             self._stopped = True
             for child in self._children.values():
                 child.signal(signal.SIGTERM)
-            reaping = {child.reaping: name_of(number) for number, child in self._children.items()}
+            reaping = {child.reaping: name for name, child in self._children.items()}
             _, late = await asyncio.wait(reaping, timeout=seconds) if reaping else (set(), set())
             for task in late:
                 log.warning("worker does not end, killing it", extra={"instance": reaping[task], "seconds": seconds})
@@ -144,34 +156,40 @@ class LocalWorkers:
                 child.signal(signal.SIGKILL)
             await asyncio.gather(*reaping)
             if self._stores is not None:
-                forget_parameters(self._stores, [name_of(self._used.pop()) for _ in range(len(self._used))])
+                forget_parameters(self._stores, self._used)
+                self._used.clear()
 
-    async def _start(self, number: int) -> None:
-        name = name_of(number)
+    async def _start(self, name: str, flags: Sequence[str]) -> None:
+        if self._stopped:
+            raise Draining("the server is stopping and starts no workers")
+        if self._stores is not None and not self._used:
+            await asyncio.to_thread(sweep_abandoned, self._stores.parent)
+        (place,) = free_numbers({child.place for child in self._children.values()}, 1)
         process = await asyncio.create_subprocess_exec(
             *self._command(self._config, self._address, name),
+            *flags,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr,  # this server's standard output is for its own one line
             start_new_session=True,
-            env=worker_environment(os.environ, os.getpid(), number, self._config.devices_per_instance),
+            env=worker_environment(os.environ, os.getpid(), place, self._config.devices_per_instance),
         )
-        child = Child(process)
-        self._children[number] = child
-        self._used.add(number)
-        child.reaping = asyncio.create_task(self._reap(number, child))
+        child = Child(process, place)
+        self._children[name] = child
+        self._used.add(name)
+        child.reaping = asyncio.create_task(self._reap(name, child))
         log.info("worker started", extra={"instance": name, "pid": process.pid})
 
-    async def _reap(self, number: int, child: Child) -> None:
+    async def _reap(self, name: str, child: Child) -> None:
         code = await child.process.wait()
         with contextlib.suppress(ProcessLookupError):  # what it started goes with it
             os.killpg(child.process.pid, signal.SIGKILL)
-        del self._children[number]
+        del self._children[name]
         log.log(
             logging.INFO if child.told or code == 0 else logging.WARNING,
             "worker ended",
-            extra={"instance": name_of(number), "pid": child.process.pid, "ended_by": shown_end(code)},
+            extra={"instance": name, "pid": child.process.pid, "ended_by": shown_end(code)},
         )
-        self._on_exit(name_of(number), code)
+        self._on_exit(name, code)
 
 
 def worker_command(config: ServeConfig, address: str, name: str) -> list[str]:

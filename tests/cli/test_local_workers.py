@@ -221,7 +221,7 @@ import asyncio, sys
 from spotjax.config import ServeConfig
 from spotjax.local_workers import LocalWorkers
 
-CHILD = "import spotjax.local_workers as w, signal, sys; w.die_with_parent(); print('up', flush=True); signal.pause()"
+CHILD = "import spotjax.local_workers as w, os, signal; w.die_with_parent(); os.write(1, b'up\\\\n'); signal.pause()"
 
 async def main():
     workers = LocalWorkers(ServeConfig(workers=2), {ADDRESS!r}, command=lambda *_: [sys.executable, "-c", CHILD])

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
+from spotjax.config import ServeConfig
 from spotjax.errors import ProviderError
 from spotjax.meshes.instance import PriceClass
 
@@ -112,3 +115,26 @@ class Provider(Protocol):
     async def close(self) -> None:
         """Frees connections. Machines stay."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class FleetIdentity:
+    """Whom machines are rented for.
+
+    Attributes:
+      name: of the fleet, which its machines are marked with; two fleets of one account have different ones.
+      join: HOST:PORT at which machines reach the controller.
+      settings: of the controller.
+    """
+
+    name: str
+    join: str
+    settings: ServeConfig
+
+
+class ProviderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
+    """What a provider is told in its table of a file. Each one has a class of its own, with ``tag`` as its kind."""
+
+    async def open(self, fleet: FleetIdentity) -> Provider:
+        """See ``spotjax.fleet.providers.registry.open_provider``."""
+        raise NotImplementedError
