@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -25,7 +26,7 @@ T = TypeVar("T")
 LARGEST_ANSWER = 1 << 20
 """Bytes; answers of metadata servers are small, what a captive portal sends need not be."""
 FIRST_PATIENCE, LONGEST_PATIENCE = 2.0, 8.0
-"""Seconds for an answer: of a server that has answered in time so far, and of one that is slow."""
+"""Seconds for an answer: of a server that answers at once, and of the slowest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,7 @@ class Asking:
         self._client, self._clock, self._interval, self._wall = client, clock, interval, wall
         self._patience = Patience(source)
         self._answer_seconds = FIRST_PATIENCE
+        self._due = -math.inf
 
     async def ask(
         self,
@@ -124,25 +126,31 @@ class Asking:
         headers: Mapping[str, str] | None = None,
         answers: Collection[int] = (200,),
         content: object = None,
+        held: float = 0.0,
     ) -> Answer:
-        """Asks once. An answer has two seconds, and twice as long after each that did not come in time.
+        """Asks once. An answer has twice the seconds of the last one, and twice as many if that did not come in time.
 
         Args:
           answers: which statuses are answers.
           content: sent as JSON.
+          held: seconds that the server was asked to wait for something to tell; they come on top.
 
         Raises:
           MetadataUnavailable: no answer came, not in time, or not one of ``answers``.
         """
         begun = self._clock()
+        patience = held + self._answer_seconds
         try:
-            async with asyncio.timeout(self._answer_seconds):
-                return await self._exchange(method, url, headers, answers, content, begun)
+            async with asyncio.timeout(patience):
+                answer = await self._exchange(method, url, headers, answers, content, begun)
         except TimeoutError:
-            took, self._answer_seconds = self._answer_seconds, min(2 * self._answer_seconds, LONGEST_PATIENCE)
-            raise MetadataUnavailable("no answer in time", f"{method} {url} took over {took:g} s") from None
+            self._answer_seconds = min(2 * self._answer_seconds, LONGEST_PATIENCE)
+            raise MetadataUnavailable("no answer in time", f"{method} {url} took over {patience:g} s") from None
         except httpx.HTTPError as error:
             raise MetadataUnavailable(type(error).__name__, f"{method} {url}: {error}") from None
+        took = answer.moment - begun - held
+        self._answer_seconds = min(max(2 * took, FIRST_PATIENCE), LONGEST_PATIENCE)
+        return answer
 
     async def _exchange(
         self,
@@ -178,9 +186,9 @@ class Asking:
                 await self._patience.after(error.trouble, error.retry_after or 0.0, str(error))
             else:
                 self._patience.over()
-                self._answer_seconds = FIRST_PATIENCE
+                self._due = self._clock() + self._interval * random.uniform(0.8, 1.2)
                 return result
 
     async def rest(self) -> None:
-        """Until it is time to ask again."""
-        await asyncio.sleep(self._interval * random.uniform(0.8, 1.2))
+        """Until it is time to ask again; at once if there was no answer yet."""
+        await asyncio.sleep(max(self._due - self._clock(), 0.0))

@@ -71,23 +71,24 @@ def test_bodies_that_cannot_be_read_are_trouble() -> None:
         answer.text()
 
 
-def test_patience_grows_until_a_slow_server_answers_and_an_answer_resets_it() -> None:
+def test_patience_grows_until_a_slow_server_answers_and_shrinks_as_it_becomes_fast() -> None:
     waited: list[float] = []
 
     async def slow(request: httpx.Request) -> httpx.Response:
         begun = now()
         try:
-            await asyncio.sleep(5.0)
+            await asyncio.sleep(takes.pop(0))
         finally:
             waited.append(now() - begun)
         return httpx.Response(200)
 
-    async def twice(asking: Asking) -> None:
-        await persistently(asking)
-        await persistently(asking)
+    async def all_of_them(asking: Asking) -> None:
+        while takes:
+            await persistently(asking)
 
-    ask(twice, slow)
-    assert waited == pytest.approx([2, 4, 5, 2, 4, 5])
+    takes = [5.0, 5.0, 5.0, 5.0, 0.1, 3.0, 3.0]
+    ask(all_of_them, slow)
+    assert waited == pytest.approx([2, 4, 5, 5, 0.1, 2, 3])
 
 
 def test_no_answer_holds_the_next_ask_up_for_longer_than_the_longest_patience_and_rest() -> None:
