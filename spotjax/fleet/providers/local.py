@@ -110,7 +110,7 @@ class LocalProvider:
           ConfigError: an offer is there twice.
         """
         self._config, self._settings, self._now = config, settings, now
-        self._offers = {key_of(each.offer): each for each in config.offers}
+        self._offers = {each.offer.key: each for each in config.offers}
         if len(self._offers) < len(config.offers):
             raise ConfigError("offers: two are of the same type, zone and price_class; give each of them once")
         self._workers = LocalWorkers(settings, join, command=command, on_exit=self._ended)
@@ -133,10 +133,10 @@ class LocalProvider:
         if self._closed:
             raise ProviderRefused("the provider was closed, and its machines end")
         known = self._known(offer)
-        alike = sum(key_of(machine.offer) == key_of(offer) for machine in self._machines.all())
+        alike = sum(machine.offer.key == offer.key for machine in self._machines.all())
         if alike >= known.most or len(self._lives) >= self._config.most:
             limit = f"{known.most} of these" if alike >= known.most else f"{self._config.most} machines"
-            raise OutOfCapacity(f"there is no room for another {shown(offer)}: there may be {limit}")
+            raise OutOfCapacity(f"there is no room for another {offer}: there may be {limit}")
         life = self._lives[name] = Life()
         machine = self._machines.put(Machine(name, known.offer, MachineState.STARTING, created=self._now()))
         life.living = asyncio.create_task(self._live(machine, life))
@@ -207,9 +207,9 @@ class LocalProvider:
         return MachineState.PREEMPTED, shown_end(await life.code)
 
     def _known(self, offer: Offer) -> LocalOffer:
-        if (known := self._offers.get(key_of(offer))) is None:
-            there = ", ".join(shown(each.offer) for each in self._config.offers)
-            raise ProviderRefused(f"there is no {shown(offer)}; there is {there}")
+        if (known := self._offers.get(offer.key)) is None:
+            there = ", ".join(str(each.offer) for each in self._config.offers)
+            raise ProviderRefused(f"there is no {offer}; there is {there}")
         return known
 
     def _forget(self, name: str) -> None:
@@ -230,13 +230,3 @@ def worker_settings(table: Mapping[str, Any], controller: ServeConfig) -> ServeC
     settings.refuse_unknown(table, HANDED_ON, where)
     checked = {name: settings.checked(name, value, f"{name} in {where}", strict=True) for name, value in table.items()}
     return msgspec.structs.replace(controller, **checked)
-
-
-def key_of(offer: Offer) -> tuple[str, str, PriceClass]:
-    """What an offer is known by, whatever it costs today."""
-    return offer.type, offer.zone, offer.price_class
-
-
-def shown(offer: Offer) -> str:
-    """``local in zone a as spot``."""
-    return f"{offer.type}{f' in zone {offer.zone}' if offer.zone else ''} as {offer.price_class}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from spotjax.errors import ProviderUnavailable
@@ -39,15 +40,21 @@ class Machines:
         if (machine := self._machines.pop(name, None)) is not None:
             self._tell(gone(machine))
 
-    async def watch(self) -> AsyncIterator[Machine]:
+    async def watch(self) -> AsyncGenerator[Machine, None]:
         """See ``Provider.watch``."""
-        changes: asyncio.Queue[Machine] = asyncio.Queue()
-        self._watching.add(changes)
-        try:
-            for machine in self.all():
-                changes.put_nowait(machine)
+        with self.told() as changes:
             while True:
                 yield await changes.get()
+
+    @contextlib.contextmanager
+    def told(self) -> Iterator[asyncio.Queue[Machine]]:
+        """What ``watch`` gives, to be waited for in other ways."""
+        changes: asyncio.Queue[Machine] = asyncio.Queue()
+        for machine in self.all():
+            changes.put_nowait(machine)
+        self._watching.add(changes)
+        try:
+            yield changes
         finally:
             self._watching.discard(changes)
 
@@ -60,7 +67,7 @@ async def watch_by_listing(
     listing: Callable[[], Awaitable[Sequence[Machine]]],
     seconds: float,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-) -> AsyncIterator[Machine]:
+) -> AsyncGenerator[Machine, None]:
     """``Provider.watch`` for one that has to be asked again and again.
 
     Args:

@@ -13,6 +13,9 @@ from spotjax.config import ServeConfig
 from spotjax.errors import ProviderError
 from spotjax.meshes.instance import PriceClass
 
+OfferKey = tuple[str, str, PriceClass]
+"""Type, zone and price class."""
+
 
 class MachineState(StrEnum):
     """Life of a rented machine as its provider sees it, in order."""
@@ -45,6 +48,15 @@ class Offer:
     zone: str
     price_class: PriceClass
     price: float
+
+    @property
+    def key(self) -> OfferKey:
+        """What it is known by, whatever it costs today."""
+        return self.type, self.zone, self.price_class
+
+    def __str__(self) -> str:
+        """``g2-standard-48 in zone us-east1-b as spot``."""
+        return f"{self.type}{f' in zone {self.zone}' if self.zone else ''} as {self.price_class}"
 
 
 @dataclass(frozen=True, slots=True)
