@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from spotjax import __version__
 from spotjax.commands import (
+    bootstrap,
     checkpoint,
     cold_restart,
     convert,
@@ -42,7 +43,20 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"spotjax {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (serve, health, generate, fleet, fetch, convert, checkpoint, cold_restart, plan, profile, simulate):
+    for module in (
+        serve,
+        health,
+        generate,
+        fleet,
+        fetch,
+        convert,
+        checkpoint,
+        cold_restart,
+        plan,
+        profile,
+        simulate,
+        bootstrap,
+    ):
         module.add_commands(commands)
     return top
 
