@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes: ``render`` in ``manifests`` makes them from ``Values``. Speaks with no cluster."""

@@ -1,0 +1,81 @@
+"""The settings of the controller and of the workers in their pods: files of a ConfigMap, and the paths in them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+from spotjax.config import TLS, ServeConfig, refuse_contradictions, where_of
+from spotjax.deploy.kubernetes.values import Values
+from spotjax.settings import checked
+
+CONTROLLER_SERVICE = "spotjax-controller"
+SLICE_SERVICE = "spotjax-slices"
+
+GRPC_PORT = 8470
+DATA_PORT = 8472
+"""Not 8471, at which libtpu meets the other hosts of a slice."""
+COORDINATOR_PORT = 8482
+
+SETTINGS = "/etc/spotjax"
+CERTIFICATES = "/etc/spotjax-tls"
+STATE = "/var/lib/spotjax"
+CACHE = "/var/cache/spotjax"
+MODELS = "/models"
+SHARED_MEMORY = "/dev/shm"
+TEMPORARY = "/tmp"
+
+
+def controller_config(values: Values) -> ServeConfig:
+    """Settings of the controller."""
+    config = ServeConfig(
+        model=values.model,
+        listen=f"0.0.0.0:{GRPC_PORT}",
+        data_listen=f"0.0.0.0:{DATA_PORT}",
+        commit_log=f"{STATE}/log",
+        drain_seconds=values.drain_seconds,
+        log_format="json",
+    )
+    return _complete(config, values, "controller")
+
+
+def worker_config(values: Values) -> ServeConfig:
+    """Settings that all workers share; name, address and number of a host are in the environment of its pod."""
+    config = ServeConfig(
+        join=f"{CONTROLLER_SERVICE}:{GRPC_PORT}",
+        data_listen=f"0.0.0.0:{DATA_PORT}",
+        advertise="the-pods-own",
+        grace_seconds=values.grace_seconds,
+        devices_per_instance=values.chips,
+        slice_hosts=values.hosts,
+        zone=values.zone,
+        log_format="json",
+    )
+    return msgspec.structs.replace(_complete(config, values, "worker"), advertise="")
+
+
+def toml_of(config: ServeConfig) -> str:
+    """A file for ``--config``, with the settings that are not at their defaults."""
+    lines = (
+        f"{setting.name} = {json.dumps(value, ensure_ascii=False)}\n"
+        for setting in msgspec.structs.fields(ServeConfig)
+        if (value := getattr(config, setting.name)) != setting.default
+    )
+    return "".join(lines)
+
+
+def _complete(config: ServeConfig, values: Values, mode: str) -> ServeConfig:
+    """With certificates and what else was asked for. Raises ConfigError for settings that contradict each other."""
+    others: dict[str, Any] = {
+        name: checked(name, value, f"{name} in settings")
+        for name, value in values.settings.items()
+        if mode in where_of(name)
+    }
+    if values.tls:
+        files = zip(TLS, ("tls.crt", "tls.key", "ca.crt"), strict=True)
+        others |= {setting: f"{CERTIFICATES}/{file}" for setting, file in files}
+    config = msgspec.structs.replace(config, **others)
+    refuse_contradictions(config)
+    return config
