@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,13 +34,7 @@ VALUES = {
 
 def applied(values: Values) -> list[Manifest]:
     """What a cluster would read."""
-    return list(yaml.load_all(render(values), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-
-
-@functools.cache
-def deployment(name: str) -> list[Manifest]:
-    """That of a name in ``VALUES``; not to be changed."""
-    return applied(VALUES[name])
+    return list(yaml.safe_load_all(render(values)))
 
 
 def of_kind(manifests: list[Manifest], kind: str) -> list[Manifest]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from deployments import VALUES, Manifest, deployment
+from deployments import VALUES, Manifest, applied
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'spotjax[test]'")
 
@@ -15,15 +15,15 @@ VERSIONS = ("1.32", "1.37")
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", VALUES)
 def test_every_manifest_is_valid(name: str, version: str) -> None:
-    for manifest in deployment(name):
+    for manifest in applied(VALUES[name]):
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_unknown_fields_and_wrong_types_are_found() -> None:
-    one = next(m for m in deployment("local") if m["kind"] == "Deployment")
+    deployment = next(m for m in applied(VALUES["local"]) if m["kind"] == "Deployment")
 
     def spoiled(**fields: object) -> Manifest:
-        wrong = copy.deepcopy(one)
+        wrong = copy.deepcopy(deployment)
         wrong["spec"]["template"]["spec"].update(fields)
         return wrong
 
