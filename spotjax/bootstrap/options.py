@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -12,8 +12,7 @@ from spotjax.bootstrap.places import place
 from spotjax.config import ADDRESS, NAME, TLS, TYPES, where_of
 from spotjax.errors import ConfigError
 
-Platform = Literal["gce", "tpu", "aws", "k8s", "slurm"]
-PLATFORMS: tuple[Platform, ...] = get_args(Platform)
+Platform = Literal["gce", "tpu", "aws", "slurm"]
 Accelerator = Literal["auto", "cpu", "cuda12", "cuda13", "tpu"]
 ACCELERATORS: dict[Platform, Accelerator] = {"tpu": "tpu"}
 """What ``auto`` means; elsewhere cuda13."""
@@ -28,7 +27,6 @@ DECIDED = {
 INSTALLATION = ("version", "wheel", "index_url", "find_links", "constraints", "system_packages", "python")
 UNFIT: dict[Platform, tuple[str, ...]] = {
     "slurm": ("name", "user", "join_minutes", "image", *INSTALLATION[:-1]),
-    "k8s": ("name", "zone", "user", "join_minutes", *INSTALLATION),
 }
 """Options without meaning on a platform: its own machinery decides that."""
 
@@ -113,9 +111,7 @@ def checked(platform: Platform, options: BootstrapOptions) -> BootstrapOptions:
     for name in UNFIT.get(platform, ()):
         if _differs(options, defaults, name):
             raise ConfigError(f"{name} ({getattr(options, name)}) has no meaning on {platform}")
-    if platform == "k8s" and not options.image:
-        raise ConfigError("k8s needs an image, that of the container")
-    if accelerator(platform, options) == "tpu" and platform not in ("tpu", "k8s"):
+    if accelerator(platform, options) == "tpu" and platform != "tpu":
         raise ConfigError(f"accelerator (tpu) has no meaning on {platform}: TPUs are rented as platform tpu")
     if platform == "tpu" and accelerator(platform, options) not in ("tpu", "cpu"):
         raise ConfigError(f"accelerator ({options.accelerator}) has no meaning on a TPU VM")
@@ -126,7 +122,7 @@ def checked(platform: Platform, options: BootstrapOptions) -> BootstrapOptions:
     if options.wheel and not options.wheel.endswith(".whl"):
         raise ConfigError(f"wheel ({options.wheel}) must be a file NAME.whl")
     for name in ("wheel", "constraints", *TLS):
-        if platform not in ("k8s", "slurm") and getattr(options, name):
+        if platform != "slurm" and getattr(options, name):
             place(getattr(options, name), name)
     if any(getattr(options, name) for name in TLS) and (missing := [n for n in TLS if not getattr(options, n)]):
         raise ConfigError(f"TLS needs all of {', '.join(TLS)}; {' and '.join(missing)} is missing")

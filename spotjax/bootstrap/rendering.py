@@ -46,11 +46,6 @@ def shell(value: str) -> str:
     return shlex.quote(value)
 
 
-def yaml(value: str) -> str:
-    """One string of YAML: a string of JSON is one."""
-    return json.dumps(value)
-
-
 def toml(value: Any) -> str:
     """One value of TOML: a string, a number or a truth value, as JSON writes it."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

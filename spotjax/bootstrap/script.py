@@ -1,17 +1,16 @@
-"""Writes what makes a fresh machine a worker: a start-up script, a manifest, or a batch job."""
+"""Writes what makes a fresh machine a worker: a start-up script, or a batch job."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from spotjax.bootstrap.options import BootstrapOptions, Platform, accelerator, checked
 from spotjax.bootstrap.places import Access, place
-from spotjax.bootstrap.rendering import Verbatim, render, shell, toml, yaml
+from spotjax.bootstrap.rendering import Verbatim, render, shell, toml
 from spotjax.config import TLS
 from spotjax.errors import ConfigError
 
@@ -21,7 +20,6 @@ USER_DATA_LIMIT = 16384
 """Bytes that AWS takes as user data."""
 ENGINE = "/usr/bin/docker"
 DIRECTORY = "/etc/spotjax"
-CLUSTER_SECRET = re.compile(r"secret:([a-z0-9][a-z0-9.-]*)/([A-Za-z0-9._-]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +36,15 @@ def script(platform: Platform, options: BootstrapOptions) -> str:
     """What to give to machines of that platform.
 
     Returns:
-      For ``gce``, ``tpu`` and ``aws`` a Bash script, run as root at every boot (``aws``: at the first one); for ``k8s``
-      a manifest; for ``slurm`` a batch script. It ends in a newline and contains no secret.
+      For ``gce``, ``tpu`` and ``aws`` a Bash script, run as root at every boot (``aws``: at the first one); for
+      ``slurm`` a batch script. It ends in a newline and contains no secret.
 
     Raises:
       ConfigError: the options are out of range, or do not go together.
     """
     options = checked(platform, options)
-    match platform:
-        case "k8s":
-            return render("kubernetes.yaml.j2", yaml, _cluster_values(platform, options))
-        case "slurm":
-            return render("slurm.sh.j2", shell, _cluster_values(platform, options))
+    if platform == "slurm":
+        return render("slurm.sh.j2", shell, _batch_values(options))
     text = render("worker.sh.j2", shell, _machine_values(platform, options))
     if platform == "aws" and (size := len(text.encode())) > USER_DATA_LIMIT:
         raise ConfigError(f"the script has {size} bytes, and AWS takes {USER_DATA_LIMIT}: give shorter options")
@@ -162,37 +157,17 @@ def _unit(options: BootstrapOptions, kind: str) -> str:
     ).rstrip("\n")
 
 
-def _cluster_values(platform: Platform, options: BootstrapOptions) -> dict[str, Any]:
-    secret, tls = _cluster_certificates(platform, options)
+def _batch_values(options: BootstrapOptions) -> dict[str, Any]:
+    tls = {name: getattr(options, name) for name in TLS if options.tls_certificate}
+    for name, path in tls.items():
+        if not path.startswith("/"):
+            raise ConfigError(f"{name} is {path!r}; on slurm it must be a path that all nodes see")
     price_class = "spot" if options.price_class == "auto" else options.price_class
     listen = {"data_listen": f"0.0.0.0:{options.data_port}", "price_class": price_class}
     return {
         "version": options.version,
         "zone": options.zone,
-        "image": options.image,
         "python": options.python,
-        "accelerator": accelerator(platform, options),
         "settings": settings_file(options, tls, **listen),
-        "data_port": options.data_port,
         "stop_seconds": stop_seconds(options),
-        "secret": secret,
     }
-
-
-def _cluster_certificates(platform: Platform, options: BootstrapOptions) -> tuple[str, dict[str, str]]:
-    """The secret of Kubernetes that has the certificates, if any, and where the worker sees them."""
-    given = {name: getattr(options, name) for name in TLS if options.tls_certificate}
-    if platform == "slurm":
-        for name, path in given.items():
-            if not path.startswith("/"):
-                raise ConfigError(f"{name} is {path!r}; on slurm it must be a path that all nodes see")
-        return "", given
-    secrets, paths = set(), {}
-    for name, text in given.items():
-        if not (found := CLUSTER_SECRET.fullmatch(text)):
-            raise ConfigError(f"{name} is {text!r}; on k8s it must be secret:NAME/KEY")
-        secrets.add(found[1])
-        paths[name] = f"/etc/spotjax-tls/{found[2]}"
-    if len(secrets) > 1:
-        raise ConfigError(f"the certificates are in the secrets {' and '.join(sorted(secrets))}; put them in one")
-    return "".join(secrets), paths

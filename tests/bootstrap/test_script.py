@@ -3,18 +3,16 @@
 import shlex
 import shutil
 import subprocess
-import tomllib
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import pairwise
 
-from spotjax.bootstrap.options import PLATFORMS, BootstrapOptions, Platform
+from spotjax.bootstrap.options import BootstrapOptions, Platform
 from spotjax.bootstrap.places import place
 from spotjax.bootstrap.script import USER_DATA_LIMIT, script
 from spotjax.errors import ConfigError
@@ -142,8 +140,6 @@ def test_a_name_from_metadata_that_is_none_ends_the_script() -> None:
         ("gce", {"join_minutes": -1}, "join_minutes"),
         ("gce", {"accelerator": "tpu"}, "accelerator"),
         ("tpu", {"accelerator": "cuda13"}, "accelerator"),
-        ("k8s", {}, "image"),
-        ("k8s", {"image": "a/b", "zone": "z"}, "zone"),
         ("slurm", {"image": "a/b"}, "image"),
         ("gce", {"image": "a/b", "find_links": "/x"}, "find_links"),
         ("gce", {"image": "A b"}, "image"),
@@ -155,7 +151,6 @@ def test_a_name_from_metadata_that_is_none_ends_the_script() -> None:
         ("gce", {"tls_key": "x", "tls_certificate": "/x", "tls_authority": "/x"}, "tls_key"),
         ("gce", {"constraints": "s3://a/b"}, "AWS"),
         ("aws", {"constraints": "gs://a/b"}, "Google"),
-        ("k8s", {"image": "a", "tls_key": "/x", "tls_certificate": "/x", "tls_authority": "/x"}, "secret:NAME/KEY"),
         ("slurm", {"tls_key": "gs://x", "tls_certificate": "/x", "tls_authority": "/x"}, "path"),
         ("gce", {"settings": {"mesh": "auto"}}, "mesh"),
         ("gce", {"settings": {"zone": "z"}}, "zone"),
@@ -189,21 +184,6 @@ def test_the_unit_outlasts_the_grace_and_systemd_takes_it(tmp_path: Path) -> Non
     assert "SuccessAction" not in script("gce", BootstrapOptions(join=JOIN, join_minutes=0))
 
 
-def test_a_manifest_has_what_a_worker_needs_and_kills_it_after_its_grace() -> None:
-    tls = {name: f"secret:certificates/{name}.pem" for name in ("tls_certificate", "tls_key", "tls_authority")}
-    hostile_setting = "a: b\n'\"{{"
-    options = BootstrapOptions(join=JOIN, image="a/b:1", settings={"compilation_cache": hostile_setting}, **tls)
-    settings_map, workers = yaml.safe_load_all(script("k8s", options))
-    assert tomllib.loads(settings_map["data"]["worker.toml"]) == {
-        "join": JOIN, "data_listen": "0.0.0.0:8471", "price_class": "spot", "grace_seconds": 25.0,
-        "compilation_cache": hostile_setting, **{name: f"/etc/spotjax-tls/{name}.pem" for name in tls},
-    }  # fmt: skip
-    pod = workers["spec"]["template"]["spec"]
-    assert pod["terminationGracePeriodSeconds"] == 30
-    assert {variable["name"] for variable in pod["containers"][0]["env"]} >= {"SPOTJAX_NAME", "SPOTJAX_ADVERTISE"}
-    assert pod["volumes"][-1]["secret"]["secretName"] == "certificates"
-
-
 def test_places_keep_the_name_of_a_file() -> None:
     assert place("https://host/a/b.whl?x=1", "wheel").file_name == "b.whl"
     assert place("/a/b.whl", "wheel").file_name == "b.whl"
@@ -211,6 +191,5 @@ def test_places_keep_the_name_of_a_file() -> None:
 
 
 def test_every_platform_has_a_script_with_defaults() -> None:
-    for platform in PLATFORMS:
-        options = BootstrapOptions(join=JOIN, image="a/b" if platform == "k8s" else "")
-        assert JOIN in script(platform, options)
+    for platform in get_args(Platform):
+        assert JOIN in script(platform, BootstrapOptions(join=JOIN))

@@ -16,7 +16,7 @@ SPOT_LABELS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Platform:
+class Cluster:
     """A kind of cluster.
 
     Attributes:
@@ -50,16 +50,16 @@ GKE_SPOT = (SPOT_LABELS[0],)
 GKE_NOTICE_SECONDS = 15.0
 """Of the 30 s that GKE has, what is left for pods that are not critical to the system."""
 
-PLATFORMS: Mapping[str, Platform] = {
-    "local": Platform("", (), "", (), 30.0, access_mode="ReadWriteOnce"),  # what comes with kind and minikube
-    "gke-gpu": Platform(
+CLUSTERS: Mapping[str, Cluster] = {
+    "local": Cluster("", (), "", (), 30.0, access_mode="ReadWriteOnce"),  # what comes with kind and minikube
+    "gke-gpu": Cluster(
         "nvidia.com/gpu",
         GKE_SPOT,
         "cloud.google.com/gke-accelerator",
         (tainted("cloud.google.com/gke-spot", "true"), tainted("nvidia.com/gpu")),
         GKE_NOTICE_SECONDS,
     ),
-    "gke-tpu": Platform(
+    "gke-tpu": Cluster(
         "google.com/tpu",
         GKE_SPOT,
         "cloud.google.com/gke-tpu-accelerator",
@@ -68,14 +68,14 @@ PLATFORMS: Mapping[str, Platform] = {
         topology_label="cloud.google.com/gke-tpu-topology",
         node_pool_label="cloud.google.com/gke-nodepool",
     ),
-    "eks": Platform(
+    "eks": Cluster(
         "nvidia.com/gpu",
         (SPOT_LABELS[1], SPOT_LABELS[2]),
         "node.kubernetes.io/instance-type",
         (tainted("nvidia.com/gpu"),),
         90.0,  # of two minutes, with something in the cluster that drains nodes when AWS announces
     ),
-    "aks": Platform(
+    "aks": Cluster(
         "nvidia.com/gpu",
         (SPOT_LABELS[3],),
         "node.kubernetes.io/instance-type",

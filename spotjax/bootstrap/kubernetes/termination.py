@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 
-from spotjax.errors import ConfigError
-
 SLACK_SECONDS = 3.0
 """From the end of what a process does on SIGTERM to its exit, and for the kubelet to deliver the signal."""
 
@@ -24,13 +22,5 @@ def termination_seconds(pre_stop: float, work: float) -> int:
 
 
 def grace_within(notice: float) -> float:
-    """``grace_seconds`` of a worker without a preStop hook whose node gives it ``notice`` seconds after SIGTERM.
-
-    Raises:
-      ConfigError: that is no time for anything.
-    """
-    if notice <= SLACK_SECONDS:
-        raise ConfigError(
-            f"notice_seconds ({notice:g}) must be more than {SLACK_SECONDS:g}, which a process needs to end"
-        )
+    """``grace_seconds`` of a worker without a preStop hook whose node gives it ``notice`` seconds after SIGTERM."""
     return notice - SLACK_SECONDS

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spotjax.deploy.kubernetes.configuration import (
+from spotjax.bootstrap.kubernetes.clusters import SPOT_LABELS
+from spotjax.bootstrap.kubernetes.configuration import (
     CONTROLLER_SERVICE,
     DATA_PORT,
     GRPC_PORT,
@@ -12,8 +13,8 @@ from spotjax.deploy.kubernetes.configuration import (
     controller_config,
     toml_of,
 )
-from spotjax.deploy.kubernetes.platforms import SPOT_LABELS
-from spotjax.deploy.kubernetes.pods import (
+from spotjax.bootstrap.kubernetes.options import KubernetesOptions
+from spotjax.bootstrap.kubernetes.pods import (
     ZONE_LABEL,
     Manifest,
     container,
@@ -25,75 +26,75 @@ from spotjax.deploy.kubernetes.pods import (
     template,
     volume,
 )
-from spotjax.deploy.kubernetes.termination import termination_seconds
-from spotjax.deploy.kubernetes.values import Values
-from spotjax.serve import FLUSH_SECONDS
+from spotjax.bootstrap.kubernetes.termination import termination_seconds
 
+FLUSH_SECONDS = 2.0
+"""That a server may take beyond ``drain_seconds``, as in ``spotjax.serve``, which is above this."""
 NODE_LOST_SECONDS = 30
 """Without an answer from its node, after which the controller is wanted elsewhere."""
 PORTS = {"grpc": GRPC_PORT, "data": DATA_PORT}
 
 
-def controller(values: Values) -> list[Manifest]:
+def controller(options: KubernetesOptions) -> list[Manifest]:
     """Volume, Deployment and Services."""
     return [
-        _claim(values),
-        _deployment(values),
-        _service(values, "spotjax", ["grpc"]),
-        _service(values, CONTROLLER_SERVICE, ["grpc", "data"]),
+        _claim(options),
+        _deployment(options),
+        _service(options, "spotjax", ["grpc"]),
+        _service(options, CONTROLLER_SERVICE, ["grpc", "data"]),
     ]
 
 
-def _claim(values: Values) -> Manifest:
+def _claim(options: KubernetesOptions) -> Manifest:
     spec: Manifest = {
-        "accessModes": [values.kind.access_mode],
-        "resources": {"requests": {"storage": f"{values.log_gib}Gi"}},
+        "accessModes": [options.kind.access_mode],
+        "resources": {"requests": {"storage": f"{options.log_gib}Gi"}},
     }
-    if values.storage_class:
-        spec["storageClassName"] = values.storage_class
-    name = metadata(values, "spotjax-log", "controller")
+    if options.storage_class:
+        spec["storageClassName"] = options.storage_class
+    name = metadata(options, "spotjax-log", "controller")
     return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": name, "spec": spec}
 
 
-def _deployment(values: Values) -> Manifest:
+def _deployment(options: KubernetesOptions) -> Manifest:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(values, "spotjax-controller", "controller"),
+        "metadata": metadata(options, "spotjax-controller", "controller"),
         "spec": {
             "replicas": 1,
             "strategy": {"type": "Recreate"},  # two at once would want the same log
             "selector": {"matchLabels": labels("controller")},
-            "template": _pod(values),
+            "template": _pod(options),
         },
     }
 
 
-def _pod(values: Values) -> Manifest:
+def _pod(options: KubernetesOptions) -> Manifest:
     claim = {"persistentVolumeClaim": {"claimName": "spotjax-log"}}
-    volumes = [volume("log", STATE, claim), *shared_volumes(values, values.controller_tls_secret)]
-    memory = f"{values.controller_memory_gib}Gi"
-    resources = {"requests": {"cpu": str(values.controller_cpus), "memory": memory}, "limits": {"memory": memory}}
-    one = container(values, "controller", resources=resources, env=[], mounts=[mount for _, mount in volumes])
+    volumes = [volume("log", STATE, claim), *shared_volumes(options, options.controller_tls_secret)]
+    memory = f"{options.controller_memory_gib}Gi"
+    resources = {"requests": {"cpu": str(options.controller_cpus), "memory": memory}, "limits": {"memory": memory}}
+    one = container(options, "controller", resources=resources, env=[], mounts=[mount for _, mount in volumes])
     one["ports"] = [{"name": name, "containerPort": port} for name, port in PORTS.items()]
-    one |= _probes(values)
-    if values.pre_stop_seconds:
-        one["lifecycle"] = {"preStop": {"sleep": {"seconds": values.pre_stop_seconds}}}
+    one |= _probes(options)
+    if options.pre_stop_seconds:
+        one["lifecycle"] = {"preStop": {"sleep": {"seconds": options.pre_stop_seconds}}}
     return template(
-        values,
+        options,
         labels("controller"),
-        toml_of(controller_config(values)),
+        toml_of(controller_config(options)),
         container=one,
         volumes=[source for source, _ in volumes],
-        termination=termination_seconds(values.pre_stop_seconds, values.drain_seconds + FLUSH_SECONDS),
-        scheduling=_scheduling(values),
+        termination=termination_seconds(options.pre_stop_seconds, options.drain_seconds + FLUSH_SECONDS),
+        scheduling=_scheduling(options),
         annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
     )
 
 
-def _probes(values: Values) -> Manifest:
+def _probes(options: KubernetesOptions) -> Manifest:
     """It answers before it has a model, so starting is quick. Not being ready restarts nothing."""
-    alive, ready = _health(values, "liveness"), _health(values, "readiness")
+    alive, ready = _health(options, "liveness"), _health(options, "readiness")
     return {
         "startupProbe": {**alive, "periodSeconds": 2, "timeoutSeconds": 5, "failureThreshold": 60},
         "readinessProbe": {**ready, "periodSeconds": 5, "timeoutSeconds": 5},
@@ -101,30 +102,30 @@ def _probes(values: Values) -> Manifest:
     }
 
 
-def _health(values: Values, service: str) -> Manifest:
+def _health(options: KubernetesOptions, service: str) -> Manifest:
     """The kubelet's own gRPC probes know no TLS."""
-    if values.tls:
+    if options.tls:
         return health_command("controller", *(["--alive"] if service == "liveness" else []))
     return {"grpc": {"port": GRPC_PORT, "service": service}}
 
 
-def _scheduling(values: Values) -> Manifest:
+def _scheduling(options: KubernetesOptions) -> Manifest:
     on_demand = [{"key": key, "operator": "NotIn", "values": [value]} for key, value in SPOT_LABELS]
     nodes = {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchExpressions": on_demand}]}}
     scheduling: dict[str, Any] = {"affinity": {"nodeAffinity": nodes}, "tolerations": gone_nodes(NODE_LOST_SECONDS)}
-    if values.zone:
-        scheduling["nodeSelector"] = {ZONE_LABEL: values.zone}
-    if values.priority_class:
-        scheduling["priorityClassName"] = values.priority_class
+    if options.zone:
+        scheduling["nodeSelector"] = {ZONE_LABEL: options.zone}
+    if options.priority_class:
+        scheduling["priorityClassName"] = options.priority_class
     return scheduling
 
 
-def _service(values: Values, name: str, ports: list[str]) -> Manifest:
+def _service(options: KubernetesOptions, name: str, ports: list[str]) -> Manifest:
     """Leads to the controller whether it is ready or not: it waits for workers, and requests wait for a mesh."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": metadata(values, name, "controller"),
+        "metadata": metadata(options, name, "controller"),
         "spec": {
             "type": "ClusterIP",
             "selector": labels("controller"),

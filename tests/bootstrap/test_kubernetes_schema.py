@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from deployments import VALUES, Manifest, applied
+from deployments import DEPLOYMENTS, Manifest, deployment
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'spotjax[test]'")
 
@@ -13,17 +13,17 @@ VERSIONS = ("1.32", "1.37")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("name", DEPLOYMENTS)
 def test_every_manifest_is_valid(name: str, version: str) -> None:
-    for manifest in applied(VALUES[name]):
+    for manifest in deployment(name):
         kubernetes_validate.validate(manifest, version, strict=True)
 
 
 def test_unknown_fields_and_wrong_types_are_found() -> None:
-    deployment = next(m for m in applied(VALUES["local"]) if m["kind"] == "Deployment")
+    one = next(m for m in deployment("local") if m["kind"] == "Deployment")
 
     def spoiled(**fields: object) -> Manifest:
-        wrong = copy.deepcopy(deployment)
+        wrong = copy.deepcopy(one)
         wrong["spec"]["template"]["spec"].update(fields)
         return wrong
 

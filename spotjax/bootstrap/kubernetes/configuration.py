@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
 
+from spotjax.bootstrap.kubernetes.options import KubernetesOptions
+from spotjax.bootstrap.rendering import toml
 from spotjax.config import TLS, ServeConfig, refuse_contradictions, where_of
-from spotjax.deploy.kubernetes.values import Values
-from spotjax.settings import checked
 
 CONTROLLER_SERVICE = "spotjax-controller"
 SLICE_SERVICE = "spotjax-slices"
@@ -28,52 +27,48 @@ SHARED_MEMORY = "/dev/shm"
 TEMPORARY = "/tmp"
 
 
-def controller_config(values: Values) -> ServeConfig:
+def controller_config(options: KubernetesOptions) -> ServeConfig:
     """Settings of the controller."""
     config = ServeConfig(
-        model=values.model,
+        model=options.model,
         listen=f"0.0.0.0:{GRPC_PORT}",
         data_listen=f"0.0.0.0:{DATA_PORT}",
         commit_log=f"{STATE}/log",
-        drain_seconds=values.drain_seconds,
+        drain_seconds=options.drain_seconds,
         log_format="json",
     )
-    return _complete(config, values, "controller")
+    return _complete(config, options, "controller")
 
 
-def worker_config(values: Values) -> ServeConfig:
+def worker_config(options: KubernetesOptions) -> ServeConfig:
     """Settings that all workers share; name, address and number of a host are in the environment of its pod."""
     config = ServeConfig(
         join=f"{CONTROLLER_SERVICE}:{GRPC_PORT}",
         data_listen=f"0.0.0.0:{DATA_PORT}",
         advertise="the-pods-own",
-        grace_seconds=values.grace_seconds,
-        devices_per_instance=values.chips,
-        slice_hosts=values.hosts,
-        zone=values.zone,
+        grace_seconds=options.grace_seconds,
+        devices_per_instance=options.chips,
+        slice_hosts=options.hosts,
+        zone=options.zone,
         log_format="json",
     )
-    return msgspec.structs.replace(_complete(config, values, "worker"), advertise="")
+    return msgspec.structs.replace(_complete(config, options, "worker"), advertise="")
 
 
 def toml_of(config: ServeConfig) -> str:
     """A file for ``--config``, with the settings that are not at their defaults."""
     lines = (
-        f"{setting.name} = {json.dumps(value, ensure_ascii=False)}\n"
+        f"{setting.name} = {toml(value)}\n"
         for setting in msgspec.structs.fields(ServeConfig)
         if (value := getattr(config, setting.name)) != setting.default
     )
     return "".join(lines)
 
 
-def _complete(config: ServeConfig, values: Values, mode: str) -> ServeConfig:
+def _complete(config: ServeConfig, options: KubernetesOptions, mode: str) -> ServeConfig:
     """With certificates and what else was asked for. Raises ConfigError for settings that contradict each other."""
-    others: dict[str, Any] = {
-        name: checked(name, value, f"{name} in settings")
-        for name, value in values.settings.items()
-        if mode in where_of(name)
-    }
-    if values.tls:
+    others: dict[str, Any] = {name: value for name, value in options.settings.items() if mode in where_of(name)}
+    if options.tls:
         files = zip(TLS, ("tls.crt", "tls.key", "ca.crt"), strict=True)
         others |= {setting: f"{CERTIFICATES}/{file}" for setting, file in files}
     config = msgspec.structs.replace(config, **others)

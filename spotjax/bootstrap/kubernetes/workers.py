@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spotjax.deploy.kubernetes.configuration import (
+from spotjax.bootstrap.kubernetes.configuration import (
     COORDINATOR_PORT,
     DATA_PORT,
     SHARED_MEMORY,
@@ -17,7 +17,8 @@ from spotjax.deploy.kubernetes.configuration import (
     toml_of,
     worker_config,
 )
-from spotjax.deploy.kubernetes.pods import (
+from spotjax.bootstrap.kubernetes.options import KubernetesOptions
+from spotjax.bootstrap.kubernetes.pods import (
     POD_INDEX_LABEL,
     SLICE_LABEL,
     ZONE_LABEL,
@@ -33,40 +34,39 @@ from spotjax.deploy.kubernetes.pods import (
     template,
     volume,
 )
-from spotjax.deploy.kubernetes.termination import termination_seconds
-from spotjax.deploy.kubernetes.values import Values
+from spotjax.bootstrap.kubernetes.termination import termination_seconds
 
 NODE_LOST_SECONDS = 10
 """Without an answer from its node, after which another worker is wanted; the fleet went on without it long before."""
 
 
-def workers(values: Values) -> list[Manifest]:
+def workers(options: KubernetesOptions) -> list[Manifest]:
     """Deployment or StatefulSets, with what belongs to them."""
-    if values.hosts == 1:
-        return [_deployment(values), _disruption_budget(values)]
-    names = [f"slice-{number}" for number in range(values.workers)]
-    return [_slice_service(values), *(_slice(values, name) for name in names), _disruption_budget(values)]
+    if options.hosts == 1:
+        return [_deployment(options), _disruption_budget(options)]
+    names = [f"slice-{number}" for number in range(options.workers)]
+    return [_slice_service(options), *(_slice(options, name) for name in names), _disruption_budget(options)]
 
 
-def _deployment(values: Values) -> Manifest:
-    env = [from_field("SPOTJAX_NAME", "metadata.name"), *_address(values)]
+def _deployment(options: KubernetesOptions) -> Manifest:
+    env = [from_field("SPOTJAX_NAME", "metadata.name"), *_address(options)]
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": metadata(values, "spotjax-worker", "worker"),
+        "metadata": metadata(options, "spotjax-worker", "worker"),
         "spec": {
-            "replicas": values.workers,
+            "replicas": options.workers,
             # one after the other, on the nodes that there are
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "selector": {"matchLabels": labels("worker")},
-            "template": _pod(values, labels("worker"), env, {"topologySpreadConstraints": _spread(values)}),
+            "template": _pod(options, labels("worker"), env, {"topologySpreadConstraints": _spread(options)}),
         },
     }
 
 
-def _slice(values: Values, name: str) -> Manifest:
+def _slice(options: KubernetesOptions, name: str) -> Manifest:
     own = labels("worker", **{SLICE_LABEL: name})
-    hosts = ",".join(f"spotjax-{name}-{host}.{SLICE_SERVICE}" for host in range(values.hosts))
+    hosts = ",".join(f"spotjax-{name}-{host}.{SLICE_SERVICE}" for host in range(options.hosts))
     index = f"metadata.labels['{POD_INDEX_LABEL}']"
     env = [
         {"name": "SPOTJAX_NAME", "value": name},
@@ -75,44 +75,44 @@ def _slice(values: Values, name: str) -> Manifest:
         # how libtpu finds the hosts of its slice
         from_field("TPU_WORKER_ID", index),
         {"name": "TPU_WORKER_HOSTNAMES", "value": hosts},
-        *_address(values),
+        *_address(options),
     ]
-    meta = metadata(values, f"spotjax-{name}", "worker")
+    meta = metadata(options, f"spotjax-{name}", "worker")
     meta["labels"] = own
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
         "metadata": meta,
         "spec": {
-            "replicas": values.hosts,
+            "replicas": options.hosts,
             "serviceName": SLICE_SERVICE,
             "podManagementPolicy": "Parallel",
             # hosts of two versions could not be one slice: whoever updates deletes all pods of a slice at once
             "updateStrategy": {"type": "OnDelete"},
             "selector": {"matchLabels": own},
-            "template": _pod(values, own, env, {"affinity": _slice_affinity(values, name)}),
+            "template": _pod(options, own, env, {"affinity": _slice_affinity(options, name)}),
         },
     }
 
 
-def _pod(values: Values, pod_labels: dict[str, str], env: list[Manifest], scheduling: Manifest) -> Manifest:
+def _pod(options: KubernetesOptions, pod_labels: dict[str, str], env: list[Manifest], scheduling: Manifest) -> Manifest:
     """A pod of a worker.
 
     SIGTERM is its notice to the fleet, so it has no preStop hook, which would only take from the time. It has no
     liveness probe: the controller's lease and the worker's watchdog end what hangs.
     """
-    memory = volume("shared-memory", SHARED_MEMORY, empty_directory(values.shared_memory_gib, "Memory"))
-    volumes = [memory, *shared_volumes(values, values.worker_tls_secret)]
-    config = worker_config(values)
-    one = container(values, "worker", resources=_resources(values), env=env, mounts=[mount for _, mount in volumes])
+    memory = volume("shared-memory", SHARED_MEMORY, empty_directory(options.shared_memory_gib, "Memory"))
+    volumes = [memory, *shared_volumes(options, options.worker_tls_secret)]
+    config = worker_config(options)
+    one = container(options, "worker", resources=_resources(options), env=env, mounts=[mount for _, mount in volumes])
     one["ports"] = [{"name": "data", "containerPort": DATA_PORT}]
     one["readinessProbe"] = {**health_command("worker"), "periodSeconds": 15, "timeoutSeconds": 10}
-    placed = _nodes(values)
+    placed = _nodes(options)
     affinity = placed.pop("affinity", {}) | scheduling.pop("affinity", {})
     if affinity:
         placed["affinity"] = affinity
     return template(
-        values,
+        options,
         pod_labels,
         toml_of(config),
         container=one,
@@ -122,29 +122,29 @@ def _pod(values: Values, pod_labels: dict[str, str], env: list[Manifest], schedu
     )
 
 
-def _address(values: Values) -> list[Manifest]:
+def _address(options: KubernetesOptions) -> list[Manifest]:
     """Where others reach the pod; its zone too, which a pod knows since Kubernetes 1.35 and is empty before."""
-    zone = [] if values.zone else [from_field("SPOTJAX_ZONE", f"metadata.labels['{ZONE_LABEL}']")]
+    zone = [] if options.zone else [from_field("SPOTJAX_ZONE", f"metadata.labels['{ZONE_LABEL}']")]
     return [from_field("SPOTJAX_ADVERTISE", "status.podIP"), *zone]
 
 
-def _resources(values: Values) -> Manifest:
+def _resources(options: KubernetesOptions) -> Manifest:
     """Without a limit for CPU, which would only slow down who has the node to itself."""
-    limits: dict[str, Any] = {"memory": f"{values.memory_gib}Gi"}
-    if values.kind.resource:
-        limits[values.kind.resource] = str(values.devices)
-    return {"requests": {"cpu": str(values.cpus), **limits}, "limits": limits}
+    limits: dict[str, Any] = {"memory": f"{options.memory_gib}Gi"}
+    if options.kind.resource:
+        limits[options.kind.resource] = str(options.devices)
+    return {"requests": {"cpu": str(options.cpus), **limits}, "limits": limits}
 
 
-def _nodes(values: Values) -> Manifest:
+def _nodes(options: KubernetesOptions) -> Manifest:
     """Spot nodes with the accelerator."""
-    kind = values.kind
+    kind = options.kind
     selector = {
         label: value
         for label, value in (
-            (kind.accelerator_label, values.accelerator),
-            (kind.topology_label, values.topology),
-            (ZONE_LABEL, values.zone),
+            (kind.accelerator_label, options.accelerator),
+            (kind.topology_label, options.topology),
+            (ZONE_LABEL, options.zone),
         )
         if label and value
     }
@@ -160,9 +160,9 @@ def _nodes(values: Values) -> Manifest:
     return placed
 
 
-def _spread(values: Values) -> list[Manifest]:
+def _spread(options: KubernetesOptions) -> list[Manifest]:
     """Over nodes, and over zones unless all are to be in one: zones lose their spot machines one at a time."""
-    keys = ["kubernetes.io/hostname"] + ([] if values.zone else [ZONE_LABEL])
+    keys = ["kubernetes.io/hostname"] + ([] if options.zone else [ZONE_LABEL])
     selector = {"matchLabels": labels("worker")}
     return [
         {"maxSkew": 1, "topologyKey": key, "whenUnsatisfiable": "ScheduleAnyway", "labelSelector": selector}
@@ -170,9 +170,9 @@ def _spread(values: Values) -> list[Manifest]:
     ]
 
 
-def _slice_affinity(values: Values, name: str) -> Manifest:
+def _slice_affinity(options: KubernetesOptions, name: str) -> Manifest:
     """All hosts of a slice on one node pool, which no other slice has: a node pool is a slice of TPUs."""
-    key = values.kind.node_pool_label
+    key = options.kind.node_pool_label
     with_us = {"matchLabels": labels("worker", **{SLICE_LABEL: name})}
     others = {
         "matchLabels": labels("worker"),
@@ -185,12 +185,12 @@ def _slice_affinity(values: Values, name: str) -> Manifest:
     }
 
 
-def _slice_service(values: Values) -> Manifest:
+def _slice_service(options: KubernetesOptions) -> Manifest:
     """Names for the hosts of slices, which meet before they are ready."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": metadata(values, SLICE_SERVICE, "worker"),
+        "metadata": metadata(options, SLICE_SERVICE, "worker"),
         "spec": {
             "clusterIP": "None",
             "publishNotReadyAddresses": True,
@@ -203,12 +203,12 @@ def _slice_service(values: Values) -> Manifest:
     }
 
 
-def _disruption_budget(values: Values) -> Manifest:
+def _disruption_budget(options: KubernetesOptions) -> Manifest:
     """Whoever empties nodes takes one worker at a time; one that is not in the fleet has nothing to lose."""
     return {
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
-        "metadata": metadata(values, "spotjax-worker", "worker"),
+        "metadata": metadata(options, "spotjax-worker", "worker"),
         "spec": {
             "maxUnavailable": 1,
             "unhealthyPodEvictionPolicy": "AlwaysAllow",

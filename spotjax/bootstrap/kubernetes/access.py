@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from spotjax.deploy.kubernetes.configuration import DATA_PORT, GRPC_PORT
-from spotjax.deploy.kubernetes.pods import CLIENT_LABEL, NAME_LABEL, SLICE_LABEL, Manifest, labels, metadata
-from spotjax.deploy.kubernetes.values import Values
+from spotjax.bootstrap.kubernetes.configuration import DATA_PORT, GRPC_PORT
+from spotjax.bootstrap.kubernetes.options import KubernetesOptions
+from spotjax.bootstrap.kubernetes.pods import CLIENT_LABEL, NAME_LABEL, SLICE_LABEL, Manifest, labels, metadata
 
 
-def namespace(values: Values) -> Manifest:
+def namespace(options: KubernetesOptions) -> Manifest:
     """The namespace, in which only pods without privileges may be."""
     meta = {
-        "name": values.namespace,
+        "name": options.namespace,
         "labels": {NAME_LABEL: "spotjax", "pod-security.kubernetes.io/enforce": "restricted"},
     }
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
 
 
-def account(values: Values) -> Manifest:
+def account(options: KubernetesOptions) -> Manifest:
     """The account of all pods; they do not speak to Kubernetes, so they get no token."""
-    meta = {"name": "spotjax", "namespace": values.namespace, "labels": {NAME_LABEL: "spotjax"}}
+    meta = {"name": "spotjax", "namespace": options.namespace, "labels": {NAME_LABEL: "spotjax"}}
     return {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": meta, "automountServiceAccountToken": False}
 
 
-def network_policies(values: Values) -> list[Manifest]:
+def network_policies(options: KubernetesOptions) -> list[Manifest]:
     """What may come in; what goes out is free, for model hubs and metadata servers.
 
     Clients are pods with the client label in the namespace, and all pods of namespaces with it. Hosts of one slice may
@@ -33,30 +33,30 @@ def network_policies(values: Values) -> list[Manifest]:
     from_clients = [{"podSelector": client}, {"namespaceSelector": client}]
     policies = [
         _policy(
-            values,
+            options,
             "controller",
             [_rule([of_workers, *from_clients], GRPC_PORT), _rule([of_workers], DATA_PORT)],
         ),
-        _policy(values, "worker", [_rule([of_controller, of_workers], DATA_PORT)]),
+        _policy(options, "worker", [_rule([of_controller, of_workers], DATA_PORT)]),
     ]
-    if values.hosts > 1:
-        policies += [_slice_policy(values, f"slice-{number}") for number in range(values.workers)]
+    if options.hosts > 1:
+        policies += [_slice_policy(options, f"slice-{number}") for number in range(options.workers)]
     return policies
 
 
-def _slice_policy(values: Values, name: str) -> Manifest:
+def _slice_policy(options: KubernetesOptions, name: str) -> Manifest:
     hosts = {"matchLabels": labels("worker", **{SLICE_LABEL: name})}
-    policy = _policy(values, "worker", [{"from": [{"podSelector": hosts}]}])
+    policy = _policy(options, "worker", [{"from": [{"podSelector": hosts}]}])
     policy["metadata"]["name"] = f"spotjax-{name}"
     policy["spec"]["podSelector"] = hosts
     return policy
 
 
-def _policy(values: Values, component: str, ingress: list[Manifest]) -> Manifest:
+def _policy(options: KubernetesOptions, component: str, ingress: list[Manifest]) -> Manifest:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": metadata(values, f"spotjax-{component}", component),
+        "metadata": metadata(options, f"spotjax-{component}", component),
         "spec": {"podSelector": {"matchLabels": labels(component)}, "policyTypes": ["Ingress"], "ingress": ingress},
     }
 

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spotjax.deploy.kubernetes.configuration import CACHE, CERTIFICATES, MODELS, SETTINGS, TEMPORARY
-from spotjax.deploy.kubernetes.values import Values
+from spotjax.bootstrap.kubernetes.configuration import CACHE, CERTIFICATES, MODELS, SETTINGS, TEMPORARY
+from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 
 Manifest = dict[str, Any]
 
@@ -24,9 +24,9 @@ def labels(component: str, **others: str) -> dict[str, str]:
     return {NAME_LABEL: "spotjax", COMPONENT_LABEL: component, **others}
 
 
-def metadata(values: Values, name: str, component: str) -> Manifest:
+def metadata(options: KubernetesOptions, name: str, component: str) -> Manifest:
     """Of an object in the namespace."""
-    return {"name": name, "namespace": values.namespace, "labels": labels(component)}
+    return {"name": name, "namespace": options.namespace, "labels": labels(component)}
 
 
 def from_field(variable: str, path: str) -> Manifest:
@@ -45,7 +45,7 @@ def empty_directory(size_gib: int, medium: str = "") -> Manifest:
     return {"emptyDir": {"sizeLimit": f"{size_gib}Gi"} | ({"medium": medium} if medium else {})}
 
 
-def shared_volumes(values: Values, secret: str) -> list[tuple[Manifest, Manifest]]:
+def shared_volumes(options: KubernetesOptions, secret: str) -> list[tuple[Manifest, Manifest]]:
     """Volumes of controller and workers alike.
 
     Args:
@@ -54,35 +54,40 @@ def shared_volumes(values: Values, secret: str) -> list[tuple[Manifest, Manifest
     volumes = [
         volume("settings", SETTINGS, {"configMap": {"name": "spotjax-settings"}}, read_only=True),
         volume("temporary", TEMPORARY, empty_directory(1)),
-        volume("cache", CACHE, empty_directory(values.cache_gib)),
+        volume("cache", CACHE, empty_directory(options.cache_gib)),
     ]
-    if values.model_claim:
-        claim = {"persistentVolumeClaim": {"claimName": values.model_claim, "readOnly": True}}
+    if options.model_claim:
+        claim = {"persistentVolumeClaim": {"claimName": options.model_claim, "readOnly": True}}
         volumes.append(volume("models", MODELS, claim, read_only=True))
-    if values.tls:
+    if options.tls:
         certificate = {"secret": {"secretName": secret, "defaultMode": 0o440}}
         volumes.append(volume("certificates", CERTIFICATES, certificate, read_only=True))
     return volumes
 
 
-def environment(values: Values) -> list[Manifest]:
+def environment(options: KubernetesOptions) -> list[Manifest]:
     """Variables of all containers. Its home is where libraries put their caches."""
     variables: list[Manifest] = [{"name": "SPOTJAX_CACHE", "value": CACHE}, {"name": "HOME", "value": CACHE}]
-    if values.hub_token_secret:
-        token = {"name": values.hub_token_secret, "key": "token"}
+    if options.hub_token_secret:
+        token = {"name": options.hub_token_secret, "key": "token"}
         variables.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": token}})
     return variables
 
 
 def container(
-    values: Values, component: str, *, resources: Mapping[str, Any], env: Sequence[Manifest], mounts: Sequence[Manifest]
+    options: KubernetesOptions,
+    component: str,
+    *,
+    resources: Mapping[str, Any],
+    env: Sequence[Manifest],
+    mounts: Sequence[Manifest],
 ) -> Manifest:
     """The only container of a pod, without ports and probes."""
     return {
         "name": component,
-        "image": values.image,
+        "image": options.image,
         "command": ["spotjax", "serve", "--config", settings_file(component)],
-        "env": [*environment(values), *env],
+        "env": [*environment(options), *env],
         "resources": dict(resources),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -95,7 +100,7 @@ def container(
 
 
 def template(
-    values: Values,
+    options: KubernetesOptions,
     pod_labels: Mapping[str, str],
     settings: str,
     *,
@@ -108,7 +113,7 @@ def template(
     """A pod.
 
     Args:
-      values: of the deployment.
+      options: of the deployment.
       pod_labels: of the pod.
       settings: text of its settings; a change of them makes other pods.
       container: in it.
