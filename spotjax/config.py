@@ -16,6 +16,7 @@ ADDRESS = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):\d{1,5}"
 HOST = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+)"
 MESH = r"(auto|[1-9]\d*x[1-9]\d*x[1-9]\d*)"
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+NOTICES = r"(auto|none|(gce|tpu|aws|azure)(,(gce|tpu|aws|azure))*)"
 DEFAULT_LISTEN = "127.0.0.1:8470"
 DEFAULT_INSTANCES = 4
 TLS = ("tls_certificate", "tls_key", "tls_authority")
@@ -235,6 +236,49 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=WORKERS,
         ),
     ] = 25.0
+    notices: Annotated[
+        str,
+        Meta(
+            pattern=f"^{NOTICES}$",
+            description="whose notices of this machine's end to listen to, beside signals: auto, the cloud that it is "
+            "on; none; or some of gce, tpu, aws, azure with commas between them",
+            extra=MACHINE,
+        ),
+    ] = "auto"
+    notice_seconds: Annotated[
+        float,
+        Meta(
+            ge=1,
+            le=3600,
+            description="from a preemption notice of Compute Engine, which does not say when, to the machine's end, "
+            "less a few: 115 for a VM that was made with a notice of 120 s",
+            extra=MACHINE,
+        ),
+    ] = 25.0
+    notice_file: Annotated[
+        str,
+        Meta(
+            description="file that notices are written to, one line such as preempt 30, maintenance 600 or rebalance; "
+            "empty: none",
+            extra=MACHINE,
+        ),
+    ] = ""
+    notice_command: Annotated[
+        str,
+        Meta(
+            description="command that writes such lines to standard output, run without a shell, again and again; "
+            "empty: none",
+            extra=MACHINE,
+        ),
+    ] = ""
+    metadata_url: Annotated[
+        str,
+        Meta(
+            pattern=r"^(https?://[^/\s]+)?$",
+            description="where the cloud's metadata server is; empty: http://169.254.169.254",
+            extra=MACHINE,
+        ),
+    ] = ""
     leave: Annotated[
         Literal["early", "late"],
         Meta(

@@ -26,6 +26,7 @@ from spotjax.fleet.controller import Controller
 from spotjax.fleet.door import Door
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.notices.telling import word_of
 from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.fleet.remote import RemoteCluster
 from spotjax.fleet.saving import Saves, still_certain
@@ -183,9 +184,9 @@ class FleetServer:
         self._look_whether_enough()
         self.service.arrived(session.instance)
 
-    def leaving(self, session: WorkerSession, seconds: float) -> None:
-        """See ``Watcher.leaving``."""
-        self.service.noticed(session.instance, seconds)
+    def noticed(self, session: WorkerSession, word: control.Noticed | control.NoticeWithdrawn) -> None:
+        """See ``Watcher.noticed``."""
+        self.service.noticed(word_of(word, session.instance, time.monotonic()))
 
     def step_lost(self, session: WorkerSession, instance: str, problem: str) -> None:
         """See ``Watcher.step_lost``: whoever cannot be sent steps to is of no use to the fleet."""

@@ -73,7 +73,7 @@ class LocalFleet(Service):
         """Starts the process of an instance, whatever became of the one before."""
         prefix, host = self.network.host(name) if self.network else ((), "127.0.0.1")
         place = ("--join", self.address, "--name", name, "--data-listen", f"{host}:0")
-        grace = ("--grace-seconds", f"{GRACE_SECONDS:g}")
+        grace = ("--grace-seconds", f"{GRACE_SECONDS:g}", "--notices", "none")
         flags = (*place, *grace, "--parameter-store", str(self.store), *self._worker_arguments, *arguments)
         worker = Process(name, (*prefix, *SERVE, *flags), self.directory, self._environment)
         self.workers[name] = worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
+from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import (
     FleetEvent,
     FleetStatus,
@@ -61,6 +62,7 @@ RECONFIGURATION_FIELDS = (
     "requests_kept",
     "requests_recomputed",
 )
+NOTICE_FIELDS = ("source", "given", "withdrawn", "left", "taken", "shortest_seconds", "longest_seconds")
 SAVED_FIELDS = ("directory", "parameter_bytes", "requests", "sequences", "positions", "kv_bytes", "seconds")
 
 
@@ -115,6 +117,7 @@ def instance_to(instance: InstanceStatus) -> pb.InstanceStatus:
         zone=instance.zone,
         price_class=PRICE_CLASSES[instance.price_class],
         address=instance.address,
+        advised=instance.advised,
     )
 
 
@@ -129,6 +132,7 @@ def instance_from(message: pb.InstanceStatus) -> InstanceStatus:
         zone=message.zone,
         price_class=PRICE_CLASSES_BACK[message.price_class],
         address=message.address,
+        advised=message.advised,
     )
 
 
@@ -141,6 +145,9 @@ def status_to(status: FleetStatus) -> pb.FleetStatus:
         replicas=[
             pb.ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in status.replicas
         ],
+        notices=[
+            pb.NoticeRecord(**{name: getattr(record, name) for name in NOTICE_FIELDS}) for record in status.notices
+        ],
     )
 
 
@@ -152,6 +159,9 @@ def status_from(message: pb.FleetStatus) -> FleetStatus:
         instances=tuple(map(instance_from, message.instances)),
         replicas=tuple(
             ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in message.replicas
+        ),
+        notices=tuple(
+            NoticeRecord(**{name: getattr(record, name) for name in NOTICE_FIELDS}) for record in message.notices
         ),
     )
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spotjax.commands.output import shown_bytes
+from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, ReplicaStatus
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
@@ -30,7 +31,20 @@ def status_view(status: FleetStatus) -> RenderableType:
         f"requests: {status.requests_running} running, {status.queued} queued, {status.requests_finished} finished   "
         f"tokens: {status.tokens_committed}   reconfigurations: {status.reconfigurations}"
     )
-    return Group(headline, instances_table(status), *mesh_tables(status), requests)
+    return Group(headline, instances_table(status), *mesh_tables(status), requests, *map(notices_line, status.notices))
+
+
+def notices_line(record: NoticeRecord) -> str:
+    """``notices of gce: 3 given, 2 left in time, 1 taken after 12.1 s``."""
+    parts = [f"{record.given} given"]
+    if record.withdrawn:
+        parts.append(f"{record.withdrawn} withdrawn")
+    if record.left:
+        parts.append(f"{record.left} left in time")
+    if record.taken:
+        shortest, longest = f"{record.shortest_seconds:.1f}", f"{record.longest_seconds:.1f}"
+        parts.append(f"{record.taken} taken after {shortest if shortest == longest else f'{shortest} to {longest}'} s")
+    return f"notices of {escape(record.source)}: {', '.join(parts)}"
 
 
 def instances_table(status: FleetStatus) -> Table:
@@ -47,6 +61,8 @@ def instances_table(status: FleetStatus) -> Table:
     for instance in status.instances:
         colour = COLOURS[instance.state]
         state = f"[{colour}]{instance.state}[/{colour}]"
+        if instance.advised and instance.state is InstanceState.READY:
+            state += " [yellow](advised)[/yellow]"
         machine = (instance.zone, instance.price_class.replace("_", "-"), instance.address) if machines else ()
         table.add_row(
             *map(escape, (instance.name, instance.type)),

@@ -28,6 +28,7 @@ from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.notices.standing import Word
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
@@ -167,6 +168,7 @@ class Controller:
                     i.zone,
                     "on_demand" if i.on_demand else "spot",
                     i.address,
+                    i.name in self._members.advised,
                 )
                 for i in self._members.all()
             ),
@@ -180,6 +182,7 @@ class Controller:
             tokens_committed=self._requests.tokens,
             reconfigurations=max(0, self._reconfigurer.epoch - self._epochs_before - 1),
             uptime_seconds=self._clock() - since if since is not None else 0.0,
+            notices=self._attendance.notices(),
         )
 
     @property
@@ -221,9 +224,9 @@ class Controller:
         """See ``Attendance.arrived``."""
         self._attendance.arrived(instance)
 
-    def noticed(self, instance: str, seconds: float) -> None:
+    def noticed(self, word: Word) -> None:
         """See ``Attendance.noticed``."""
-        self._attendance.noticed(instance, seconds)
+        self._attendance.noticed(word)
 
     def gone(self, instance: str, how: str) -> None:
         """See ``Attendance.gone``."""

@@ -28,7 +28,7 @@ class EventLog:
         self._changed = asyncio.Event()
         self._closed = False
 
-    def record(self, kind: str, epoch: int, message: str, **fields: str | int | float) -> None:
+    def record(self, kind: str, epoch: int, message: str, /, **fields: str | int | float) -> None:
         """Adds one event."""
         log.info("%s", message, extra={"event": kind, "epoch": epoch, **fields})
         self._count += 1

@@ -25,6 +25,7 @@ class Membership:
         self._instances = {instance.name: instance for instance in instances}
         self._deadlines: dict[str, float] = {}
         self._losses: Counter[str] = Counter()
+        self._advised: set[str] = set()
 
     def all(self) -> tuple[Instance, ...]:
         """Every instance, in order of name registration."""
@@ -61,20 +62,30 @@ class Membership:
         """Takes an instance up, or one of that name that was there before anew."""
         self._instances[instance.name] = instance
         self._deadlines.pop(instance.name, None)
+        self._advised.discard(instance.name)
 
     def set_state(self, name: str, state: InstanceState) -> None:
         """Moves an instance to another state."""
         self._instances[name] = replace(self._instances[name], state=state)
         if state is InstanceState.GONE:
             self._losses[name] += 1
+            self._advised.discard(name)
         if state is not InstanceState.NOTICED:
             self._deadlines.pop(name, None)
 
     def notice(self, name: str, deadline: float) -> None:
-        """An instance will be gone at a deadline, in monotonic seconds; of several notices the earliest counts."""
-        deadline = min(deadline, self._deadlines.get(name, inf))
+        """An instance will be gone at a deadline, in monotonic seconds."""
         self.set_state(name, InstanceState.NOTICED)
         self._deadlines[name] = deadline
+
+    def advise(self, name: str, advised: bool) -> None:
+        """Notes whether an instance should be replaced, which may still be of use for a long time."""
+        (self._advised.add if advised else self._advised.discard)(name)
+
+    @property
+    def advised(self) -> frozenset[str]:
+        """Instances of which any source says that they may or will be taken, those that have notice included."""
+        return frozenset(self._advised)
 
     def deadline(self, name: str) -> float:
         """Until when an instance that has joined is there: for ever without a notice, minus infinity if it is gone."""

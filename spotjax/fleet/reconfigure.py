@@ -165,6 +165,7 @@ class Reconfigurer:
             going_on = await self._boundary.serve_on(self.placement, reserve)
             return None if going_on else await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
+            self._saving.give_up()
             return reports.unchanged(self.epoch, preparation, self._running())
         self._log.begin_epoch(preparation.placement.epoch)  # early: it is to be on disk before anybody has that mesh
         stopped = self._clock() if self._policy.stops_first else None

@@ -45,8 +45,8 @@ class Watcher(Protocol):
         """It has compiled and loaded, and can be given work."""
         ...
 
-    def leaving(self, session: WorkerSession, seconds: float) -> None:
-        """Its machine will be gone in so many seconds."""
+    def noticed(self, session: WorkerSession, word: control.Noticed | control.NoticeWithdrawn) -> None:
+        """Its machine will be gone, a source says, or will not."""
         ...
 
     def step_lost(self, session: WorkerSession, instance: str, problem: str) -> None:
@@ -282,8 +282,8 @@ class Sessions:
                     self._watcher.ready(session)
                 case control.Done() | control.Failed():
                     session.answered(message)
-                case control.Leaving():
-                    self._watcher.leaving(session, message.seconds)
+                case control.Noticed() | control.NoticeWithdrawn():
+                    self._watcher.noticed(session, message)
                 case control.StepLost():
                     self._watcher.step_lost(session, message.instance, message.message)
                 case _:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.meshes.instance import InstanceState, PriceClass
 from spotjax.meshes.placement import Placement
 
@@ -22,6 +23,7 @@ class InstanceStatus:
       zone: where the machine is; empty if it was not told.
       price_class: what it was rented as.
       address: HOST:PORT at which other instances reach it; empty for devices of this process.
+      advised: a source says that it may or will be taken, now or later: it is time to look for another one.
     """
 
     name: str
@@ -32,6 +34,7 @@ class InstanceStatus:
     zone: str = ""
     price_class: PriceClass = "spot"
     address: str = ""
+    advised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class FleetStatus:
       tokens_committed: output tokens committed since start.
       reconfigurations: epoch switches since start.
       uptime_seconds: since the service became ready.
+      notices: what the notices of every source have come to since start.
     """
 
     model: str
@@ -89,6 +93,7 @@ class FleetStatus:
     tokens_committed: int
     reconfigurations: int
     uptime_seconds: float
+    notices: tuple[NoticeRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +102,8 @@ class FleetEvent:
 
     Attributes:
       time: Unix time in seconds.
-      kind: ``ready recovered registered joined notice lost plan precopy arranged saving saved stop switch draining
-        log``.
+      kind: ``ready recovered registered joined notice withdrawn lost plan precopy arranged saving saved stop switch
+        draining log``.
       epoch: epoch at the time.
       message: one line for people.
       fields: the same as data (instance, bytes, seconds ...).

@@ -7,7 +7,7 @@ the worker's end as far as the fleet is concerned; it may register again. Messag
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -23,7 +23,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
 
 METHOD = "/spotjax.v1.Workers/Join"
-VERSION = 3
+VERSION = 4
 """Both sides must speak the same."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """What the controller's port takes of anybody."""
@@ -182,10 +182,27 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class Leaving(msgspec.Struct, frozen=True, tag=True):
-    """The machine will be gone in ``seconds``."""
+class Noticed(msgspec.Struct, frozen=True, tag=True):
+    """A source says that the machine will be taken; its word replaces the one that it gave before.
 
-    seconds: float
+    Attributes:
+      source: as in ``notice.Notice``.
+      kind: as in ``NoticeKind``.
+      seconds: until the machine is gone; None for advice, which has no end.
+      evidence: what the source says, shortened.
+    """
+
+    source: str
+    kind: Literal["rebalance", "maintenance", "preempt", "lost"]
+    seconds: float | None
+    evidence: str
+
+
+class NoticeWithdrawn(msgspec.Struct, frozen=True, tag=True):
+    """That source takes its word back."""
+
+    source: str
+    evidence: str
 
 
 class StepLost(msgspec.Struct, frozen=True, tag=True):
@@ -200,7 +217,7 @@ class StepLost(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromWorker = Register | Ready | Done | Failed | Leaving | StepLost
+FromWorker = Register | Ready | Done | Failed | Noticed | NoticeWithdrawn | StepLost
 
 
 # -- controller to worker

@@ -1,6 +1,6 @@
 """The worker process: joins a controller, and again when it is lost, until it is released or its machine goes.
 
-Puts the parts together: devices, data endpoint, heartbeat, sessions, signals.
+Puts the parts together: devices, data endpoint, heartbeat, sessions, notices.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import socket
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +20,9 @@ import numpy as np
 
 from spotjax.config import ServeConfig
 from spotjax.errors import ConnectionLost, TransportError
+from spotjax.fleet.notices.standing import Standing, Word
+from spotjax.fleet.notices.telling import message_of, seconds_left
+from spotjax.machine_notices import MachineNotices
 from spotjax.protocol import control
 from spotjax.protocol.backup import BackupHeader
 from spotjax.protocol.steps import StepHeader
@@ -54,6 +57,8 @@ CANCEL_SECONDS = 1.0
 """For work to end that was cancelled."""
 RETRY_SECONDS = (0.1, 1.0)
 """Between attempts to join, doubling from the first to the second."""
+LONGEST_TIMER = 3600.0
+"""Seconds after which a deadline that is far away is looked at again."""
 
 
 async def run(config: ServeConfig) -> int:
@@ -89,7 +94,10 @@ class WorkerProcess:
         self._heartbeat: Heartbeat | None = None
         self._beating = ("", 0.0)
         self._watchdog = Watchdog()
-        self._leaving = asyncio.Event()
+        self._standing = Standing()
+        self._notices: MachineNotices | None = None
+        self._changed = asyncio.Event()
+        """What stands has."""
         self._reported: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -103,19 +111,19 @@ class WorkerProcess:
         self._watchdog.start()
         self._links = Links(self._endpoint, self._steps_lost)
         self._peers = self._make_peers()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._told_to_leave)
 
     async def work(self) -> int:
         """Joins and works, again and again."""
-        pause, leaving = RETRY_SECONDS[0], asyncio.create_task(self._leaving.wait())
+        self._listen()
+        pause = RETRY_SECONDS[0]
         log.info("joining the fleet of %s", self._config.join)
         while True:
-            started = asyncio.get_running_loop().time()
+            started = self._loop.time()
             stay = asyncio.create_task(self._stay())
-            await asyncio.wait({stay, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if leaving.done():
-                return await self._leave(stay)
+            await self._until_over(stay)
+            if not stay.done():
+                await self._break_off(stay)
+                return 0
             match stay.result():
                 case End.RELEASED:
                     log.info("released by the controller")
@@ -124,12 +132,14 @@ class WorkerProcess:
                     os._exit(1)  # as if the machine were taken: nothing is finished or cleaned up
                 case End.REFUSED:
                     return 1
-            lasted = asyncio.get_running_loop().time() - started
+            lasted = self._loop.time() - started
             if lasted > RETRY_SECONDS[1]:
                 log.warning("the controller is lost; trying to join again")
             pause = RETRY_SECONDS[0] if lasted > RETRY_SECONDS[1] else min(2 * pause, RETRY_SECONDS[1])
-            await asyncio.wait({leaving}, timeout=pause)
-            if leaving.done():
+            pausing = asyncio.create_task(asyncio.sleep(pause))
+            await self._until_over(pausing)
+            if not pausing.done():
+                pausing.cancel()
                 return 0
 
     async def close(self) -> None:
@@ -140,6 +150,8 @@ class WorkerProcess:
             await asyncio.to_thread(self._worker.close, for_good=True)
         self._watchdog.close()
         await self._disconnect()
+        if self._notices is not None:
+            await self._notices.close()
 
     async def _disconnect(self) -> None:
         await self._endpoint.close()
@@ -157,7 +169,7 @@ class WorkerProcess:
         else:
             channel = grpc.aio.insecure_channel(self._config.join, options=control.OPTIONS)
         async with channel:
-            self._session = Session(channel, registration, self._prepare)
+            self._session = Session(channel, registration, self._prepare, self._news)
             try:
                 return await self._session.run()
             finally:
@@ -207,30 +219,52 @@ class WorkerProcess:
     def _make_executor(self, model: CompiledModel, max_positions: int) -> StageExecutor:
         return StageExecutor(self._name, model, max_positions, self._links.send, self._step_failed, self._watchdog)
 
-    async def _leave(self, stay: asyncio.Task[End]) -> int:
-        """Gives the fleet its notice and works on until it is released or time is up."""
-        session, seconds = self._session, self._config.grace_seconds
-        if session is not None and session.ready and seconds > 0 and not stay.done():
-            log.info("leaving the fleet", extra={"seconds": seconds})
-            self._report(control.Leaving(seconds))
-            await asyncio.wait({stay}, timeout=seconds)
-        if not stay.done():
-            stay.cancel()
-            await asyncio.wait({stay}, timeout=CANCEL_SECONDS)
+    def _listen(self) -> None:
+        gpu = self._devices[0].platform == "gpu"
+        self._notices = MachineNotices(self._config, self._name, self._heard, signals=True, gpu=gpu)
+
+    def _heard(self, word: Word) -> None:
+        """A source says something of this machine: the fleet hears it, too, or will once there is one."""
+        stands = self._standing.hear(word, time.monotonic())
+        if stands == self._standing:
+            return
+        self._standing = stands
+        self._changed.set()
+        if self._session is not None and self._session.ready and self._seconds_left() > 0:
+            self._report(message_of(stands.words.get(word.source, word), time.monotonic()))
+
+    def _news(self) -> Sequence[control.FromWorker]:
+        """What another controller has to hear."""
+        return [message_of(word, time.monotonic()) for word in self._standing.words.values()]
+
+    def _seconds_left(self) -> float:
+        ready = self._session is not None and self._session.ready
+        return seconds_left(self._standing, time.monotonic(), ready=ready)
+
+    async def _until_over(self, task: asyncio.Task[Any]) -> None:
+        """Until the task has ended, or the time of this worker is over."""
+        while not task.done() and (left := self._seconds_left()) > 0:
+            self._changed.clear()
+            changed = asyncio.create_task(self._changed.wait())
+            try:
+                waiting: set[asyncio.Task[Any]] = {task, changed}
+                timeout = min(left, LONGEST_TIMER)
+                await asyncio.wait(waiting, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                changed.cancel()
+
+    async def _break_off(self, stay: asyncio.Task[End]) -> None:
+        """Time is up."""
+        stay.cancel()
+        await asyncio.wait({stay}, timeout=CANCEL_SECONDS)
         if not stay.done():  # compiling, which cannot be interrupted
             await asyncio.to_thread(self._forsake)
             os._exit(0)
-        return 0
 
     def _forsake(self) -> None:
         """What must be done even if the rest of the process cannot be ended in order."""
         if self._heartbeat is not None:
             self._heartbeat.close()
-
-    def _told_to_leave(self) -> None:
-        if self._leaving.is_set():
-            os._exit(1)
-        self._leaving.set()
 
     def _receive(self, connection: Connection, header: Any, payload: memoryview) -> None:
         if self._worker is None:

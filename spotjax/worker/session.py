@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum, auto
 from typing import Any
 
@@ -44,10 +44,17 @@ class Session:
       channel: to the controller.
       registration: who we are.
       prepare: called once we are welcome.
+      news: what to tell a controller, beside what we have, once we are ready.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, registration: control.Register, prepare: Prepare) -> None:
-        self._registration, self._prepare = registration, prepare
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        registration: control.Register,
+        prepare: Prepare,
+        news: Callable[[], Iterable[control.FromWorker]] = tuple,
+    ) -> None:
+        self._registration, self._prepare, self._news = registration, prepare, news
         self._stream: Any = channel.stream_stream(
             control.METHOD,
             request_serializer=control.encode,
@@ -131,6 +138,8 @@ class Session:
             self._unfit.set_result(End.REFUSED)
             return
         await self.tell(self._worker.ready())
+        for message in self._news():
+            await self.tell(message)
 
     def _begin(self, command: control.Command) -> None:
         """Starts a command when the one before it is done, which a new preparation puts an end to.

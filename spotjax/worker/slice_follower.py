@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
+import time
 from typing import Any
 
 from spotjax.errors import PeerUnreachable
+from spotjax.fleet.notices.standing import Word
+from spotjax.fleet.notices.telling import message_of
 from spotjax.protocol import control
 from spotjax.protocol.steps import StepHeader
 from spotjax.transport.connection import Connection
@@ -18,8 +20,8 @@ from spotjax.worker.slice_leader import LEASE_SECONDS
 from spotjax.worker.slice_messages import (
     Answer,
     Greeting,
-    HostLeaving,
     HostLostStep,
+    HostNoticed,
     Order,
     SliceEnds,
     Superseded,
@@ -51,6 +53,7 @@ class FollowerProcess(SliceProcess):
 
     async def work(self) -> int:
         """Follows until the leader says that it is over."""
+        self._listen()
         await self._ended.wait()
         return self.code
 
@@ -117,12 +120,10 @@ class FollowerProcess(SliceProcess):
         if isinstance(message, control.StepLost):
             self._leader.send(HostLostStep(message.instance, message.message))
 
-    def _told_to_leave(self) -> None:
+    def _heard(self, word: Word) -> None:
         """The notice is the whole slice's."""
-        if self._told:
-            os._exit(1)
-        self._told = True
-        self._leader.send(HostLeaving())
+        message = message_of(word, time.monotonic())
+        self._leader.send(HostNoticed(self._hosts.number), control.encode(message))
 
     def _leader_gone(self) -> None:
         if not self._ended.is_set():

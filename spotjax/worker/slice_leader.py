@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
 import msgspec
 
 from spotjax.errors import PeerUnreachable, SliceUnavailable
+from spotjax.fleet.notices.telling import of_host, word_of
 from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
 from spotjax.protocol.steps import StepHeader
@@ -19,8 +21,8 @@ from spotjax.worker.slice_executor import SliceExecutor
 from spotjax.worker.slice_messages import (
     Answer,
     Greeting,
-    HostLeaving,
     HostLostStep,
+    HostNoticed,
     Order,
     SliceEnds,
     Superseded,
@@ -210,8 +212,8 @@ class LeaderProcess(SliceProcess):
                 self._followers.answered(header, payload)
             case Beat():
                 self._followers.beats[int(header.incarnation)] = self._loop.time()
-            case HostLeaving():
-                self._leaving.set()
+            case HostNoticed():
+                self._host_noticed(header.host, payload)
             case HostLostStep():
                 self._report(control.StepLost(header.instance, header.message))
             case _:
@@ -226,6 +228,12 @@ class LeaderProcess(SliceProcess):
     def _host_gone(self, host: int) -> None:
         if not self._followers.ending:
             self._die(f"host {host} is gone")
+
+    def _host_noticed(self, host: int, payload: memoryview) -> None:
+        """What any host hears is the whole slice's."""
+        message = control.decode_from_worker(payload)
+        assert isinstance(message, control.Noticed | control.NoticeWithdrawn), "that is what hosts send so"
+        self._heard(of_host(word_of(message, self._name, time.monotonic()), host))
 
     async def _watch(self) -> None:
         """Ends the slice when a host is silent."""

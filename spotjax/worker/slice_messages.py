@@ -27,8 +27,11 @@ class Answer(msgspec.Struct, frozen=True, tag=True, array_like=True):
     number: int
 
 
-class HostLeaving(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """The host was told that its machine will be taken, and so the slice."""
+class HostNoticed(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """A source says of this host's machine what it says of the slice then; the payload is a ``control`` message:
+    Noticed or NoticeWithdrawn."""
+
+    host: int
 
 
 class HostLostStep(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -61,7 +64,7 @@ class SliceEnds(msgspec.Struct, frozen=True, tag=True, array_like=True):
     code: int
 
 
-SliceFrame = Greeting | Answer | HostLeaving | HostLostStep | Order | Superseded | SliceEnds
+SliceFrame = Greeting | Answer | HostNoticed | HostLostStep | Order | Superseded | SliceEnds
 
 
 class ReadHeads(msgspec.Struct, frozen=True, tag=True, array_like=True):

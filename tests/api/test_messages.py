@@ -21,6 +21,7 @@ from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.engine.generation import Delta, Usage
 from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import PlanError, SpotjaxError
+from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import (
     FleetEvent,
     FleetStatus,
@@ -63,8 +64,10 @@ deltas = st.builds(
 positions = st.dictionaries(count, st.builds(Position, count, count, count), max_size=3)
 price_classes = st.sampled_from(get_args(PriceClass))
 instances = st.builds(
-    InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions, names, price_classes, names
-)
+    InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions, names, price_classes, names,
+    st.booleans(),
+)  # fmt: skip
+records = st.builds(NoticeRecord, names, count, count, count, count, number, number)
 statuses = st.builds(
     FleetStatus,
     model=names,
@@ -77,6 +80,7 @@ statuses = st.builds(
     tokens_committed=count,
     reconfigurations=count,
     uptime_seconds=number,
+    notices=st.lists(records, max_size=2).map(tuple),
 )
 events = st.builds(
     FleetEvent, number, names, count, names, st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1) | number)

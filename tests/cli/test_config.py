@@ -44,6 +44,8 @@ EMBEDDED = {
     "prefix_cache": False,
     "attention": "xla", "compilation_cache": "off", "log_level": "debug", "log_format": "json",
     "leave": "late", "durability": "interval", "commit_log": "/logs",
+    "notices": "gce,aws", "notice_seconds": 115.0, "notice_file": "/run/notice", "notice_command": "watch it",
+    "metadata_url": "http://127.0.0.1:80",
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
@@ -101,7 +103,8 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
     [
         ("instances", "-1"), ("instances", "two"), ("workers", "-1"), ("workers", "1025"), ("join", "host"),
         ("name", "a b"),         ("name", "-a"), ("lease_seconds", "0.1"), ("lease_seconds", "61"),
-        ("grace_seconds", "-1"), ("zone", "a/b"),
+        ("grace_seconds", "-1"), ("zone", "a/b"), ("notices", "gcp"), ("notices", "auto,gce"), ("notices", ""),
+        ("notice_seconds", "0"), ("metadata_url", "169.254.169.254"), ("metadata_url", "http://host/path"),
         ("grace_seconds", "3601"), ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),

@@ -198,7 +198,7 @@ async def test_of_two_notices_the_earlier_deadline_counts() -> None:
         fleet.service.submit(f"r{n}", max_tokens=30, ignore_eos=True)
     fleet.notice("i2", 30)
     await asyncio.sleep(0.1)
-    fleet.notice("i2", 50)
+    fleet.notice("i2", 50, source="another")
     assert fleet.service.members.deadline("i2") == pytest.approx(now() + 29.9)
     fleet.notice("i2", 0.11, in_time=False)  # two steps, which may be in flight, take 0.1 s at most
     await asyncio.sleep(2)
@@ -321,4 +321,4 @@ async def test_who_goes_when_the_service_closes_is_noted_and_nothing_changes_for
     fleet.die("i2")
     await asyncio.sleep(30)
     assert set(states(fleet).values()) == {InstanceState.GONE}
-    assert [event.kind for event in controller.recent()] == [*before, "lost", "lost", "lost"]
+    assert [event.kind for event in controller.recent()] == [*before, "lost", "notice", "lost", "lost"]

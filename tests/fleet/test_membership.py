@@ -61,14 +61,26 @@ def test_who_is_alive_is_found() -> None:
     assert members().require_alive("i1").state is InstanceState.NOTICED
 
 
-def test_the_earliest_deadline_counts_and_ends_with_the_notice() -> None:
+def test_a_deadline_ends_with_the_notice() -> None:
     membership = members()
     assert membership.deadline("i0") == inf and membership.deadline("i2") == membership.deadline("i3") == -inf
-    membership.notice("i0", 30.0)
     membership.notice("i0", 20.0)
-    membership.notice("i0", 40.0)
     assert membership.deadline("i0") == 20.0 and membership.is_leaving("i0")
     membership.set_state("i0", InstanceState.GONE)
     assert membership.deadline("i0") == -inf and membership.losses("i0") == 1 and not membership.is_leaving("i0")
     membership.set_state("i0", InstanceState.READY)
     assert membership.deadline("i0") == inf
+
+
+def test_who_should_be_replaced_is_known_until_it_is_gone_or_somebody_else() -> None:
+    membership = members()
+    membership.advise("i0", True)
+    membership.advise("i1", True)
+    membership.notice("i0", 20.0)
+    assert membership.advised == {"i0", "i1"}
+    membership.set_state("i0", InstanceState.GONE)
+    membership.advise("i1", False)
+    assert membership.advised == frozenset()
+    membership.advise("i1", True)
+    membership.register(membership.require_alive("i1"))
+    assert membership.advised == frozenset()

@@ -29,6 +29,10 @@ def registration(name: str = "a", incarnation: str = "1", version: int = control
     return control.Register(version, name, incarnation, KIND, "cpu", False, "", "127.0.0.1:1")
 
 
+NOTICED = control.Noticed("gce", "preempt", 3.0, "instance/preempted: TRUE")
+WITHDRAWN = control.NoticeWithdrawn("gce", "instance/preempted: FALSE")
+
+
 class Clock:
     now = 0.0
 
@@ -64,10 +68,10 @@ class Recorder:
     def ready(self, session: WorkerSession) -> None:
         self._tell("ready", session.instance)
 
-    def leaving(self, session: WorkerSession, seconds: float) -> None:
+    def noticed(self, session: WorkerSession, word: control.Noticed | control.NoticeWithdrawn) -> None:
         if self.raises is not None:
             raise self.raises
-        self._tell("leaving", session.instance, seconds)
+        self._tell("noticed", session.instance, word)
 
     def step_lost(self, session: WorkerSession, instance: str, problem: str) -> None:
         self._tell("step_lost", session.instance, instance, problem)
@@ -177,10 +181,15 @@ async def test_a_worker_registers_gets_ready_and_carries_out_commands(fleet: Fle
         await first
     assert (failed.value.instance, failed.value.unreachable) == ("a", "b")
     assert session.compiled == 8
-    await worker.say(control.Leaving(3.0))
+    await worker.say(NOTICED)
+    await worker.say(WITHDRAWN)
     await worker.say(control.StepLost("b", "reset"))
-    await fleet.watcher.until_told("registered", "ready", "leaving", "step_lost")
-    assert fleet.watcher.told[2:] == [("leaving", "a", 3.0), ("step_lost", "a", "b", "reset")]
+    await fleet.watcher.until_told("registered", "ready", "noticed", "noticed", "step_lost")
+    assert fleet.watcher.told[2:] == [
+        ("noticed", "a", NOTICED),
+        ("noticed", "a", WITHDRAWN),
+        ("step_lost", "a", "b", "reset"),
+    ]
 
 
 async def test_another_version_is_refused_for_good_and_nobody_is_told(fleet: Fleet) -> None:
@@ -203,7 +212,7 @@ async def test_whom_the_fleet_refuses_is_told_why(fleet: Fleet) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [b"\xc1 garbage", control.encode(control.Refused("no", True)), control.encode(control.Leaving(1.0))]
+    "first", [b"\xc1 garbage", control.encode(control.Refused("no", True)), control.encode(NOTICED)]
 )
 async def test_a_first_message_that_is_no_registration_is_an_error_of_the_caller(fleet: Fleet, first: bytes) -> None:
     worker = fleet.worker()
@@ -232,7 +241,7 @@ async def test_garbage_later_ends_the_session_and_is_reported(fleet: Fleet, capl
 async def test_an_error_of_the_fleet_itself_is_not_hidden(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     worker = await fleet.join()
     fleet.watcher.raises = KeyError("a bug")
-    await worker.say(control.Leaving(1.0))
+    await worker.say(NOTICED)
     await fleet.watcher.until_told("registered", "ended")
     assert "a bug" in caplog.text
 
@@ -308,15 +317,15 @@ async def test_answers_that_nobody_waits_for_are_ignored(fleet: Fleet) -> None:
     await worker.say(control.Done(1, 2))
     await worker.say(control.Failed(1, "", "after all"))
     assert (await asked).moved == 1
-    await worker.say(control.Leaving(1.0))
-    await fleet.watcher.until_told("registered", "leaving")
+    await worker.say(NOTICED)
+    await fleet.watcher.until_told("registered", "noticed")
 
 
 async def test_a_second_registration_on_a_stream_is_ignored(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     worker = await fleet.join()
     await worker.say(registration("b"))
-    await worker.say(control.Leaving(1.0))
-    await fleet.watcher.until_told("registered", "leaving")
+    await worker.say(NOTICED)
+    await fleet.watcher.until_told("registered", "noticed")
     assert [session.instance for session in fleet.sessions.all()] == ["a"]
     assert "second registration" in caplog.text
 
@@ -329,7 +338,7 @@ async def test_what_comes_after_the_end_is_ignored_and_what_was_told_before_is_s
     session.tell(control.Release(at_once=False))
     fleet.sessions.end("a", "released")
     session.tell(control.Forget((99,)))
-    await worker.say(control.Leaving(1.0))
+    await worker.say(NOTICED)
     heard = [await worker.hear() for _ in range(52)]
     assert heard == [*(control.Forget((number,)) for number in range(50)), control.Release(False), None]
     assert fleet.watcher.told == [("registered", "a"), ("ended", "a", "released")]

@@ -12,6 +12,7 @@ from pure_model import PurePipeline
 
 from spotjax.engine.batch import Batch, StepResult
 from spotjax.fleet.boundary import Leave
+from spotjax.fleet.notices.notice import Notice, NoticeKind, Withdrawn
 from spotjax.meshes.instance import Instance
 from spotjax.reshard.transfer import PageTransfer, Preparation, Traffic
 
@@ -125,11 +126,25 @@ class Fleet:
         """Its session ends."""
         self.service.controller.gone(instance, "(its connection closed)")
 
-    def notice(self, instance: str, seconds: float, *, in_time: bool = True) -> None:
+    def notice(
+        self,
+        instance: str,
+        seconds: float | None,
+        *,
+        in_time: bool = True,
+        source: str = "cloud",
+        kind: NoticeKind = NoticeKind.PREEMPT,
+    ) -> None:
         """Its cloud announces its end; ``in_time`` if that is long enough to leave it in order."""
-        if in_time:
+        if in_time and seconds is not None:
             self.cluster.kept.setdefault(instance, now() + seconds)
-        self.service.controller.noticed(instance, seconds)
+        deadline = None if seconds is None else now() + seconds
+        self.service.controller.noticed(Notice(source, kind, instance, deadline, "it said so"))
+
+    def withdraw(self, instance: str, source: str = "cloud") -> None:
+        """Its cloud takes that back."""
+        self.cluster.kept.pop(instance, None)
+        self.service.controller.noticed(Withdrawn(source, instance, "it said so"))
 
     async def finish(self) -> None:
         """Lets all requests end and closes; nothing has failed, and no deadline was missed."""

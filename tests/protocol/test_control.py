@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spotjax.fleet.notices.notice import NoticeKind
 from spotjax.meshes.instance import DeviceRef, InstanceType
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
@@ -70,7 +71,14 @@ from_worker = st.one_of(
         st.text(),
     ),
     st.builds(control.Failed, numbers, st.text(), st.text()),
-    st.builds(control.Leaving, st.floats(0, 1e6)),
+    st.builds(
+        control.Noticed,
+        st.text(),
+        st.sampled_from([kind.value for kind in NoticeKind]),
+        st.none() | st.floats(0, 1e6),
+        st.text(),
+    ),
+    st.builds(control.NoticeWithdrawn, st.text(), st.text()),
     st.builds(control.StepLost, st.text(), st.text()),
 )
 from_controller = st.one_of(
@@ -141,7 +149,7 @@ def test_nobody_takes_what_is_for_the_other_side(message: msgspec.Struct) -> Non
     with pytest.raises(msgspec.ValidationError):
         control.decode_from_worker(control.encode(message))
     with pytest.raises(msgspec.ValidationError):
-        control.decode_from_controller(control.encode(control.Leaving(1.0)))
+        control.decode_from_controller(control.encode(control.NoticeWithdrawn("gce", "")))
 
 
 def test_every_command_can_be_told_apart_and_has_an_id() -> None:

@@ -69,6 +69,7 @@ class Controller:
         self.prepare: Callable[[control.Welcome], Awaitable[Any]] = self._prepare
         self.welcomed: list[control.Welcome] = []
         self.channel: grpc.aio.Channel | None = None
+        self.news: list[control.FromWorker] = []
 
     async def _prepare(self, welcome: control.Welcome) -> Worker:
         self.welcomed.append(welcome)
@@ -84,7 +85,7 @@ class Controller:
     def start(self) -> asyncio.Task[End]:
         """The worker's stay begins."""
         assert self.channel is not None
-        self.session = Session(self.channel, REGISTRATION, self.prepare)  # type: ignore[arg-type]
+        self.session = Session(self.channel, REGISTRATION, self.prepare, lambda: self.news)  # type: ignore[arg-type]
         return asyncio.create_task(self.session.run())
 
     async def hear(self) -> Any:
@@ -301,8 +302,16 @@ async def test_a_stay_that_is_cancelled_ends_when_what_cannot_be_interrupted_has
 
 async def test_what_is_told_after_the_end_is_lost_without_an_error(controller: Controller) -> None:
     stay = await controller.welcome()
-    await controller.session.tell(control.Leaving(3.0))
-    assert await controller.hear() == control.Leaving(3.0)
+    await controller.session.tell(control.NoticeWithdrawn("gce", ""))
+    assert await controller.hear() == control.NoticeWithdrawn("gce", "")
     controller.hang_up.set()
     await ended(stay)
-    await controller.session.tell(control.Leaving(2.0))
+    await controller.session.tell(control.NoticeWithdrawn("gce", ""))
+
+
+async def test_a_controller_hears_what_is_to_be_told_right_after_what_the_worker_has(controller: Controller) -> None:
+    controller.news = [control.Noticed("gce-upcoming", "maintenance", 3600.0, "")]
+    stay = await controller.welcome()
+    assert await controller.hear() == controller.news[0]
+    controller.hang_up.set()
+    await ended(stay)

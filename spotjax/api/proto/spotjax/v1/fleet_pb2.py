@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(spotjax/api/proto/spotjax/v1/fleet.proto\x12\nspotjax.v1\"\x0f\n\rStatusRequest\"#\n\x0cWatchRequest\x12\x13\n\x0brecent_only\x18\x01 \x01(\x08\"9\n\x0ePreemptRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rgrace_seconds\x18\x02 \x01(\x01\" \n\x0c\x44rainRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\x1b\n\nAddRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"T\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x08\x12\r\n\x05state\x18\x03 \x01(\x08\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xa0\x01\n\x05Saved\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x02 \x01(\x04\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x11\n\tpositions\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x10\n\x08left_out\x18\x07 \x03(\t\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\"\xd4\x02\n\x0b\x46leetStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12-\n\tinstances\x18\x05 \x03(\x0b\x32\x1a.spotjax.v1.InstanceStatus\x12+\n\x08replicas\x18\x06 \x03(\x0b\x32\x19.spotjax.v1.ReplicaStatus\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x18\n\x10requests_running\x18\x08 \x01(\r\x12\x19\n\x11requests_finished\x18\t \x01(\x04\x12\x18\n\x10tokens_committed\x18\n \x01(\x04\x12\x18\n\x10reconfigurations\x18\x0b \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\"\x93\x01\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x05shape\x18\x02 \x01(\x0b\x32\x15.spotjax.v1.MeshShape\x12&\n\x06layers\x18\x03 \x03(\x0b\x32\x16.spotjax.v1.LayerRange\x12)\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x18.spotjax.v1.PlacedDevice\"8\n\tMeshShape\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\")\n\nLayerRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"W\n\x0cPlacedDevice\x12&\n\x08position\x18\x01 \x01(\x0b\x32\x14.spotjax.v1.Position\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\"7\n\x08Position\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\"\xb9\x02\n\x0eInstanceStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.spotjax.v1.InstanceState\x12\x0f\n\x07\x64\x65vices\x18\x04 \x01(\r\x12<\n\tpositions\x18\x05 \x03(\x0b\x32).spotjax.v1.InstanceStatus.PositionsEntry\x12\x0c\n\x04zone\x18\x06 \x01(\t\x12+\n\x0bprice_class\x18\x07 \x01(\x0e\x32\x16.spotjax.v1.PriceClass\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x1a\x46\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.spotjax.v1.Position:\x02\x38\x01\"\xaf\x01\n\rReplicaStatus\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x12\n\npages_used\x18\x04 \x01(\r\x12\x13\n\x0bpages_total\x18\x05 \x01(\r\x12\x14\n\x0cpages_cached\x18\x06 \x01(\r\x12\x18\n\x10tokens_prefilled\x18\x07 \x01(\x04\x12\x15\n\rtokens_reused\x18\x08 \x01(\x04\"\xbe\x01\n\nFleetEvent\x12\x0c\n\x04time\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x32\n\x06\x66ields\x18\x05 \x03(\x0b\x32\".spotjax.v1.FleetEvent.FieldsEntry\x1a@\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.spotjax.v1.Value:\x02\x38\x01\"E\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x12H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x42\x07\n\x05value\"\x94\x02\n\x0fReconfiguration\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12$\n\x05\x61\x66ter\x18\x03 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12\x16\n\x0e\x62ytes_in_place\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x06 \x01(\x04\x12\x17\n\x0fprecopy_seconds\x18\x07 \x01(\x01\x12\x15\n\rpause_seconds\x18\x08 \x01(\x01\x12\x15\n\rrequests_kept\x18\t \x01(\r\x12\x1b\n\x13requests_recomputed\x18\n \x01(\r*\xb7\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_JOINING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1a\n\x16INSTANCE_STATE_NOTICED\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x17\n\x13INSTANCE_STATE_GONE\x10\x05*Z\n\nPriceClass\x12\x1b\n\x17PRICE_CLASS_UNSPECIFIED\x10\x00\x12\x14\n\x10PRICE_CLASS_SPOT\x10\x01\x12\x19\n\x15PRICE_CLASS_ON_DEMAND\x10\x02\x32\xf6\x02\n\x05\x46leet\x12<\n\x06Status\x12\x19.spotjax.v1.StatusRequest\x1a\x17.spotjax.v1.FleetStatus\x12;\n\x05Watch\x12\x18.spotjax.v1.WatchRequest\x1a\x16.spotjax.v1.FleetEvent0\x01\x12\x42\n\x07Preempt\x12\x1a.spotjax.v1.PreemptRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12>\n\x05\x44rain\x12\x18.spotjax.v1.DrainRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12:\n\x03\x41\x64\x64\x12\x16.spotjax.v1.AddRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12\x32\n\x04Save\x12\x17.spotjax.v1.SaveRequest\x1a\x11.spotjax.v1.Savedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(spotjax/api/proto/spotjax/v1/fleet.proto\x12\nspotjax.v1\"\x0f\n\rStatusRequest\"#\n\x0cWatchRequest\x12\x13\n\x0brecent_only\x18\x01 \x01(\x08\"9\n\x0ePreemptRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x15\n\rgrace_seconds\x18\x02 \x01(\x01\" \n\x0c\x44rainRequest\x12\x10\n\x08instance\x18\x01 \x01(\t\"\x1b\n\nAddRequest\x12\r\n\x05\x63ount\x18\x01 \x01(\r\"T\n\x0bSaveRequest\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x12\n\nparameters\x18\x02 \x01(\x08\x12\r\n\x05state\x18\x03 \x01(\x08\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\"\xa0\x01\n\x05Saved\x12\x11\n\tdirectory\x18\x01 \x01(\t\x12\x17\n\x0fparameter_bytes\x18\x02 \x01(\x04\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x11\n\tsequences\x18\x04 \x01(\r\x12\x11\n\tpositions\x18\x05 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x06 \x01(\x04\x12\x10\n\x08left_out\x18\x07 \x03(\t\x12\x0f\n\x07seconds\x18\x08 \x01(\x01\"\xff\x02\n\x0b\x46leetStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x10\n\x08\x64raining\x18\x03 \x01(\x08\x12(\n\tplacement\x18\x04 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12-\n\tinstances\x18\x05 \x03(\x0b\x32\x1a.spotjax.v1.InstanceStatus\x12+\n\x08replicas\x18\x06 \x03(\x0b\x32\x19.spotjax.v1.ReplicaStatus\x12\x0e\n\x06queued\x18\x07 \x01(\r\x12\x18\n\x10requests_running\x18\x08 \x01(\r\x12\x19\n\x11requests_finished\x18\t \x01(\x04\x12\x18\n\x10tokens_committed\x18\n \x01(\x04\x12\x18\n\x10reconfigurations\x18\x0b \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\x12)\n\x07notices\x18\r \x03(\x0b\x32\x18.spotjax.v1.NoticeRecord\"\x90\x01\n\x0cNoticeRecord\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\r\n\x05given\x18\x02 \x01(\r\x12\x11\n\twithdrawn\x18\x03 \x01(\r\x12\x0c\n\x04left\x18\x04 \x01(\r\x12\r\n\x05taken\x18\x05 \x01(\r\x12\x18\n\x10shortest_seconds\x18\x06 \x01(\x01\x12\x17\n\x0flongest_seconds\x18\x07 \x01(\x01\"\x93\x01\n\tPlacement\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12$\n\x05shape\x18\x02 \x01(\x0b\x32\x15.spotjax.v1.MeshShape\x12&\n\x06layers\x18\x03 \x03(\x0b\x32\x16.spotjax.v1.LayerRange\x12)\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x18.spotjax.v1.PlacedDevice\"8\n\tMeshShape\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\")\n\nLayerRange\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0c\n\x04stop\x18\x02 \x01(\r\"W\n\x0cPlacedDevice\x12&\n\x08position\x18\x01 \x01(\x0b\x32\x14.spotjax.v1.Position\x12\x10\n\x08instance\x18\x02 \x01(\t\x12\r\n\x05index\x18\x03 \x01(\r\"7\n\x08Position\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\r\n\x05stage\x18\x02 \x01(\r\x12\x0e\n\x06tensor\x18\x03 \x01(\r\"\xca\x02\n\x0eInstanceStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.spotjax.v1.InstanceState\x12\x0f\n\x07\x64\x65vices\x18\x04 \x01(\r\x12<\n\tpositions\x18\x05 \x03(\x0b\x32).spotjax.v1.InstanceStatus.PositionsEntry\x12\x0c\n\x04zone\x18\x06 \x01(\t\x12+\n\x0bprice_class\x18\x07 \x01(\x0e\x32\x16.spotjax.v1.PriceClass\x12\x0f\n\x07\x61\x64\x64ress\x18\x08 \x01(\t\x12\x0f\n\x07\x61\x64vised\x18\t \x01(\x08\x1a\x46\n\x0ePositionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.spotjax.v1.Position:\x02\x38\x01\"\xaf\x01\n\rReplicaStatus\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x12\n\npages_used\x18\x04 \x01(\r\x12\x13\n\x0bpages_total\x18\x05 \x01(\r\x12\x14\n\x0cpages_cached\x18\x06 \x01(\r\x12\x18\n\x10tokens_prefilled\x18\x07 \x01(\x04\x12\x15\n\rtokens_reused\x18\x08 \x01(\x04\"\xbe\x01\n\nFleetEvent\x12\x0c\n\x04time\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x32\n\x06\x66ields\x18\x05 \x03(\x0b\x32\".spotjax.v1.FleetEvent.FieldsEntry\x1a@\n\x0b\x46ieldsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12 \n\x05value\x18\x02 \x01(\x0b\x32\x11.spotjax.v1.Value:\x02\x38\x01\"E\n\x05Value\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x11\n\x07integer\x18\x02 \x01(\x12H\x00\x12\x10\n\x06number\x18\x03 \x01(\x01H\x00\x42\x07\n\x05value\"\x94\x02\n\x0fReconfiguration\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12%\n\x06\x62\x65\x66ore\x18\x02 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12$\n\x05\x61\x66ter\x18\x03 \x01(\x0b\x32\x15.spotjax.v1.Placement\x12\x16\n\x0e\x62ytes_in_place\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x14\n\x0c\x62ytes_loaded\x18\x06 \x01(\x04\x12\x17\n\x0fprecopy_seconds\x18\x07 \x01(\x01\x12\x15\n\rpause_seconds\x18\x08 \x01(\x01\x12\x15\n\rrequests_kept\x18\t \x01(\r\x12\x1b\n\x13requests_recomputed\x18\n \x01(\r*\xb7\x01\n\rInstanceState\x12\x1e\n\x1aINSTANCE_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16INSTANCE_STATE_JOINING\x10\x01\x12\x18\n\x14INSTANCE_STATE_READY\x10\x02\x12\x1a\n\x16INSTANCE_STATE_NOTICED\x10\x03\x12\x1b\n\x17INSTANCE_STATE_DRAINING\x10\x04\x12\x17\n\x13INSTANCE_STATE_GONE\x10\x05*Z\n\nPriceClass\x12\x1b\n\x17PRICE_CLASS_UNSPECIFIED\x10\x00\x12\x14\n\x10PRICE_CLASS_SPOT\x10\x01\x12\x19\n\x15PRICE_CLASS_ON_DEMAND\x10\x02\x32\xf6\x02\n\x05\x46leet\x12<\n\x06Status\x12\x19.spotjax.v1.StatusRequest\x1a\x17.spotjax.v1.FleetStatus\x12;\n\x05Watch\x12\x18.spotjax.v1.WatchRequest\x1a\x16.spotjax.v1.FleetEvent0\x01\x12\x42\n\x07Preempt\x12\x1a.spotjax.v1.PreemptRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12>\n\x05\x44rain\x12\x18.spotjax.v1.DrainRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12:\n\x03\x41\x64\x64\x12\x16.spotjax.v1.AddRequest\x1a\x1b.spotjax.v1.Reconfiguration\x12\x32\n\x04Save\x12\x17.spotjax.v1.SaveRequest\x1a\x11.spotjax.v1.Savedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,10 +35,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INSTANCESTATUS_POSITIONSENTRY']._serialized_options = b'8\001'
   _globals['_FLEETEVENT_FIELDSENTRY']._loaded_options = None
   _globals['_FLEETEVENT_FIELDSENTRY']._serialized_options = b'8\001'
-  _globals['_INSTANCESTATE']._serialized_start=2259
-  _globals['_INSTANCESTATE']._serialized_end=2442
-  _globals['_PRICECLASS']._serialized_start=2444
-  _globals['_PRICECLASS']._serialized_end=2534
+  _globals['_INSTANCESTATE']._serialized_start=2466
+  _globals['_INSTANCESTATE']._serialized_end=2649
+  _globals['_PRICECLASS']._serialized_start=2651
+  _globals['_PRICECLASS']._serialized_end=2741
   _globals['_STATUSREQUEST']._serialized_start=56
   _globals['_STATUSREQUEST']._serialized_end=71
   _globals['_WATCHREQUEST']._serialized_start=73
@@ -54,31 +54,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAVED']._serialized_start=319
   _globals['_SAVED']._serialized_end=479
   _globals['_FLEETSTATUS']._serialized_start=482
-  _globals['_FLEETSTATUS']._serialized_end=822
-  _globals['_PLACEMENT']._serialized_start=825
-  _globals['_PLACEMENT']._serialized_end=972
-  _globals['_MESHSHAPE']._serialized_start=974
-  _globals['_MESHSHAPE']._serialized_end=1030
-  _globals['_LAYERRANGE']._serialized_start=1032
-  _globals['_LAYERRANGE']._serialized_end=1073
-  _globals['_PLACEDDEVICE']._serialized_start=1075
-  _globals['_PLACEDDEVICE']._serialized_end=1162
-  _globals['_POSITION']._serialized_start=1164
-  _globals['_POSITION']._serialized_end=1219
-  _globals['_INSTANCESTATUS']._serialized_start=1222
-  _globals['_INSTANCESTATUS']._serialized_end=1535
-  _globals['_INSTANCESTATUS_POSITIONSENTRY']._serialized_start=1465
-  _globals['_INSTANCESTATUS_POSITIONSENTRY']._serialized_end=1535
-  _globals['_REPLICASTATUS']._serialized_start=1538
-  _globals['_REPLICASTATUS']._serialized_end=1713
-  _globals['_FLEETEVENT']._serialized_start=1716
-  _globals['_FLEETEVENT']._serialized_end=1906
-  _globals['_FLEETEVENT_FIELDSENTRY']._serialized_start=1842
-  _globals['_FLEETEVENT_FIELDSENTRY']._serialized_end=1906
-  _globals['_VALUE']._serialized_start=1908
-  _globals['_VALUE']._serialized_end=1977
-  _globals['_RECONFIGURATION']._serialized_start=1980
-  _globals['_RECONFIGURATION']._serialized_end=2256
-  _globals['_FLEET']._serialized_start=2537
-  _globals['_FLEET']._serialized_end=2911
+  _globals['_FLEETSTATUS']._serialized_end=865
+  _globals['_NOTICERECORD']._serialized_start=868
+  _globals['_NOTICERECORD']._serialized_end=1012
+  _globals['_PLACEMENT']._serialized_start=1015
+  _globals['_PLACEMENT']._serialized_end=1162
+  _globals['_MESHSHAPE']._serialized_start=1164
+  _globals['_MESHSHAPE']._serialized_end=1220
+  _globals['_LAYERRANGE']._serialized_start=1222
+  _globals['_LAYERRANGE']._serialized_end=1263
+  _globals['_PLACEDDEVICE']._serialized_start=1265
+  _globals['_PLACEDDEVICE']._serialized_end=1352
+  _globals['_POSITION']._serialized_start=1354
+  _globals['_POSITION']._serialized_end=1409
+  _globals['_INSTANCESTATUS']._serialized_start=1412
+  _globals['_INSTANCESTATUS']._serialized_end=1742
+  _globals['_INSTANCESTATUS_POSITIONSENTRY']._serialized_start=1672
+  _globals['_INSTANCESTATUS_POSITIONSENTRY']._serialized_end=1742
+  _globals['_REPLICASTATUS']._serialized_start=1745
+  _globals['_REPLICASTATUS']._serialized_end=1920
+  _globals['_FLEETEVENT']._serialized_start=1923
+  _globals['_FLEETEVENT']._serialized_end=2113
+  _globals['_FLEETEVENT_FIELDSENTRY']._serialized_start=2049
+  _globals['_FLEETEVENT_FIELDSENTRY']._serialized_end=2113
+  _globals['_VALUE']._serialized_start=2115
+  _globals['_VALUE']._serialized_end=2184
+  _globals['_RECONFIGURATION']._serialized_start=2187
+  _globals['_RECONFIGURATION']._serialized_end=2463
+  _globals['_FLEET']._serialized_start=2744
+  _globals['_FLEET']._serialized_end=3118
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ class Saved(_message.Message):
     def __init__(self, directory: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., sequences: _Optional[int] = ..., positions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class FleetStatus(_message.Message):
-    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds")
+    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds", "notices")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class FleetStatus(_message.Message):
     TOKENS_COMMITTED_FIELD_NUMBER: _ClassVar[int]
     RECONFIGURATIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     draining: bool
@@ -119,7 +120,26 @@ class FleetStatus(_message.Message):
     tokens_committed: int
     reconfigurations: int
     uptime_seconds: float
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    notices: _containers.RepeatedCompositeFieldContainer[NoticeRecord]
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ...) -> None: ...
+
+class NoticeRecord(_message.Message):
+    __slots__ = ("source", "given", "withdrawn", "left", "taken", "shortest_seconds", "longest_seconds")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_FIELD_NUMBER: _ClassVar[int]
+    WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    TAKEN_FIELD_NUMBER: _ClassVar[int]
+    SHORTEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    LONGEST_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    given: int
+    withdrawn: int
+    left: int
+    taken: int
+    shortest_seconds: float
+    longest_seconds: float
+    def __init__(self, source: _Optional[str] = ..., given: _Optional[int] = ..., withdrawn: _Optional[int] = ..., left: _Optional[int] = ..., taken: _Optional[int] = ..., shortest_seconds: _Optional[float] = ..., longest_seconds: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("epoch", "shape", "layers", "devices")
@@ -172,7 +192,7 @@ class Position(_message.Message):
     def __init__(self, data: _Optional[int] = ..., stage: _Optional[int] = ..., tensor: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("name", "type", "state", "devices", "positions", "zone", "price_class", "address")
+    __slots__ = ("name", "type", "state", "devices", "positions", "zone", "price_class", "address", "advised")
     class PositionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +208,7 @@ class InstanceStatus(_message.Message):
     ZONE_FIELD_NUMBER: _ClassVar[int]
     PRICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ADVISED_FIELD_NUMBER: _ClassVar[int]
     name: str
     type: str
     state: InstanceState
@@ -196,7 +217,8 @@ class InstanceStatus(_message.Message):
     zone: str
     price_class: PriceClass
     address: str
-    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ...) -> None: ...
+    advised: bool
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ..., advised: _Optional[bool] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("data", "running", "waiting", "pages_used", "pages_total", "pages_cached", "tokens_prefilled", "tokens_reused")

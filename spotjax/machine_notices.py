@@ -1,0 +1,68 @@
+"""What this process's machine hears of its end, from all sources that the settings name. Imports no jax.
+
+Which there are is in ``fleet.notices``; what is done about it is up to whoever listens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from spotjax.config import ServeConfig
+from spotjax.fleet.notices.detect import Machine, Platform, detect_patiently, sources_of
+from spotjax.fleet.notices.gce import GPU_MAINTENANCE_SECONDS, MAINTENANCE_SECONDS
+from spotjax.fleet.notices.hook import CommandSource, FileSource
+from spotjax.fleet.notices.listen import Listener
+from spotjax.fleet.notices.patience import METADATA, metadata_client
+from spotjax.fleet.notices.signals import SignalSource
+from spotjax.fleet.notices.standing import Word
+
+
+class MachineNotices:
+    """Listens from its making until it is closed. For the thread of the running event loop.
+
+    Args:
+      config: names the sources.
+      instance: that notices are about.
+      heard: called with every word; deadlines are on ``time.monotonic``.
+      signals: whether SIGTERM and SIGINT are a notice, too.
+      gpu: whether the machine has GPUs, which is told of maintenance earlier.
+    """
+
+    def __init__(
+        self, config: ServeConfig, instance: str, heard: Callable[[Word], None], *, signals: bool, gpu: bool
+    ) -> None:
+        self._listener = Listener(heard)
+        self._client = metadata_client()
+        self._machine = Machine(
+            instance,
+            config.metadata_url or METADATA,
+            config.notice_seconds,
+            GPU_MAINTENANCE_SECONDS if gpu else MAINTENANCE_SECONDS,
+        )
+        if signals:
+            self._listener.add([SignalSource(instance, time.monotonic, config.grace_seconds)])
+        if config.notice_file:
+            self._listener.add([FileSource(instance, time.monotonic, Path(config.notice_file))])
+        if config.notice_command:
+            self._listener.add([CommandSource(instance, time.monotonic, config.notice_command)])
+        self._finding = asyncio.create_task(self._find(config.notices))
+
+    async def close(self) -> None:
+        """Listens no more; signals have their default treatment again."""
+        self._finding.cancel()
+        await asyncio.gather(self._finding, return_exceptions=True)
+        await self._listener.close()
+        await self._client.aclose()
+
+    async def _find(self, notices: str) -> None:
+        """Adds the sources of the machine's platform, once it is known."""
+        if notices == "auto":
+            found = await detect_patiently(self._client, self._machine.base_url)
+            platforms = [found] if found is not None else []
+        else:
+            platforms = [Platform(name) for name in notices.split(",") if name != "none"]
+        for platform in platforms:
+            self._listener.add(sources_of(platform, self._machine, self._client, time.monotonic))
