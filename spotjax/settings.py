@@ -21,8 +21,9 @@ from spotjax.errors import ConfigError
 
 PREFIX = "SPOTJAX_"
 PARENT = "SPOTJAX_PARENT"
-OTHER_VARIABLES = frozenset({"SPOTJAX_CACHE", PARENT})
-"""Variables that are no settings of a server: the directory for fetched models, the process that a worker dies with."""
+OTHER_VARIABLES = frozenset({"SPOTJAX_CACHE", PARENT, "SPOTJAX_FLEET", "SPOTJAX_TYPE"})
+"""Variables that are no settings of a server: the directory for fetched models, the process that a worker dies with,
+and what programs that rent machines are told besides settings of a worker."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -18,6 +18,8 @@ from spotjax.fleet.providers.provider import FleetIdentity, Provider, ProviderCo
 
 KINDS: Mapping[str, str] = {
     "local": "LocalConfig",
+    "trace": "TraceConfig",
+    "command": "CommandConfig",
     "tpu": "TpuConfig",
 }
 """What ``kind`` may be, and the class of its table in the module ``spotjax.fleet.providers.KIND``."""
