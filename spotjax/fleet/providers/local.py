@@ -22,7 +22,7 @@ from spotjax.config import NAME, ServeConfig
 from spotjax.errors import ConfigError, Draining, OutOfCapacity, ProviderRefused
 from spotjax.fleet.providers.machines import Machines
 from spotjax.fleet.providers.provider import FleetIdentity, Machine, MachineState, Offer, ProviderConfig
-from spotjax.local_workers import HANDED_ON, Command, LocalWorkers, shown_end
+from spotjax.local_workers import HANDED_ON, STOP_SECONDS, Command, LocalWorkers, shown_end
 from spotjax.meshes.instance import PriceClass
 
 
@@ -66,6 +66,7 @@ class Life:
     """What is to become of one machine.
 
     Attributes:
+      offer: what it was rented as.
       end: its end was asked for.
       notice: with notice; else at once.
       released: nothing of it is to be kept.
@@ -73,6 +74,7 @@ class Life:
       living: ends when its process has ended, or there will be none.
     """
 
+    offer: Offer
     end: asyncio.Event = field(default_factory=asyncio.Event)
     notice: bool = True
     released: bool = False
@@ -95,6 +97,7 @@ class LocalProvider:
         join: str,
         *,
         command: Command | None = None,
+        machines: Machines | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
         """No machine yet.
@@ -104,6 +107,7 @@ class LocalProvider:
           settings: the workers get theirs from.
           join: HOST:PORT of the controller.
           command: see ``LocalWorkers``.
+          machines: where its machines are put; others may be there, but none of the same names that run.
           now: Unix seconds.
 
         Raises:
@@ -114,7 +118,7 @@ class LocalProvider:
         if len(self._offers) < len(config.offers):
             raise ConfigError("offers: two are of the same type, zone and price_class; give each of them once")
         self._workers = LocalWorkers(settings, join, command=command, on_exit=self._ended)
-        self._machines = Machines()
+        self._machines = Machines() if machines is None else machines
         self._lives: dict[str, Life] = {}
         self._closed = False
 
@@ -128,22 +132,22 @@ class LocalProvider:
 
     async def request(self, name: str, offer: Offer) -> Machine:
         """See ``Provider``. Machines that have ended count until they are released."""
-        if (there := self._machines.get(name)) is not None:
+        if name in self._lives and (there := self._machines.get(name)) is not None:
             return there
         if self._closed:
             raise ProviderRefused("the provider was closed, and its machines end")
         known = self._known(offer)
-        alike = sum(machine.offer.key == offer.key for machine in self._machines.all())
+        alike = sum(life.offer.key == offer.key for life in self._lives.values())
         if alike >= known.most or len(self._lives) >= self._config.most:
             limit = f"{known.most} of these" if alike >= known.most else f"{self._config.most} machines"
             raise OutOfCapacity(f"there is no room for another {offer}: there may be {limit}")
-        life = self._lives[name] = Life()
+        life = self._lives[name] = Life(known.offer)
         machine = self._machines.put(Machine(name, known.offer, MachineState.STARTING, created=self._now()))
         life.living = asyncio.create_task(self._live(machine, life))
         return machine
 
     async def release(self, name: str) -> None:
-        """See ``Provider``. A worker is told, and killed when its grace is over."""
+        """See ``Provider``. A worker is told, and killed when its grace is over and it had time to end."""
         if (life := self._lives.get(name)) is not None:
             life.released = True
             life.end.set()
@@ -199,9 +203,11 @@ class LocalProvider:
             code = life.code.result()
             return MachineState.PREEMPTED if code <= 0 else MachineState.FAILED, shown_end(code)
         self._machines.put(replace(machine, state=MachineState.STOPPING))
+        grace = self._settings.grace_seconds
         if life.notice:
             self._workers.signal(machine.name, signal.SIGTERM)
-            await asyncio.wait((life.code,), timeout=self._settings.grace_seconds)
+            patience = max(STOP_SECONDS, grace) if life.released else grace
+            await asyncio.wait((life.code,), timeout=patience)
         if not life.code.done():
             self._workers.signal(machine.name, signal.SIGKILL)
         return MachineState.PREEMPTED, shown_end(await life.code)

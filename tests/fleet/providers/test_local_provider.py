@@ -2,24 +2,23 @@
 
 import asyncio
 import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import psutil
 import pytest
+from provider_contract import Case, ProviderContract
+from stand_ins import STUBBORN, WORKER, command
 
 from spotjax.config import ServeConfig
 from spotjax.errors import ConfigError, OutOfCapacity, ProviderRefused
 from spotjax.fleet.providers.local import LocalConfig, LocalOffer, LocalProvider, worker_settings
-from spotjax.fleet.providers.provider import Machine, MachineState, Offer
+from spotjax.fleet.providers.provider import FleetIdentity, Machine, MachineState, Offer, Provider
 
 SPOT = LocalOffer(type="small", zone="a", price=0.5, most=2)
 DEMAND = LocalOffer(type="small", zone="a", price_class="on_demand", price=2.0)
 CONFIG = LocalConfig(most=3, offers=(SPOT, DEMAND))
-WORKER = "import pathlib, signal, sys; pathlib.Path({file!r}).write_text(' '.join(sys.argv[1:])); signal.pause()"
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + WORKER
 Make = Callable[..., LocalProvider]
 
 
@@ -29,11 +28,10 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
     opened: list[LocalProvider] = []
 
     def opening(config: LocalConfig = CONFIG, program: str = WORKER, grace: float = 30.0) -> LocalProvider:
-        def command(_: ServeConfig, __: str, name: str) -> list[str]:
-            return [sys.executable, "-S", "-c", program.format(file=str(tmp_path / name))]
-
         settings = ServeConfig(parameter_store="off", grace_seconds=grace)
-        opened.append(LocalProvider(config, settings, "127.0.0.1:1", command=command, now=lambda: 77.0))
+        opened.append(
+            LocalProvider(config, settings, "127.0.0.1:1", command=command(tmp_path, program), now=lambda: 77.0)
+        )
         return opened[-1]
 
     yield opening
@@ -41,6 +39,22 @@ async def make(tmp_path: Path) -> AsyncIterator[Make]:
         await each.close()
         assert await each.list() == ()
     assert not psutil.Process().children()
+
+
+class TestContract(ProviderContract):
+    """See ``ProviderContract``. Capacity is in tests of its own."""
+
+    @pytest.fixture
+    def case(self, make: Make) -> Case:
+        async def opened(_: FleetIdentity) -> Provider:
+            return make()
+
+        async def preempt(_: str) -> None:
+            max(psutil.Process().children(), key=lambda child: -child.create_time()).kill()
+
+        return Case(
+            opened, preempt=preempt, existing=lambda: len(psutil.Process().children()), outlives=False, alone=True
+        )
 
 
 async def seen(provider: LocalProvider, name: str, *states: MachineState) -> Machine:
