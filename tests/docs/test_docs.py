@@ -8,6 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from spotjax import cli, settings
 from spotjax.api.errors import STATUS
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.config import TYPES, ServeConfig
+from spotjax.fleet.providers.registry import provider_config
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMENTS}
 each_document = pytest.mark.parametrize("name", TEXTS)
@@ -160,10 +162,13 @@ def test_api_names_every_method_field_and_error() -> None:
         assert f"| `{error.__name__}` | `{status.name}` |" in text
 
 
-def test_settings_in_toml_examples_load(tmp_path: Path) -> None:
+def test_settings_and_providers_in_toml_examples_load(tmp_path: Path) -> None:
     for name, text in TEXTS.items():
         for number, code in enumerate(blocks(text, "toml")):
             path = tmp_path / f"{number}.toml"
+            if (provider := tomllib.loads(code).get("provider")) is not None:
+                assert provider_config(provider, name)
+                continue
             path.write_text(code)
             assert settings.from_file(path), name
 
