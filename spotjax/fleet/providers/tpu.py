@@ -35,8 +35,8 @@ from spotjax.fleet.providers.google_errors import from_status, provider_error, s
 from spotjax.fleet.providers.machines import watch_by_listing
 from spotjax.fleet.providers.provider import Machine, MachineState, Offer
 from spotjax.fleet.providers.tpu_config import Script, TpuConfig
-from spotjax.fleet.providers.tpu_machines import Life, lives, machines, of_name
-from spotjax.fleet.providers.tpu_request import Origin, parent_of, queued_resource_request, require_name
+from spotjax.fleet.providers.tpu_machines import Life, lives, machines, of_name, require_name
+from spotjax.fleet.providers.tpu_request import Origin, parent_of, queued_resource_request
 
 T = TypeVar("T")
 PAGE = 500

@@ -14,8 +14,9 @@ from msgspec import Meta
 
 from spotjax.bootstrap.options import BootstrapOptions
 from spotjax.bootstrap.script import script
-from spotjax.errors import ConfigError
+from spotjax.errors import ConfigError, ProviderRefused
 from spotjax.fleet.providers.provider import FleetIdentity, Offer, ProviderConfig
+from spotjax.fleet.providers.tpu_machines import require_name
 from spotjax.meshes.instance import PriceClass
 
 if TYPE_CHECKING:
@@ -114,12 +115,16 @@ class TpuConfig(ProviderConfig, frozen=True, tag="tpu"):
         """Opens it.
 
         Raises:
-          ConfigError: two fields contradict each other, or there is no start-up script.
+          ConfigError: the fleet's name does not fit, two fields contradict each other, or there is no start-up script.
           ProviderRefused: this machine has no credentials for Google Cloud.
         """
         from spotjax.fleet.providers.tpu import TpuProvider, open_client
 
         self.check()
+        try:
+            require_name(fleet.name, f"{fleet.name}-99999")
+        except ProviderRefused as problem:
+            raise ConfigError(f"the fleet's name: {problem}") from problem
         scripts = await asyncio.to_thread(self._scripts, fleet.join)
         scripts("any", self.offers[0].offer)  # what is wrong with it is better known now
         return TpuProvider(self, fleet.name, fleet.join, scripts, open_client(self.endpoint, self.insecure))

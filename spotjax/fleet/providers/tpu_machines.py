@@ -15,6 +15,7 @@ from typing import cast
 
 from google.cloud.tpu_v2 import Node, QueuedResource, QueuedResourceState
 
+from spotjax.errors import ProviderRefused
 from spotjax.fleet.providers.provider import Machine, MachineState, Offer
 from spotjax.fleet.providers.tpu_states import failure_of, machine_state
 
@@ -74,6 +75,16 @@ class Life:
 def id_of(fleet: str, name: str, attempt: int) -> str:
     """What queued resource and node are called."""
     return f"{fleet}--{name}--{attempt}"
+
+
+def require_name(fleet: str, name: str) -> None:
+    """Raises ProviderRefused for a name that no machine of that fleet can have."""
+    if not NAME.fullmatch(name):
+        raise ProviderRefused(f"a TPU slice cannot be called {name!r}: use a-z and 0-9, with single hyphens in between")
+    if len(id_of(fleet, name, 9999)) > MOST_ID:
+        raise ProviderRefused(
+            f"{name!r} is too long: the names of fleet and machine have at most {MOST_ID - 8} letters"
+        )
 
 
 def lives(fleet: str, zone: str, requests: Iterable[QueuedResource], nodes: Iterable[Node]) -> tuple[Life, ...]:

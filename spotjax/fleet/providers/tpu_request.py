@@ -19,7 +19,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from spotjax.errors import ProviderRefused
 from spotjax.fleet.providers.tpu_config import Script, TpuConfig, TpuOffer
-from spotjax.fleet.providers.tpu_machines import MOST_ID, NAME, id_of
+from spotjax.fleet.providers.tpu_machines import id_of
 
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 CHIPS: Mapping[str, int] = {
@@ -72,16 +72,6 @@ def queued_resource_request(
         queued.guaranteed = QueuedResource.Guaranteed()
         queued.reservation_name = config.reservation
     return CreateQueuedResourceRequest(parent=parent, queued_resource_id=key, queued_resource=queued)
-
-
-def require_name(fleet: str, name: str) -> None:
-    """Raises ProviderRefused for a name that no machine of that fleet can have."""
-    if not NAME.fullmatch(name):
-        raise ProviderRefused(f"a TPU slice cannot be called {name!r}: use a-z and 0-9, with single hyphens in between")
-    if len(id_of(fleet, name, 9999)) > MOST_ID:
-        raise ProviderRefused(
-            f"{name!r} is too long: the names of fleet and machine have at most {MOST_ID - 8} letters"
-        )
 
 
 def parent_of(project: str, zone: str) -> str:

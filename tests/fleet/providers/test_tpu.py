@@ -394,6 +394,14 @@ async def test_it_is_opened_from_a_table_of_a_file(there: Account, tmp_path: Pat
     await provider.close()
 
 
+@pytest.mark.parametrize("name", ["a--b", "f" * 25])
+async def test_a_fleet_whose_machines_could_not_be_called_is_refused_at_once(there: Account, name: str) -> None:
+    config = provider_config(TABLE | {"endpoint": there.address, "insecure": True}, "[provider]")
+    with pytest.raises(ConfigError, match=r"the fleet's name: .*(called|too long)"):
+        await open_provider(config, FleetIdentity(name, "10.0.0.1:8470", ServeConfig()))
+    await (await open_provider(config, FleetIdentity("f" * 24, "10.0.0.1:8470", ServeConfig()))).close()
+
+
 async def test_each_machine_has_a_script_of_its_own(there: Account) -> None:
     table = TABLE | {"endpoint": there.address, "insecure": True, "bootstrap": {"user": "tpu-user"}}
     table |= {"offers": [{"type": "v5litepod-8", "zone": HERE, "price": 4.5}], "settle_seconds": 0.0}
