@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, NoReturn
 
 from spotjax import settings
 from spotjax.commands.arguments import add_command
@@ -34,7 +35,14 @@ def add_commands(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, end_at_once)
     config = settings.load(arguments, os.environ)
     from spotjax import serve
 
     return serve.run(config)
+
+
+def end_at_once(number: int, frame: object) -> NoReturn:
+    """What SIGTERM does before there is anything to drain: process 1 of a container, it would do nothing by itself."""
+    os._exit(128 + number)

@@ -3,11 +3,14 @@
 import asyncio
 import contextlib
 import importlib.util
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,13 +65,22 @@ EVERYWHERE = ("--listen", "0.0.0.0:0", "--durability", "none", "--instances", "2
 HERE = ("--listen", "127.0.0.1:0", "--durability", "none")
 
 
+FIRST = ("unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+"""Makes a program process 1, as it is in a container."""
+IN_CONTAINER = bool(shutil.which("unshare")) and subprocess.run([*FIRST, "true"], capture_output=True).returncode == 0
+first = pytest.mark.skipif(not IN_CONTAINER, reason="namespaces of processes cannot be made here")
+
+
 @contextlib.asynccontextmanager
 async def server(
-    *flags: str, before: str = "pass", where: tuple[str, ...] = (*HERE, "--instances", "2")
+    *flags: str,
+    before: str = "pass",
+    where: tuple[str, ...] = (*HERE, "--instances", "2"),
+    prefix: tuple[str, ...] = (),
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """The server process, with the scripted service in place of a model."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PROGRAM.format(before=before), *where, *flags,
+        *prefix, sys.executable, "-c", PROGRAM.format(before=before), *where, *flags,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:
@@ -112,6 +124,29 @@ async def test_it_says_where_it_serves_and_drains_on_a_signal(number: signal.Sig
             assert len(tokens) == 16
         await line_with(process.stdout, "^closed$")
         assert await process.wait() == 0
+
+
+def child_of(process: asyncio.subprocess.Process) -> int:
+    """The process that ``unshare`` started."""
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text())
+
+
+@first
+async def test_as_the_first_process_of_a_container_it_drains_on_a_signal() -> None:
+    async with server(prefix=FIRST) as process:
+        await line_with(process.stdout, "^spotjax is serving tiny on")
+        os.kill(child_of(process), signal.SIGTERM)
+        await line_with(process.stdout, "^closed$")
+        assert await process.wait() == 0
+
+
+@first
+async def test_as_the_first_process_of_a_container_it_ends_on_a_signal_before_it_serves(tmp_path: Path) -> None:
+    os.mkfifo(config := tmp_path / "config.toml")
+    async with server("--config", str(config), prefix=FIRST) as process:
+        with await asyncio.to_thread(config.open, "w"):  # it has begun to read its settings
+            os.kill(child_of(process), signal.SIGTERM)
+            assert await process.wait() == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("where", [HERE, ("--workers", "2", *HERE)])
