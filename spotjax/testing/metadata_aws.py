@@ -39,7 +39,7 @@ class AwsMetadata:
         self._events: dict[str, dict[str, str]] = {}
         self.orders: dict[str, Callable[..., Any]] = {
             "interrupt": self.interrupt, "recommend": self.recommend, "schedule": self.schedule,
-            "cancel": self.cancel, "forget_tokens": self._tokens.clear,
+            "cancel": self.cancel, "forget_tokens": self.forget_tokens, "skew": self.skew,
         }  # fmt: skip
 
     def interrupt(self, seconds: float = 120.0, action: str = "terminate") -> float:
@@ -66,6 +66,15 @@ class AwsMetadata:
         """It does not happen."""
         del self._events[event]
         self._tell_events()
+
+    def forget_tokens(self) -> None:
+        """Refuses all that it gave out."""
+        self._tokens.clear()
+
+    def skew(self, seconds: float) -> None:
+        """Its clock goes wrong, or this machine's: they differ by so much."""
+        wall = self._wall
+        self._wall = lambda: wall() + seconds
 
     async def answer(self, request: Request) -> Reply:
         """As the service answers."""

@@ -41,6 +41,7 @@ class AzureMetadata:
         self._events: dict[str, dict[str, Any]] = {}
         self.orders: dict[str, Callable[..., Any]] = {
             "schedule": self.schedule, "start": self.start, "remove": self.remove, "restart": self.restart,
+            "skew": self.skew,
         }  # fmt: skip
 
     def schedule(
@@ -60,6 +61,11 @@ class AzureMetadata:
         }  # fmt: skip
         self._incarnation += 1
         return id
+
+    def skew(self, seconds: float) -> None:
+        """Its clock goes wrong, or this machine's: they differ by so much."""
+        wall = self._wall
+        self._wall = lambda: wall() + seconds
 
     def begins(self, id: str) -> float:
         """Not before, Unix seconds."""
@@ -84,16 +90,21 @@ class AzureMetadata:
         if request.headers.get("metadata", "").lower() != "true" or "x-forwarded-for" in request.headers:
             return self._reply(400, {"error": "Bad request. Required metadata header not specified"})
         version = request.query.get("api-version")
-        if request.path == "/metadata/instance/compute/name":
-            if version is None or request.query.get("format") != "text":
+        if request.path in ("/metadata/instance", "/metadata/instance/compute"):
+            if version is None:
                 return self._reply(400, {"error": "Bad request. api-version was not specified"})
-            return Reply(self.machine.encode(), 200, {"Content-Type": "text/plain", "Date": self._date()})
+            compute = {
+                "name": self.machine,
+                "vmId": str(uuid.uuid5(uuid.NAMESPACE_DNS, self.machine)),
+                "priority": "Spot",
+            }
+            return self._reply(200, {"compute": compute} if request.path.endswith("instance") else compute)
         if request.path != "/metadata/scheduledevents":
             return self._reply(404, {"error": "Not found"})
         if version not in VERSIONS:
             return self._reply(400, {"error": "Bad request. api-version is invalid"})
         await self._switch_on()
-        self._start_due()
+        self.start_due()
         if request.method == "GET":
             return self._reply(200, {"DocumentIncarnation": self._incarnation, "Events": list(self._events.values())})
         return self._approve(request.body) if request.method == "POST" else self._reply(405, {"error": "no method"})
@@ -103,7 +114,8 @@ class AzureMetadata:
             self._on_at = self._wall() + self._switch_on_seconds
         await asyncio.sleep(max(self._on_at - self._wall(), 0.0))
 
-    def _start_due(self) -> None:
+    def start_due(self) -> None:
+        """Starts what is due; happens with every answer."""
         for id, event in self._events.items():
             if event["EventStatus"] == "Scheduled" and self._begins[id] <= self._wall():
                 self.start(id)

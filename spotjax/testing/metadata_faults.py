@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from email.utils import formatdate, parsedate_to_datetime
 from enum import StrEnum
 
 
@@ -69,8 +68,6 @@ class Kind(StrEnum):
     """To that page."""
     STALE = "stale"
     """What was answered to the same request before, once more."""
-    SKEW = "skew"
-    """A ``Date`` that is ``Fault.seconds`` off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +111,5 @@ def spoilt(reply: Reply, fault: Fault, before: Reply | None) -> Reply:
         case Kind.STALE:
             date = {name: value for name, value in reply.headers.items() if name == "Date"}
             return reply if before is None else replace(before, headers={**before.headers, **date})
-        case Kind.SKEW:
-            date_text = reply.headers.get("Date")
-            if date_text is None:
-                return reply
-            moment = parsedate_to_datetime(date_text).timestamp() + fault.seconds
-            return replace(reply, headers={**reply.headers, "Date": formatdate(moment, usegmt=True)})
         case _:
             return reply

@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 LARGEST_ANSWER = 1 << 20
 """Bytes; answers of metadata servers are small, what a captive portal sends need not be."""
+TIMEOUT = "no answer in time"
+"""The trouble of an answer that did not come."""
 FIRST_PATIENCE, LONGEST_PATIENCE = 2.0, 8.0
 """Seconds for an answer: of a server that answers at once, and of the slowest."""
 
@@ -145,7 +147,7 @@ class Asking:
                 answer = await self._exchange(method, url, headers, answers, content, begun)
         except TimeoutError:
             self._answer_seconds = min(2 * self._answer_seconds, LONGEST_PATIENCE)
-            raise MetadataUnavailable("no answer in time", f"{method} {url} took over {patience:g} s") from None
+            raise MetadataUnavailable(TIMEOUT, f"{method} {url} took over {patience:g} s") from None
         except httpx.HTTPError as error:
             raise MetadataUnavailable(type(error).__name__, f"{method} {url}: {error}") from None
         took = answer.moment - begun - held

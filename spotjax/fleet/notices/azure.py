@@ -22,10 +22,11 @@ from spotjax.fleet.notices.patience import METADATA
 log = logging.getLogger("spotjax.notices")
 
 EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"
-NAME = "/metadata/instance/compute/name?api-version=2021-02-01&format=text"
+COMPUTE = "/metadata/instance/compute?api-version=2021-02-01"
 HEADERS = {"Metadata": "true"}
-ANSWERS_TO_BELIEVE = 3
-"""In a row, before documents older than the newest one are taken for a count that began anew."""
+ANSWERS_TO_BELIEVE = 10
+"""In a row, before documents older than the newest one are taken for a count that began anew: that does not happen as
+long as events are asked for, while an answer may be old."""
 PAUSE_SECONDS = 2.0
 """A pause of the machine that nobody needs to know of: the default lease of a fleet."""
 PREEMPT, MAINTENANCE = "azure", "azure-maintenance"
@@ -103,9 +104,10 @@ class AzureSource:
         answer = await self._asking.ask("GET", self._base_url + EVENTS, HEADERS)
         document = read_document(answer.json())
         if self._machine is None:
-            named = (await self._asking.ask("GET", self._base_url + NAME, HEADERS)).text()
-            if not named or len(named) > 80 or not named.isprintable() or set(named) & set("<>{} "):
-                raise MetadataUnavailable("a machine's name that is none", repr(named[:80]))
+            described = (await self._asking.ask("GET", self._base_url + COMPUTE, HEADERS)).json()
+            named = described.get("name") if isinstance(described, dict) else None
+            if not isinstance(named, str) or not named:
+                raise MetadataUnavailable("a machine without a name", repr(described)[:80])
             self._machine = named
         return (answer, document), self._machine
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import httpx
 
 from spotjax.errors import MetadataUnavailable
-from spotjax.fleet.notices.asking import Answer, Asking
+from spotjax.fleet.notices.asking import TIMEOUT, Answer, Asking
 
 TOKEN_SECONDS = 21600
 """The longest session that the service gives."""
@@ -99,9 +99,8 @@ class Imds:
         try:
             answer = await self._asking.ask("PUT", f"{self._base_url}/latest/api/token", {header: str(TOKEN_SECONDS)})
         except MetadataUnavailable as error:
-            raise MetadataUnavailable(
-                f"no session, {error.trouble}", f"{error}; {HOP_LIMIT}", error.retry_after
-            ) from None
+            hint = f"; {HOP_LIMIT}" if error.trouble == TIMEOUT else ""
+            raise MetadataUnavailable(f"no session, {error.trouble}", f"{error}{hint}", error.retry_after) from None
         token, lives = answer.text(), answer.headers.get(header, "")
         if not _TOKEN.fullmatch(token):
             raise MetadataUnavailable("a session token that is none", f"{len(token)} characters")

@@ -180,7 +180,7 @@ def test_the_machine_s_name_is_asked_for_until_it_is_one() -> None:
         await asyncio.sleep(30)
 
     heard = listen(
-        platform, source, script, lambda request: next(bad, None) if request.path.endswith("name") else None
+        platform, source, script, lambda request: next(bad, None) if request.path.endswith("compute") else None
     )  # fmt: skip
     assert heard.kinds() == ["azure preempt"]
     assert heard.words[0][0] < 1006
@@ -194,7 +194,7 @@ def test_an_event_that_cannot_be_read_does_not_hide_others_and_withdraws_nothing
 
         async def answer(self, request: Request) -> Reply:
             reply = await super().answer(request)
-            if self.strange is None or "events" not in request.path:
+            if self.strange is None or not request.path.endswith("events"):
                 return reply
             value = json.loads(reply.body)
             value["Events"].append(self.strange)
