@@ -200,11 +200,12 @@ def _deadline_right(
 ) -> bool:
     """Whether the deadline is right within what clocks can tell; the error is noted."""
     assert isinstance(word, Notice)
+    ends = stated.ends if stated.after is None else moment + stated.after
     if word.kind is NoticeKind.REBALANCE or word.deadline is None:
-        return stated.ends is None or word.kind is NoticeKind.REBALANCE or stated.ends <= moment + 2.0
-    if stated.ends is None:
+        return ends is None or word.kind is NoticeKind.REBALANCE or ends <= moment + 2.0
+    if ends is None:
         return False
-    error = word.deadline - play.site.deadline(stated.ends, moment)
+    error = word.deadline - ends
     if not -play.site.early_seconds <= error <= play.site.late_seconds:
         return False
     if verdict is not None:

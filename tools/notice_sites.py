@@ -26,11 +26,14 @@ class Stated:
 
     Attributes:
       kind: of notice.
-      ends: seconds from the beginning of the play; None for advice, and for what may happen at any moment.
+      ends: seconds from the beginning of the play, if it says.
+      after: seconds from the moment when it is heard, where it does not say but they are known. With neither it is
+        advice, or may happen at any moment.
     """
 
     kind: NoticeKind
-    ends: float | None
+    ends: float | None = None
+    after: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,10 +101,6 @@ class Site(ABC):
             if said != last:
                 self.record.append(Told(now, source, said))
 
-    def deadline(self, ends: float, heard: float) -> float:
-        """What a word that is heard then should say of an end."""
-        return ends
-
     def lag(self, source: str, withdrawn: bool) -> float:
         """Seconds after which a change is heard if nothing goes wrong."""
         return INTERVAL_SECONDS
@@ -145,7 +144,7 @@ class AwsSite(Site):
             self._stated["aws-maintenance"] = None
         elif what == "advise":
             self.metadata.recommend()
-            self._stated["aws-rebalance"] = Stated(NoticeKind.REBALANCE, None)
+            self._stated["aws-rebalance"] = Stated(NoticeKind.REBALANCE)
         elif what == "forget":
             self.metadata.forget_tokens()
         else:
@@ -218,3 +217,6 @@ class AzureSite(Site):
 def draw_group(number: str) -> list[str]:
     """This machine, for some events together with another one, and spelt otherwise."""
     return ["VM-0", "vm-1"] if int(number) % 2 else ["vm-0"]
+
+
+SITES: Mapping[str, type[Site]] = {"aws": AwsSite, "azure": AzureSite}

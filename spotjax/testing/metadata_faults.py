@@ -60,6 +60,8 @@ class Kind(StrEnum):
     """Text that means nothing, before what it should have been."""
     EMPTY = "empty"
     """No body."""
+    BARE = "bare"
+    """The right answer without the headers by which the platform is known."""
     CONTENT_TYPE = "content-type"
     """The right answer, as ``image/png``."""
     PORTAL = "portal"
@@ -102,6 +104,8 @@ def spoilt(reply: Reply, fault: Fault, before: Reply | None) -> Reply:
             return replace(reply, body=b"\xff{" + reply.body)
         case Kind.EMPTY:
             return replace(reply, body=b"")
+        case Kind.BARE:
+            return replace(reply, headers={name: value for name, value in reply.headers.items() if name == "Date"})
         case Kind.CONTENT_TYPE:
             return replace(reply, headers={**reply.headers, "Content-Type": "image/png"})
         case Kind.PORTAL:

@@ -133,7 +133,7 @@ def test_an_older_document_changes_nothing_unless_the_count_began_anew() -> None
         await asyncio.sleep(5)
         azure.restart()
         azure.schedule("Preempt", 30)
-        await asyncio.sleep(10)
+        await asyncio.sleep(AT_ONCE * ANSWERS_TO_BELIEVE)
 
     heard = listen(platform, source, restarts)
     assert heard.kinds() == ["azure preempt"]
