@@ -103,7 +103,7 @@ def config(address: str) -> TpuConfig:
 async def controller(address: str, doom: Doom | None = None) -> AsyncIterator[Provider]:
     """A provider without any memory; with a doom it dies of it."""
     if doom is None:
-        client = open_client(address, insecure=True)
+        client = open_client(address, None)
     else:
         channel = grpc.aio.insecure_channel(address, interceptors=[doom])
         client = TpuAsyncClient(transport=TpuGrpcAsyncIOTransport(channel=channel))

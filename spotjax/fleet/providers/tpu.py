@@ -12,7 +12,7 @@ import itertools
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
-import grpc
+import google.auth
 import grpc.aio
 from google.api_core.client_options import ClientOptions
 from google.api_core.exceptions import AlreadyExists, FailedPrecondition, GoogleAPICallError, NotFound
@@ -36,7 +36,7 @@ from spotjax.fleet.providers.machines import watch_by_listing
 from spotjax.fleet.providers.provider import Machine, MachineState, Offer
 from spotjax.fleet.providers.tpu_config import Script, TpuConfig
 from spotjax.fleet.providers.tpu_machines import Life, lives, machines, of_name, require_name
-from spotjax.fleet.providers.tpu_request import Origin, parent_of, queued_resource_request
+from spotjax.fleet.providers.tpu_request import SCOPE, Origin, parent_of, queued_resource_request
 
 T = TypeVar("T")
 PAGE = 500
@@ -45,25 +45,30 @@ SETTLE_PAUSE = 0.25
 BUSY_SECONDS = 10.0
 """After which a resource is asked for again to go that was too busy to."""
 
-__all__ = ["TpuConfig", "TpuProvider", "open_client"]
+__all__ = ["TpuConfig", "TpuProvider", "credentials", "open_client"]
 
 
-def open_client(endpoint: str = "", insecure: bool = False, credentials: Credentials | None = None) -> TpuAsyncClient:
+async def credentials() -> Credentials:
+    """The rights that this machine has: those of its account, or of who has logged in.
+
+    Raises:
+      ProviderRefused: it has none.
+    """
+    with _translated("cannot use Cloud TPU"):
+        found, _ = await asyncio.to_thread(google.auth.default, scopes=[SCOPE])  # may ask a metadata server
+    return found
+
+
+def open_client(endpoint: str, rights: Credentials | None) -> TpuAsyncClient:
     """A client of the API.
 
     Args:
       endpoint: HOST:PORT; empty for Google's.
-      insecure: without TLS and credentials.
-      credentials: whose rights to use; by default those that this machine has.
-
-    Raises:
-      ProviderRefused: this machine has no credentials.
+      rights: whose; None for a stand-in that asks for none and speaks no TLS.
     """
-    if insecure:
+    if rights is None:
         return TpuAsyncClient(transport=TpuGrpcAsyncIOTransport(channel=grpc.aio.insecure_channel(endpoint)))
-    options = ClientOptions(api_endpoint=endpoint or None)
-    with _translated("cannot use Cloud TPU"):
-        return TpuAsyncClient(credentials=credentials, client_options=options)
+    return TpuAsyncClient(credentials=rights, client_options=ClientOptions(api_endpoint=endpoint or None))
 
 
 class TpuProvider:

@@ -81,7 +81,7 @@ class TpuConfig(ProviderConfig, frozen=True, tag="tpu"):
     ] = ""
     wait_seconds: Annotated[
         float,
-        Meta(gt=0, description="seconds after which a request that got nothing fails"),
+        Meta(ge=1, description="seconds after which a request that got nothing fails"),
     ] = 1800.0
     poll_seconds: Annotated[float, Meta(gt=0, description="seconds between two looks at all zones")] = 10.0
     call_seconds: Annotated[float, Meta(gt=0, description="seconds to wait for the answer to a call")] = 30.0
@@ -118,7 +118,7 @@ class TpuConfig(ProviderConfig, frozen=True, tag="tpu"):
           ConfigError: the fleet's name does not fit, two fields contradict each other, or there is no start-up script.
           ProviderRefused: this machine has no credentials for Google Cloud.
         """
-        from spotjax.fleet.providers.tpu import TpuProvider, open_client
+        from spotjax.fleet.providers.tpu import TpuProvider, credentials, open_client
 
         self.check()
         try:
@@ -127,7 +127,8 @@ class TpuConfig(ProviderConfig, frozen=True, tag="tpu"):
             raise ConfigError(f"the fleet's name: {problem}") from problem
         scripts = await asyncio.to_thread(self._scripts, fleet.join)
         scripts("any", self.offers[0].offer)  # what is wrong with it is better known now
-        return TpuProvider(self, fleet.name, fleet.join, scripts, open_client(self.endpoint, self.insecure))
+        rights = None if self.insecure else await credentials()
+        return TpuProvider(self, fleet.name, fleet.join, scripts, open_client(self.endpoint, rights))
 
     def _scripts(self, join: str) -> Script:
         """The user's, which is the same for all machines, or one of ours for each."""

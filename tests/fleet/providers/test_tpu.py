@@ -335,7 +335,7 @@ class TestTpu(ProviderContract):
             there.cloud.strict = False
 
             async def open(fleet: FleetIdentity) -> Provider:
-                return TpuProvider(config, fleet.name, fleet.join, plain, open_client(there.address, insecure=True))
+                return TpuProvider(config, fleet.name, fleet.join, plain, open_client(there.address, None))
 
             async def pass_time() -> None:
                 await asyncio.sleep(0.01)  # a watcher looks now and then
@@ -400,6 +400,15 @@ async def test_a_fleet_whose_machines_could_not_be_called_is_refused_at_once(the
     with pytest.raises(ConfigError, match=r"the fleet's name: .*(called|too long)"):
         await open_provider(config, FleetIdentity(name, "10.0.0.1:8470", ServeConfig()))
     await (await open_provider(config, FleetIdentity("f" * 24, "10.0.0.1:8470", ServeConfig()))).close()
+
+
+async def test_a_machine_without_credentials_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "APPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    with pytest.raises(ProviderRefused, match="cannot use Cloud TPU: no credentials"):
+        await open_provider(provider_config(TABLE, "[provider]"), FleetIdentity("fleet", "10.0.0.1:1", ServeConfig()))
 
 
 async def test_each_machine_has_a_script_of_its_own(there: Account) -> None:

@@ -50,7 +50,7 @@ class Account:
     async def provider(self, fleet: str = "fleet", **settings: object) -> AsyncIterator[TpuProvider]:
         """A new provider, with no memory of another one."""
         config = config_for(self.address, **settings)
-        provider = TpuProvider(config, fleet, "10.0.0.1:8470", plain, open_client(self.address, insecure=True))
+        provider = TpuProvider(config, fleet, "10.0.0.1:8470", plain, open_client(self.address, None))
         try:
             yield provider
         finally:
