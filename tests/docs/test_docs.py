@@ -162,13 +162,16 @@ def test_api_names_every_method_field_and_error() -> None:
         assert f"| `{error.__name__}` | `{status.name}` |" in text
 
 
-def test_settings_in_toml_examples_load(tmp_path: Path) -> None:
+def test_settings_and_providers_in_toml_examples_load(tmp_path: Path) -> None:
     for name, text in TEXTS.items():
         for number, code in enumerate(blocks(text, "toml")):
             if (provider := tomllib.loads(code).get("provider")) is not None:
                 assert provider_config(provider, name)
                 continue
             path = tmp_path / f"{number}.toml"
+            if (provider := tomllib.loads(code).get("provider")) is not None:
+                assert provider_config(provider, name)
+                continue
             path.write_text(code)
             assert settings.from_file(path), name
 

@@ -21,6 +21,7 @@ KINDS: Mapping[str, str] = {
     "trace": "TraceConfig",
     "command": "CommandConfig",
     "tpu": "TpuConfig",
+    "gce": "GceConfig",
 }
 """What ``kind`` may be, and the class of its table in the module ``spotjax.fleet.providers.KIND``."""
 
