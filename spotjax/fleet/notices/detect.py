@@ -29,6 +29,7 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 AWS_TOKEN = re.compile(r"[A-Za-z0-9_\-+/]{20,}={0,2}")
 
 
+
 class Platform(StrEnum):
     """Where a machine can be."""
 
@@ -91,15 +92,14 @@ def sources_of(
             return (AzureSource(machine.instance, client, clock, machine.base_url),)
 
 
-Ask = Callable[[httpx.AsyncClient, str], Awaitable[Platform | None]]
-
-
-async def _asked(ask: Ask, client: httpx.AsyncClient, base_url: str) -> Platform | None:
+async def _asked(
+    ask: Callable[[httpx.AsyncClient, str], Awaitable[Platform | None]], client: httpx.AsyncClient, base_url: str
+) -> Platform | None:
     try:
         async with asyncio.timeout(SECONDS):
             return await ask(client, base_url)
     except (httpx.HTTPError, TimeoutError, ValueError) as problem:
-        log.debug("%s does not answer: %s", ask, problem)
+        log.debug("%s is not answered: %s", getattr(ask, "__name__", ask), problem)
         return None
 
 
@@ -121,7 +121,7 @@ async def _aws(client: httpx.AsyncClient, base_url: str) -> Platform | None:
 
 
 async def _azure(client: httpx.AsyncClient, base_url: str) -> Platform | None:
-    """Azure's says which VM it is."""
+    """Azure's knows which VM it is."""
     url, wanted = f"{base_url}/metadata/instance", {"Metadata": "true"}
     answer = await client.get(url, params={"api-version": "2021-02-01"}, headers=wanted, follow_redirects=False)
     described = answer.json() if answer.status_code == 200 else None

@@ -8,6 +8,7 @@ metadata" in the documentation of Compute Engine, and "View maintenance notifica
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -84,6 +85,7 @@ class GceSource:
       client: for HTTP; see ``patience.metadata_client``. It is not closed.
       clock: monotonic seconds.
       base_url: of the server, without a path.
+      wall: Unix seconds.
     """
 
     def __init__(
@@ -94,10 +96,11 @@ class GceSource:
         client: httpx.AsyncClient,
         clock: Callable[[], float],
         base_url: str = METADATA,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._name, self._key, self._instance, self._clock = name, key, instance, clock
         self._url = f"{base_url}{ROOT}{key.path}"
-        self._asking = Asking(name, client, clock)
+        self._asking = Asking(name, client, clock, wall=wall)
         self._etag = "0"  # none has this one: the first answer comes at once
         self._text, self._noticed = "", False
 
@@ -210,6 +213,7 @@ def gce_sources(
     name: str = "gce",
     preempted_seconds: float = PREEMPTED_SECONDS,
     maintenance_seconds: float = MAINTENANCE_SECONDS,
+    wall: Callable[[], float] = time.time,
 ) -> tuple[GceSource, ...]:
     """All that a VM is to listen to; see ``GceSource`` and the keys. ``name`` is ``tpu`` for TPU VMs."""
     keys = {
@@ -217,7 +221,7 @@ def gce_sources(
         f"{name}-maintenance": maintenance_event(maintenance_seconds),
         f"{name}-upcoming": upcoming_maintenance(),
     }
-    return tuple(GceSource(source, key, instance, client, clock, base_url) for source, key in keys.items())
+    return tuple(GceSource(source, key, instance, client, clock, base_url, wall) for source, key in keys.items())
 
 
 def _object(text: str) -> Mapping[str, Any]:
