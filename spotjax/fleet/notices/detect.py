@@ -29,7 +29,6 @@ PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
 AWS_TOKEN = re.compile(r"[A-Za-z0-9_\-+/]{20,}={0,2}")
 
 
-
 class Platform(StrEnum):
     """Where a machine can be."""
 
