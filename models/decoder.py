@@ -16,7 +16,7 @@ from spotjax.models.config import DecoderConfig
 from spotjax.models.layers import DecoderLayer
 from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
-from spotjax.models.projection import project
+from spotjax.models.projection import BY_XLA, Products, project
 from spotjax.models.quantized import Matrix, Quantized, take_rows
 from spotjax.models.rope import rotations
 from spotjax.models.shard import WHOLE, TensorShard
@@ -59,7 +59,13 @@ def _rows(table: Matrix, wanted: jax.Array, shard: TensorShard) -> jax.Array:
     return jnp.where(mine[:, :, None], rows, jnp.zeros((), rows.dtype))
 
 
-def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: TensorShard = WHOLE) -> jax.Array:
+def logits(
+    config: DecoderConfig,
+    outputs: EdgeArrays,
+    x: jax.Array,
+    shard: TensorShard = WHOLE,
+    products: Products = BY_XLA,
+) -> jax.Array:
     """Final norm, output projection, soft cap.
 
     Args:
@@ -75,7 +81,10 @@ def logits(config: DecoderConfig, outputs: EdgeArrays, x: jax.Array, shard: Tens
         x = normalize(config, x, scale, bias)
     if config.embedding_width is not None:
         x = project(x, outputs["output_projection"])
-    local = project(x, outputs["embedding"].T if config.tied_embeddings else outputs["head"])
+    if config.tied_embeddings:
+        local = products.score(x, outputs["embedding"])
+    else:
+        (local,) = products.project(x, [outputs["head"]])
     return softcap(shard.concatenate(local.astype(jnp.float32))[:, : config.vocab], config.logit_softcap)
 
 

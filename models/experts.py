@@ -20,7 +20,7 @@ from jax import lax
 
 from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.parameters import Parameter, add_parameters
-from spotjax.models.projection import ACTIVATIONS, project
+from spotjax.models.projection import ACTIVATIONS, Products, project
 from spotjax.models.quantized import Matrix, Quantized
 from spotjax.models.shard import TensorShard
 
@@ -62,7 +62,7 @@ class MixtureOfExperts(nnx.Module):
         self.experts, self.activation = config.experts, config.activation
         add_parameters(self, config, "mlp", rngs)
 
-    def __call__(self, x: jax.Array, shard: TensorShard) -> jax.Array:
+    def __call__(self, x: jax.Array, shard: TensorShard, products: Products) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
         tokens = x.reshape(-1, x.shape[-1])
         chosen, weights = route(tokens @ self.router[...], self.experts)
@@ -72,14 +72,15 @@ class MixtureOfExperts(nnx.Module):
         block = block_size(len(tokens), self.experts)
         mixed = mix(tokens, chosen - first, weights, kernels, block)
         if self.experts.shared_mlp:
-            mixed = mixed + self._shared(tokens, kernels.activation)
+            mixed = mixed + self._shared(tokens, kernels.activation, products)
         return shard.sum(mixed.reshape(x.shape))
 
-    def _shared(self, tokens: jax.Array, activation: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def _shared(self, tokens: jax.Array, activation: Callable[[jax.Array], jax.Array], products: Products) -> jax.Array:
         """What every token gets, in part where its kernels are a shard's."""
-        inner = activation(project(tokens, self.shared_gate[...])) * project(tokens, self.shared_up[...])
+        gate, up = products.project(tokens, [self.shared_gate[...], self.shared_up[...]])
         share = jax.nn.sigmoid(tokens @ self.shared_router[...])
-        return share * project(inner, self.shared_down[...])
+        (down,) = products.project(activation(gate) * up, [self.shared_down[...]])
+        return share * down
 
 
 def route(scores: jax.Array, experts: Experts) -> tuple[jax.Array, jax.Array]:

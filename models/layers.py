@@ -19,7 +19,7 @@ from spotjax.models.config import DecoderConfig, LayerKind
 from spotjax.models.experts import MixtureOfExperts
 from spotjax.models.norm import Norm, normalize
 from spotjax.models.parameters import Parameter, add_parameters
-from spotjax.models.projection import ACTIVATIONS, project
+from spotjax.models.projection import ACTIVATIONS, BY_XLA, Products
 from spotjax.models.rope import Rotation, rotate
 from spotjax.models.shard import WHOLE, TensorShard
 
@@ -58,11 +58,12 @@ class Attention(nnx.Module):
         self.config, self.scoring = config, Scoring.of(config, kind)
         add_parameters(self, config, "attention", rngs)
 
-    def __call__(self, x: jax.Array, rotation: Rotation | None, store: KeyValueStore, shard: TensorShard) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, rotation: Rotation | None, store: KeyValueStore, shard: TensorShard, products: Products
+    ) -> jax.Array:
         c = self.config
-        query = project(x, self.query[...])  # (B, T, N, H)
-        keys = project(x, self.key[...])  # (B, T, K, H)
-        values = project(x, self.value[...])
+        # (B, T, N, H), and twice (B, T, K, H)
+        query, keys, values = products.project(x, [self.query[...], self.key[...], self.value[...]])
         if c.attention_bias:
             query = query + self.query_bias[...][None, None]
             keys = keys + self.key_bias[...][None, None]
@@ -73,7 +74,8 @@ class Attention(nnx.Module):
         if rotation is not None:
             query, keys = rotate(query, rotation), rotate(keys, rotation)
         mixed = self._mix(query, keys, values, store, shard)  # (B, T, N, H)
-        out = shard.sum(project(mixed, self.output[...], inputs=2))
+        (out,) = products.project(mixed, [self.output[...]], inputs=2)
+        out = shard.sum(out)
         return out + self.output_bias[...][None, None] if c.output_bias else out
 
     def _mix(
@@ -110,17 +112,18 @@ class FeedForward(nnx.Module):
         self.config = config
         add_parameters(self, config, "mlp", rngs)
 
-    def __call__(self, x: jax.Array, shard: TensorShard) -> jax.Array:
+    def __call__(self, x: jax.Array, shard: TensorShard, products: Products) -> jax.Array:
         c, activation = self.config, ACTIVATIONS[self.config.activation]
-        inner = project(x, self.up[...])  # (B, T, F)
+        kernels = [self.up[...], self.gate[...]] if c.gated_mlp else [self.up[...]]
+        inner, *gate = products.project(x, kernels)  # (B, T, F)
         if c.mlp_bias:
             inner = inner + self.up_bias[...][None, None]
         if c.gated_mlp:
-            gate = project(x, self.gate[...])
-            inner = activation(gate + self.gate_bias[...][None, None] if c.mlp_bias else gate) * inner
+            inner = activation(gate[0] + self.gate_bias[...][None, None] if c.mlp_bias else gate[0]) * inner
         else:
             inner = activation(inner)
-        down = shard.sum(project(inner, self.down[...]))
+        (down,) = products.project(inner, [self.down[...]])
+        down = shard.sum(down)
         return down + self.down_bias[...][None, None] if c.mlp_bias else down
 
 
@@ -138,14 +141,20 @@ class DecoderLayer(nnx.Module):
             self.mlp_output_norm = Norm(config, "mlp_output_norm", rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, rotation: Rotation | None, store: KeyValueStore, shard: TensorShard = WHOLE
+        self,
+        x: jax.Array,
+        rotation: Rotation | None,
+        store: KeyValueStore,
+        shard: TensorShard = WHOLE,
+        products: Products = BY_XLA,
     ) -> jax.Array:
         """(B, T, D) to (B, T, D)."""
         if self.config.norm_place == "both":
-            x = x + self.attention_output_norm(self.attention(self.attention_norm(x), rotation, store, shard))
-            return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x), shard))
+            mixed = self.attention(self.attention_norm(x), rotation, store, shard, products)
+            x = x + self.attention_output_norm(mixed)
+            return x + self.mlp_output_norm(self.mlp(self.mlp_norm(x), shard, products))
         if self.config.norm_place == "after":
-            x = self.attention_norm(x + self.attention(x, rotation, store, shard))
-            return self.mlp_norm(x + self.mlp(x, shard))
-        mixed = x + self.attention(self.attention_norm(x), rotation, store, shard)
-        return mixed + self.mlp(self.mlp_norm(x if self.config.parallel_residual else mixed), shard)
+            x = self.attention_norm(x + self.attention(x, rotation, store, shard, products))
+            return self.mlp_norm(x + self.mlp(x, shard, products))
+        mixed = x + self.attention(self.attention_norm(x), rotation, store, shard, products)
+        return mixed + self.mlp(self.mlp_norm(x if self.config.parallel_residual else mixed), shard, products)

@@ -184,6 +184,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=MACHINE,
         ),
     ] = "auto"
+    cpu_kernels: Annotated[
+        Literal["auto", "native", "xla"],
+        Meta(
+            description="what multiplies a few rows with a model's matrices on CPUs: a kernel that is compiled on this "
+            "machine by its C++ compiler, or plain XLA; auto: the kernel where there is a compiler",
+            extra=MACHINE,
+        ),
+    ] = "auto"
     fuse: Annotated[bool, Meta(description="compile whole stages in the background", extra=SERVING)] = True
     compilation_cache: Annotated[
         str,

@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from spotjax.models.spec import ModelSpec
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.controls import Variant, controls_width
+from spotjax.runtime.native.choice import KernelSetting, choose_products
 from spotjax.runtime.stage import Stage
 from spotjax.tools.bench_engine import machine, table
 
@@ -84,14 +85,16 @@ class StepRunner:
       positions: that sequences can have.
       batch: most sequences at once.
       seed: of the weights.
+      kernels: what computes products.
       fused: all layers as one executable, else one call for each layer.
     """
 
-    def __init__(self, config: DecoderConfig, positions: int, batch: int, seed: int, *, fused: bool) -> None:
+    def __init__(
+        self, config: DecoderConfig, positions: int, batch: int, seed: int, kernels: KernelSetting, *, fused: bool
+    ) -> None:
         devices, self._spec = (jax.devices()[0],), ModelSpec(config)
-        self.model = CompiledModel(
-            self._spec, 1 + batch * -(-positions // PAGE_SIZE), PAGE_SIZE, positions, jnp.float32
-        )
+        pages, products = 1 + batch * -(-positions // PAGE_SIZE), choose_products(kernels, devices[0])
+        self.model = CompiledModel(self._spec, pages, PAGE_SIZE, positions, jnp.float32, products=products)
         mesh, chance = stage_mesh(devices), np.random.default_rng(seed)
         parameters = {
             array.name: jax.device_put(
@@ -171,8 +174,9 @@ def measure(name: str, arguments: argparse.Namespace, bandwidth: Bandwidth) -> l
     context, prompt = arguments.context, arguments.prompt
     cases = [(batch, 1, context) for batch in arguments.batch] + ([(1, prompt, prompt)] if prompt else [])
     runner = StepRunner(
-        config_of(name), max(context, prompt), max(arguments.batch), arguments.seed, fused=not arguments.by_layer
-    )
+        config_of(name), max(context, prompt), max(arguments.batch), arguments.seed, arguments.cpu_kernels,
+        fused=not arguments.by_layer,
+    )  # fmt: skip
     shapes = [StepShape(batch, span, -(-reach // PAGE_SIZE)) for batch, span, reach in cases]
     timings, read = [Timings() for _ in cases], []
     try:
@@ -215,6 +219,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--context", type=int, default=160, help="positions of every sequence that decodes")
     parser.add_argument("--prompt", type=int, default=128, help="positions of the prefill; 0 leaves it out")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--cpu-kernels", choices=get_args(KernelSetting), default="auto", help="as of a server")
     parser.add_argument("--by-layer", action="store_true", help="one call for each layer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -225,7 +230,12 @@ def main(given: Sequence[str] | None = None) -> None:
         console.print(table(f"{name} float32, contexts of {arguments.context}", [_short(row) for row in found]))
         console.print(f"memory bandwidth {found[0]['bandwidth_GB_per_s']:.1f} GB/s")
         rows += found
-    about = {**machine(), "seed": arguments.seed, "xla_flags": os.environ.get("XLA_FLAGS", "")}
+    about = {
+        **machine(),
+        "cpu_kernels": arguments.cpu_kernels,
+        "seed": arguments.seed,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
     console.print(about)
     if arguments.output:
         arguments.output.write_text(json.dumps({"machine": about, "rows": rows}, indent=2) + "\n")

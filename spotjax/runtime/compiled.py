@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from spotjax.meshes.layout import kv_heads_per_shard
 from spotjax.meshes.sharding import TENSOR_AXIS, array_sharding, own, replicated, stacked_shape, stage_mesh
+from spotjax.models.projection import BY_XLA, Products
 from spotjax.models.shard import TensorShard
 from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.attention.backend import AttentionBackend
@@ -51,6 +52,7 @@ class CompiledModel:
       dtype: of activations, KV and parameters that are not quantized.
       cache_directory: where compiled programs are kept between runs; None keeps nothing.
       attention: how keys and values are kept and read on the devices; None for XLA's.
+      products: who computes matrix products.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class CompiledModel:
         dtype: DTypeLike,
         cache_directory: Path | None = None,
         attention: AttentionBackend | None = None,
+        products: Products = BY_XLA,
     ) -> None:
         self.spec, self.pages, self.page_size = spec, pages, page_size
         self.dtype = jnp.dtype(dtype)
         self.attention = attention or XlaAttention(spec.config.head_size, page_size)
-        subject = repr((spec, pages, page_size, max_positions, self.dtype.name, self.attention))
+        self.products = products
+        subject = repr((spec, pages, page_size, max_positions, self.dtype.name, self.attention, products))
         cache = ProgramCache(cache_directory, subject) if cache_directory is not None else None
         self.executables = Executables(cache)
         self._max_positions = max_positions
@@ -183,7 +187,8 @@ class CompiledModel:
         return self._abstract((rows, span, self.spec.config.width), replicated(mesh), self.dtype)
 
     def _functions(self, mesh: Mesh) -> StageFunctions:
-        return StageFunctions(self.spec, TensorShard(mesh.size, TENSOR_AXIS), self.attention, self.dtype)
+        shard = TensorShard(mesh.size, TENSOR_AXIS)
+        return StageFunctions(self.spec, shard, self.attention, self.dtype, self.products)
 
     def _lower(
         self, function: Call, arguments: Sequence[Any], results: Any, mesh: Mesh, donate: tuple[int, ...] = ()

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from spotjax.models.config import DecoderConfig, LayerKind
 from spotjax.models.decoder import embed, logits
 from spotjax.models.layers import DecoderLayer
+from spotjax.models.projection import BY_XLA, Products
 from spotjax.models.quantized import Matrix, with_scales
 from spotjax.models.rope import rotations
 from spotjax.models.shard import TensorShard
@@ -46,9 +47,16 @@ def bind(graph: nnx.GraphDef[DecoderLayer], arrays: Mapping[str, Matrix]) -> Dec
 class StageFunctions:
     """Functions of one model, for shards of one tensor degree; ``dtype`` is that of activations."""
 
-    def __init__(self, spec: ModelSpec, shard: TensorShard, attention: AttentionBackend, dtype: DTypeLike) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shard: TensorShard,
+        attention: AttentionBackend,
+        dtype: DTypeLike,
+        products: Products = BY_XLA,
+    ) -> None:
         self._config, self._kinds, self._shard, self._attention = spec.config, spec.kinds, shard, attention
-        self._dtype = jnp.dtype(dtype)
+        self._dtype, self._products = jnp.dtype(dtype), products
         self._graphs = [layer_graph(spec.config, kind) for kind in spec.kinds]
 
     def embed(self, inputs: Mapping[str, jax.Array], rows: jax.Array) -> jax.Array:
@@ -71,7 +79,7 @@ class StageFunctions:
         extended = []
         for kind, arrays, kv in zip(kinds, layers, pages, strict=True):
             store, whole = self._attention.store(kv, step), with_scales(arrays, self._dtype)
-            hidden = bind(self._graphs[kind], whole)(hidden, rotation[kind], store, self._shard)
+            hidden = bind(self._graphs[kind], whole)(hidden, rotation[kind], store, self._shard, self._products)
             extended.append(store.pages)
         return hidden, tuple(extended)
 
@@ -79,4 +87,4 @@ class StageFunctions:
         """Logits (B, V) float32 at the last valid position of every row."""
         last = jnp.maximum(rows[:, 1] - 1, 0)
         vectors = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return logits(self._config, with_scales(outputs, self._dtype), vectors, self._shard)
+        return logits(self._config, with_scales(outputs, self._dtype), vectors, self._shard, self._products)

@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.resources import files
@@ -26,8 +26,8 @@ log = logging.getLogger(__name__)
 COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes")
 COMPILED_MODULES = (
     "runtime/attention/gpu.py", "runtime/attention/tpu.py", "runtime/attention/xla.py", "runtime/compiled.py",
-    "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py", "runtime/sampling.py",
-    "engine/request.py",
+    "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py",
+    "runtime/native/products.py", "runtime/sampling.py", "engine/request.py",
 )  # fmt: skip
 """Whose source decides what is compiled."""
 LOCKS = 256
@@ -38,10 +38,13 @@ def cache_directory(setting: str) -> Path | None:
     """Where compiled programs are kept between runs: as told, else in the user's cache directory; None for nowhere."""
     if setting == "off":
         return None
-    home = os.environ.get("SPOTJAX_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spotjax"
-    )
-    return Path(setting) if setting else Path(home, "programs")
+    return Path(setting) if setting else cache_home(os.environ) / "programs"
+
+
+def cache_home(environment: Mapping[str, str]) -> Path:
+    """Where all is kept that can be made or fetched again."""
+    told = environment.get("SPOTJAX_CACHE")
+    return Path(told or Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache", "spotjax"))
 
 
 class ProgramCache:
@@ -84,16 +87,8 @@ class ProgramCache:
         Look with ``get`` again when it is held: another process may just have put the program in.
         """
         number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:2]) % LOCKS
-        try:
-            lock = os.open(self._directory / f"{number}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError:  # a directory that cannot be written: everybody compiles for themselves
+        with locked(self._directory / f"{number}.lock"):
             yield
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
 
     def drop(self, key: str) -> None:
         """Removes a program that turned out to be unusable."""
@@ -103,13 +98,33 @@ class ProgramCache:
         return self._directory / hashlib.sha256(f"{self._common}\n{key}".encode()).hexdigest()
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Held by one process, or thread, at a time. Where the file cannot be made it keeps nobody out."""
+    try:
+        lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:  # a directory that cannot be written: everybody compiles for themselves
+        yield
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def cpu_features() -> str:
+    """What instructions the CPU has, as Linux lists them; empty elsewhere."""
+    if not Path("/proc/cpuinfo").exists():
+        return ""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def _machine() -> str:
     """Everything outside our source that compiled code depends on."""
     device = jax.devices()[0]
-    features = ""
-    if device.platform == "cpu" and Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    features = cpu_features() if device.platform == "cpu" else ""
     if jax.process_count() > 1:
         features += f"\n{jax.process_count()} processes"
     parts = (jax.__version__, version("jaxlib"), device.platform, device.device_kind, platform.machine(), features)

@@ -196,7 +196,7 @@ class WorkerProcess:
         programs = cache_directory(self._config.compilation_cache)
         return self.KIND.load(
             self._name, self._devices, setup, self._peers, self._links, self._copies, self._make_executor, programs,
-            stores, self._config.read_bandwidth, self._config.attention,
+            stores, self._config.read_bandwidth, self._config.attention, self._config.cpu_kernels,
         )  # fmt: skip
 
     async def _beat(self, controller: str, interval: float) -> None:

@@ -37,6 +37,7 @@ from spotjax.runtime.attention.choice import AttentionSetting, choose_attention
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
+from spotjax.runtime.native.choice import KernelSetting, choose_products
 from spotjax.worker.copies import Copies
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
 from spotjax.worker.kv_keeping import KvKeeping
@@ -91,6 +92,7 @@ class Worker:
         stores: Path | None,
         read_bandwidth: int = 0,
         attention: AttentionSetting = "auto",
+        kernels: KernelSetting = "auto",
     ) -> Worker:
         """Opens the model, compiles and attaches to what an earlier process of this name left. Takes long, blocks.
 
@@ -106,11 +108,12 @@ class Worker:
           stores: directory of parameter stores, None for none.
           read_bandwidth: bytes per second at which parameters are read from the model at most; 0 for no limit.
           attention: what computes it.
+          kernels: what computes products on CPUs.
 
         Raises:
           CheckpointError: the model cannot be loaded.
           ConfigError: its weights are not those that the controller has, another process has the store, or attention
-            cannot be computed as told.
+            or products cannot be computed as told.
         """
         dtype = np.dtype(setup.dtype)
         model = open_model(setup.model)
@@ -122,7 +125,10 @@ class Worker:
             )
         spec = ModelSpec(model.checkpoint.spec.config, dtype.itemsize, setup.quantization)
         backend = choose_attention(attention, spec, setup.page_size, dtype, devices[0])
-        compiled = CompiledModel(spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs, backend)
+        products = choose_products(kernels, devices[0])
+        compiled = CompiledModel(
+            spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs, backend, products
+        )
         buckets = Buckets(setup.max_batch, setup.prefill_tokens, setup.page_size, setup.max_positions)
         store = ParameterStore.open(stores, cls.store_name(name), own_weights) if stores is not None else None
         memory = StoreMemory(store) if store is not None else None

@@ -268,9 +268,9 @@ def test_a_worker_is_told_what_its_machine_needs_and_nothing_else() -> None:
         "-m", "spotjax.serve", f"--join={ADDRESS}", "--name=instance-3",
     ]  # fmt: skip
     config = ServeConfig(
-        workers=4, devices_per_instance=1, instance_memory_bytes=5, attention="xla", compilation_cache="off",
-        parameter_store="/p", grace_seconds=2.5, tls_certificate="c", tls_key="k", tls_authority="a", log_level="debug",
-        log_format="json",
+        workers=4, devices_per_instance=1, instance_memory_bytes=5, attention="xla", cpu_kernels="xla",
+        compilation_cache="off", parameter_store="/p", grace_seconds=2.5, tls_certificate="c", tls_key="k",
+        tls_authority="a", log_level="debug", log_format="json",
     )  # fmt: skip
     flags = worker_command(config, ADDRESS, "instance-3")[3:]
     told = load(cli.parser().parse_args(["serve", *flags]), {})

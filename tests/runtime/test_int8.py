@@ -29,7 +29,7 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import whole
 from spotjax.models.checkpoint import Checkpoint
 from spotjax.models.config import DecoderConfig
-from spotjax.models.layers import project
+from spotjax.models.projection import project
 from spotjax.models.quantization import INPUT_AXES
 from spotjax.models.quantized import Quantized
 from spotjax.models.quantized_checkpoint import QuantizedCheckpoint

@@ -1,0 +1,1 @@
+"""Code for the CPU that is compiled on the machine where it runs."""
