@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import partial
 
 from spotjax.engine.batch import Pipeline
@@ -22,6 +22,7 @@ from spotjax.errors import CheckpointError, Draining
 from spotjax.fleet.admission import Admission, ServiceLimits
 from spotjax.fleet.attendance import Attendance, Supply
 from spotjax.fleet.boundary import Leave
+from spotjax.fleet.capacity.load import Meter
 from spotjax.fleet.change import Planning
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.cluster import Cluster
@@ -34,7 +35,15 @@ from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
 from spotjax.fleet.save_request import SaveRequests
 from spotjax.fleet.saving import Saves, Saving
-from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus, Saved
+from spotjax.fleet.status import (
+    CapacityStatus,
+    FleetEvent,
+    FleetStatus,
+    InstanceStatus,
+    Reconfiguration,
+    ReplicaStatus,
+    Saved,
+)
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
 
@@ -61,6 +70,11 @@ class Controller:
       leave: when the mesh leaves an instance that has notice.
       saves: where KV is saved when the whole fleet is to be taken; None for nowhere.
       files: writes the rest of what is saved on request; None where nothing can be.
+      meter: is told what arrives and what is done, if somebody wants to know.
+      capacity: what operators see of how the fleet comes by its machines.
+
+    Attributes:
+      planning: as given.
     """
 
     def __init__(
@@ -79,7 +93,11 @@ class Controller:
         leave: Leave = "early",
         saves: Saves | None = None,
         files: CheckpointFiles | None = None,
+        meter: Meter | None = None,
+        capacity: Callable[[], CapacityStatus] | None = None,
     ) -> None:
+        self.planning = planning
+        self._meter, self._capacity = meter, capacity
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._clock = log, detokenizer, clock
         self._events = EventLog(wall_clock)
@@ -132,7 +150,10 @@ class Controller:
         """See ``GenerationService.submit``."""
         if self._draining and request.request_id not in self._requests:
             raise Draining("the server is draining and takes no new requests; try another one")
-        return self._admission.submit(request)
+        accepted = self._admission.submit(request)
+        if self._meter is not None:
+            self._meter.arrived(self._clock(), len(request.prompt), request.n)
+        return accepted
 
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``."""
@@ -183,12 +204,21 @@ class Controller:
             reconfigurations=max(0, self._reconfigurer.epoch - self._epochs_before - 1),
             uptime_seconds=self._clock() - since if since is not None else 0.0,
             notices=self._attendance.notices(),
+            capacity=self._capacity() if self._capacity is not None else None,
         )
 
     @property
     def epoch(self) -> int:
         """Of the last mesh, that of an earlier controller if there was none yet."""
         return self._reconfigurer.epoch
+
+    def members(self) -> Sequence[Instance]:
+        """Instances that are not gone."""
+        return self._members.alive()
+
+    def record(self, kind: str, message: str, **fields: str | int | float) -> None:
+        """Puts something into the stream of events that happened beside the service."""
+        self._events.record(kind, self._reconfigurer.epoch, message, **fields)
 
     def recent(self) -> Sequence[FleetEvent]:
         """See ``FleetService.recent``."""
@@ -254,6 +284,9 @@ class Controller:
         """These are recorded."""
         try:
             self._requests.committed(states, self._clock())
+            for state in states if self._meter is not None else ():
+                if state.finish is not None and self._meter is not None:
+                    self._meter.finished(self._clock(), len(state.tokens))
             self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
         except Exception as problem:  # who follows them would wait for ever: the next server on the log tells them
             self._failed(problem)

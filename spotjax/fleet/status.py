@@ -62,6 +62,75 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class FleetEvent:
+    """Something happened that operators want to know.
+
+    Attributes:
+      time: Unix time in seconds.
+      kind: ``ready recovered registered joined notice withdrawn lost plan precopy arranged saving saved stop switch
+        draining log requested released stockout cap``.
+      epoch: epoch at the time.
+      message: one line for people.
+      fields: the same as data (instance, bytes, seconds ...).
+    """
+
+    time: float
+    kind: str
+    epoch: int
+    message: str
+    fields: Mapping[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class MachineStatus:
+    """One machine that a controller rents, or may be renting.
+
+    Attributes:
+      name, type, zone, price_class: what it was asked for as.
+      price: USD per hour.
+      state: what the provider says of it; ``not listed`` if it says nothing.
+      standing: where it stands with the fleet: ``coming up leaving away dead absent``.
+    """
+
+    name: str
+    type: str
+    zone: str
+    price_class: PriceClass
+    price: float
+    state: str
+    standing: str
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityStatus:
+    """What a controller that buys its own capacity wants, has and spends.
+
+    Attributes:
+      provider: who rents machines out.
+      wanted: instances.
+      why: so many.
+      waiting: what stands in the way of more; empty if nothing does.
+      cost_per_hour: USD per hour of all machines that may exist.
+      most_per_hour: cap on it; 0 for none.
+      spent_today: USD since midnight UTC, at most.
+      most_per_day: cap on it; 0 for none.
+      machines: all that may exist.
+      actions: what was done last, the oldest first.
+    """
+
+    provider: str
+    wanted: int
+    why: str
+    waiting: str
+    cost_per_hour: float
+    most_per_hour: float
+    spent_today: float
+    most_per_day: float
+    machines: tuple[MachineStatus, ...]
+    actions: tuple[FleetEvent, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class FleetStatus:
     """A snapshot of the whole service.
 
@@ -79,6 +148,7 @@ class FleetStatus:
       reconfigurations: epoch switches since start.
       uptime_seconds: since the service became ready.
       notices: what the notices of every source have come to since start.
+      capacity: of a controller that buys its own; None for others.
     """
 
     model: str
@@ -94,26 +164,7 @@ class FleetStatus:
     reconfigurations: int
     uptime_seconds: float
     notices: tuple[NoticeRecord, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class FleetEvent:
-    """Something happened that operators want to know.
-
-    Attributes:
-      time: Unix time in seconds.
-      kind: ``ready recovered registered joined notice withdrawn lost plan precopy arranged saving saved stop switch
-        draining log``.
-      epoch: epoch at the time.
-      message: one line for people.
-      fields: the same as data (instance, bytes, seconds ...).
-    """
-
-    time: float
-    kind: str
-    epoch: int
-    message: str
-    fields: Mapping[str, str | int | float] = field(default_factory=dict)
+    capacity: CapacityStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spotjax.meshes.instance import Instance, InstanceState, InstanceType
+from spotjax.meshes.shape import MeshShape
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cost import Roofline
 from spotjax.planner.demand import Demand
@@ -52,6 +53,7 @@ def plan_capacity(
     spares: int = SPARES,
     on_demand: bool = True,
     latency: LatencyOf | None = None,
+    wanted: MeshShape | None = None,
 ) -> Capacity:
     """The instance delta.
 
@@ -64,7 +66,7 @@ def plan_capacity(
       most_more: how many of those at most.
       spares: see SPARES.
       on_demand: whether on-demand instances may be requested.
-      latency: see ``choose_shape``.
+      latency, wanted: see ``choose_shape``.
 
     Raises:
       NoFeasibleShape: the model fits on no mesh even with ``most_more`` more instances.
@@ -73,7 +75,7 @@ def plan_capacity(
     there = [replace(instance, state=InstanceState.READY) for instance in instances if instance.state in coming]
     more = [Instance(f"requested-{number}", offered) for number in range(most_more)]
     of_kind = latency or (lambda kind: Roofline(spec, kind))
-    target = choose_shape(spec, [*there, *more], demand, goal=goal, latency=of_kind)
+    target = choose_shape(spec, [*there, *more], demand, wanted, goal=goal, latency=of_kind)
     missing = target.instances - len(there)
     if missing > 0:
         return Capacity(target, missing, missing if on_demand else 0, ())

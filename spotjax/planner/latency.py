@@ -68,6 +68,28 @@ class LatencyModel(Protocol):
         ...
 
 
+class Scaled:
+    """Another model's times, all so many times as long, and remembered. A ``LatencyModel``."""
+
+    def __init__(self, model: LatencyModel, scale: float) -> None:
+        self._model, self._scale = model, scale
+        self._stages: dict[tuple[Stage, int, Work], float] = {}
+        self._hops: dict[int, float] = {}
+
+    def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
+        """See ``LatencyModel``."""
+        key = stage, tensor, work
+        if key not in self._stages:
+            self._stages[key] = self._model.stage_seconds(*key) * self._scale
+        return self._stages[key]
+
+    def hop_seconds(self, tokens: int) -> float:
+        """See ``LatencyModel``."""
+        if tokens not in self._hops:
+            self._hops[tokens] = self._model.hop_seconds(tokens) * self._scale
+        return self._hops[tokens]
+
+
 @lru_cache(maxsize=1024)
 def stages_of(layers: LayerRanges) -> Mapping[Stage, int]:
     """How many stages there are of each kind."""

@@ -164,7 +164,7 @@ def options(
                         replicas = hosts.places // stages
                         if replicas > counted:
                             step, reach = steps[slowest], range(counted + 1, replicas + 1)
-                            service = _service_seconds(models[slowest], one, layers, batch, demand, step)
+                            service = service_seconds(models[slowest], one, layers, batch, demand, step)
                             yield Option(layers, tensor, batch, hosts, reach, step, service, memory)
                             counted = replicas
 
@@ -186,10 +186,18 @@ def _places_of(kind: InstanceType, count: int, tensor: int) -> int:
     return count // span if span > 1 else count * (kind.devices // tensor)
 
 
-def _service_seconds(
+def service_seconds(
     model: LatencyModel, one: MeshShape, layers: LayerRanges, batch: int, demand: Demand, step: float
 ) -> float:
-    """A request's own prompt, its tokens, and the prompts of the others of a full batch, which come between."""
+    """A request once it runs: its own prompt, its tokens, and the prompts of the others, which come between.
+
+    Args:
+      model: seconds of single stages.
+      one, layers: the replica's pipeline.
+      batch: sequences that decode at once.
+      demand: typical requests.
+      step: seconds between two tokens of a sequence.
+    """
     work = Work.prefill(demand.prompt)
     slowest = max(model.stage_seconds(stage, one.tensor, work) for stage in stages_of(layers))
     return prefill_seconds(model, one, layers, demand.prompt) + (batch - 1) * slowest + demand.output * step

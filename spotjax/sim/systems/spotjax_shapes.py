@@ -15,7 +15,7 @@ from spotjax.meshes.instance import Instance, InstanceType
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal, Running
-from spotjax.planner.latency import LatencyModel, Stage, Work
+from spotjax.planner.latency import LatencyModel, Scaled
 from spotjax.planner.load import Load, LoadEstimator
 from spotjax.planner.optimizer import Decision
 
@@ -26,28 +26,6 @@ RATE_STEPS, ROUGH_STEPS = 1.1, 2.0
 LEAST_GAIN = 0.1
 """See ``Running``."""
 ANY_NUMBER = 1 << 20
-
-
-class Scaled:
-    """Another model's times, all so many times as long, and remembered. A ``LatencyModel``."""
-
-    def __init__(self, model: LatencyModel, scale: float) -> None:
-        self._model, self._scale = model, scale
-        self._stages: dict[tuple[Stage, int, Work], float] = {}
-        self._hops: dict[int, float] = {}
-
-    def stage_seconds(self, stage: Stage, tensor: int, work: Work) -> float:
-        """See ``LatencyModel``."""
-        key = stage, tensor, work
-        if key not in self._stages:
-            self._stages[key] = self._model.stage_seconds(*key) * self._scale
-        return self._stages[key]
-
-    def hop_seconds(self, tokens: int) -> float:
-        """See ``LatencyModel``."""
-        if tokens not in self._hops:
-            self._hops[tokens] = self._model.hop_seconds(tokens) * self._scale
-        return self._hops[tokens]
 
 
 def typical_demand(prompts: Sequence[int], outputs: Sequence[int], batch: int, room: float) -> Demand:
