@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from spotjax import __version__
 from spotjax.commands import (
     bootstrap,
+    capacity,
     checkpoint,
     cold_restart,
     convert,
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         health,
         generate,
         fleet,
+        capacity,
         fetch,
         convert,
         checkpoint,

@@ -156,6 +156,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=SERVING,
         ),
     ] = ""
+    capacity: Annotated[
+        str,
+        Meta(
+            description="TOML file that says who rents machines out and how many may be: the controller buys its own "
+            "capacity; empty: it buys none",
+            extra=CONTROLLER,
+        ),
+    ] = ""
     checkpoint: Annotated[
         str,
         Meta(
@@ -406,6 +414,10 @@ def refuse_contradictions(config: ServeConfig) -> None:
         raise ConfigError(
             f"{name} ({getattr(config, name)}) has no meaning with recovery {config.recovery}, which keeps no KV"
         )
+    if config.capacity and (config.workers or config.durability == "none"):
+        name = "workers" if config.workers else "durability"
+        reason = "it starts them itself" if config.workers else "what was spent is kept beside the commit log"
+        raise ConfigError(f"capacity ({config.capacity}) does not go with {name} ({getattr(config, name)}): {reason}")
     if config.commit_log and config.durability == "none":
         raise ConfigError(f"commit_log ({config.commit_log}) has no meaning with durability none, which keeps no log")
     if config.slice_host >= config.slice_hosts:

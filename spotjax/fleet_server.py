@@ -21,6 +21,8 @@ from spotjax.durability import directory_of, open_commit_log
 from spotjax.engine.commit_log import CommitLog
 from spotjax.errors import ConfigError, ConnectionLost, NoSpareDevices, SpotjaxError
 from spotjax.fleet.admission import ServiceLimits
+from spotjax.fleet.capacity.loop import CapacityLoop
+from spotjax.fleet.capacity.opening import open_capacity
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.door import Door
@@ -74,7 +76,9 @@ class FleetServer:
             tls = Tls.from_files(config.tls_certificate, config.tls_key, config.tls_authority)
         self._endpoint = Endpoint(Beat | ResultHeader, self._receive, tls=tls)
         self._workers = LocalWorkers(config, address, on_exit=self._worker_ended) if config.workers else None
-        self._data_port = 0
+        self._address, self._data_port = address, 0
+        self._capacity: CapacityLoop | None = None
+        self._buying: asyncio.Task[None] | None = None
         self._built = asyncio.Lock()
         self._setup: control.ModelSetup | None = None
         self._service: Controller | None = None
@@ -111,7 +115,9 @@ class FleetServer:
         """Takes workers in, starts those of its own, and forms the first mesh.
 
         Raises:
-          ConfigError: the data endpoint's address cannot be listened on, or all own workers ended.
+          ConfigError: the data endpoint's address cannot be listened on, all own workers ended, or the file for
+            ``capacity`` is not as it must be.
+          ProviderError: whoever is to rent machines out cannot be used.
         """
         try:
             self._data_port = await self._endpoint.listen(self._config.data_listen)
@@ -120,6 +126,11 @@ class FleetServer:
         door.join = self._sessions.join
         self._watching = asyncio.create_task(self._sessions.watch(self._config.lease_seconds))
         self._watching.add_done_callback(self._watching_ended)
+        if self._config.capacity:
+            self._capacity = await open_capacity(
+                self._config, self._address, directory_of(self._log), lambda: self._service
+            )
+            self._buying = asyncio.create_task(self._capacity.run())
         if self._workers is not None:
             await self._workers.add(self._config.workers)
         else:
@@ -137,6 +148,9 @@ class FleetServer:
 
     async def close(self) -> None:
         """Stops at the next token boundary. Own workers end; others stay, and wait for a controller."""
+        if self._buying is not None:
+            self._buying.cancel()
+            await asyncio.gather(self._buying, return_exceptions=True)
         if self._service is not None:
             await self._service.close()
         else:
@@ -243,6 +257,8 @@ class FleetServer:
             CheckpointFiles(
                 spec.config, dtype.name, print_of, self._model.tokenizer, directory_of(self._log), spec.quantization
             ),
+            self._capacity.meter if self._capacity is not None else None,
+            self._capacity.status if self._capacity is not None else None,
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
@@ -254,7 +270,9 @@ class FleetServer:
         return kind if kind.memory_bytes else replace(kind, memory_bytes=self._virtual_memory)
 
     async def _supply(self, count: int) -> Sequence[str]:
-        """More workers on this machine."""
+        """More workers on this machine, or machines with one each."""
+        if self._capacity is not None:
+            return await self._capacity.add(count)
         if self._workers is None:
             raise NoSpareDevices("this controller starts no workers; start them on their machines with --join")
         return await self._workers.add(count)

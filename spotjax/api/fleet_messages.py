@@ -5,9 +5,11 @@ from __future__ import annotations
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
 from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import (
+    CapacityStatus,
     FleetEvent,
     FleetStatus,
     InstanceStatus,
+    MachineStatus,
     Reconfiguration,
     ReplicaStatus,
     Saved,
@@ -136,11 +138,57 @@ def instance_from(message: pb.InstanceStatus) -> InstanceStatus:
     )
 
 
+CAPACITY_FIELDS = (
+    "provider",
+    "wanted",
+    "why",
+    "waiting",
+    "cost_per_hour",
+    "most_per_hour",
+    "spent_today",
+    "most_per_day",
+)
+MACHINE_FIELDS = ("name", "type", "zone", "price", "state", "standing")
+
+
+def capacity_to(capacity: CapacityStatus | None) -> pb.CapacityStatus | None:
+    """The message for how a controller comes by its machines; None stays None."""
+    if capacity is None:
+        return None
+    return pb.CapacityStatus(
+        **{name: getattr(capacity, name) for name in CAPACITY_FIELDS},
+        machines=[
+            pb.MachineStatus(
+                **{name: getattr(machine, name) for name in MACHINE_FIELDS},
+                price_class=PRICE_CLASSES[machine.price_class],
+            )
+            for machine in capacity.machines
+        ],
+        actions=map(event_to, capacity.actions),
+    )
+
+
+def capacity_from(message: pb.CapacityStatus) -> CapacityStatus:
+    """What a message says of it."""
+    return CapacityStatus(
+        **{name: getattr(message, name) for name in CAPACITY_FIELDS},
+        machines=tuple(
+            MachineStatus(
+                **{name: getattr(machine, name) for name in MACHINE_FIELDS},
+                price_class=PRICE_CLASSES_BACK[machine.price_class],
+            )
+            for machine in message.machines
+        ),
+        actions=tuple(map(event_from, message.actions)),
+    )
+
+
 def status_to(status: FleetStatus) -> pb.FleetStatus:
     """The message for a snapshot."""
     return pb.FleetStatus(
         **{name: getattr(status, name) for name in STATUS_FIELDS},
         placement=placement_to(status.placement),
+        capacity=capacity_to(status.capacity),
         instances=map(instance_to, status.instances),
         replicas=[
             pb.ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in status.replicas
@@ -156,6 +204,7 @@ def status_from(message: pb.FleetStatus) -> FleetStatus:
     return FleetStatus(
         **{name: getattr(message, name) for name in STATUS_FIELDS},
         placement=placement_from(message.placement) if message.HasField("placement") else None,
+        capacity=capacity_from(message.capacity) if message.HasField("capacity") else None,
         instances=tuple(map(instance_from, message.instances)),
         replicas=tuple(
             ReplicaStatus(**{name: getattr(replica, name) for name in REPLICA_FIELDS}) for replica in message.replicas

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from spotjax.commands.capacity_views import capacity_view
 from spotjax.commands.output import shown_bytes
 from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, ReplicaStatus
@@ -31,7 +32,9 @@ def status_view(status: FleetStatus) -> RenderableType:
         f"requests: {status.requests_running} running, {status.queued} queued, {status.requests_finished} finished   "
         f"tokens: {status.tokens_committed}   reconfigurations: {status.reconfigurations}"
     )
-    return Group(headline, instances_table(status), *mesh_tables(status), requests, *map(notices_line, status.notices))
+    rented = [capacity_view(status.capacity)] if status.capacity is not None else []
+    notices = map(notices_line, status.notices)
+    return Group(headline, instances_table(status), *mesh_tables(status), requests, *notices, *rented)
 
 
 def notices_line(record: NoticeRecord) -> str:

@@ -52,6 +52,7 @@ CONTROLLER = {
     "kv_backup_bandwidth": 5, "checkpoint": "gs://bucket/saves",
 }  # fmt: skip
 BASELINE = {"workers": 3, "recovery": "rerouting"}
+BUYER = {"listen": "10.0.0.1:8470", "capacity": "capacity.toml"}
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
     "read_bandwidth": 7,
@@ -61,10 +62,10 @@ WORKER = {
 
 
 def test_every_setting_is_tried() -> None:
-    assert {*EMBEDDED, *CONTROLLER, *BASELINE, *WORKER} == set(TYPES)
+    assert {*EMBEDDED, *CONTROLLER, *BASELINE, *BUYER, *WORKER} == set(TYPES)
 
 
-@pytest.mark.parametrize("values", [EMBEDDED, CONTROLLER, BASELINE, WORKER])
+@pytest.mark.parametrize("values", [EMBEDDED, CONTROLLER, BASELINE, BUYER, WORKER])
 def test_every_setting_can_come_from_each_source(tmp_path: Path, values: dict[str, Any]) -> None:
     expected = ServeConfig(**values)
     flags = []

@@ -21,6 +21,7 @@ from spotjax.fleet.capacity.next_action import Release, Request, Wait
 from spotjax.fleet.capacity.served import Actions, Clocks, Served
 from spotjax.fleet.capacity.situation import STAYING
 from spotjax.fleet.capacity.wanted import Basis, at_prices, rounded, scale_of
+from spotjax.fleet.notices.notice import Notice, NoticeKind
 from spotjax.fleet.providers.machines import GONE
 from spotjax.fleet.providers.provider import Machine, MachineState, Provider
 from spotjax.fleet.status import CapacityStatus, FleetStatus, MachineStatus
@@ -55,6 +56,9 @@ class CapacityLoop:
       meter: what the controller measures the load with.
       served: the service, None before a worker has told what to serve at.
       clocks: time.
+
+    Attributes:
+      meter: as given.
     """
 
     def __init__(
@@ -68,8 +72,7 @@ class CapacityLoop:
         clocks: Clocks,
     ) -> None:
         self._settings, self._provider, self._keeper, self._file = settings, provider, keeper, file
-        self._meter, self._served, self._clocks = meter, served, clocks
-        self._advised: set[str] = set()
+        self.meter, self._served, self._clocks = meter, served, clocks
         self._stir = asyncio.Event()
         self._releases: set[asyncio.Task[None]] = set()
         self._told_to_go: set[str] = set()
@@ -95,11 +98,6 @@ class CapacityLoop:
                     await self._clocks.sleep(seconds)
         finally:
             await self._provider.close()
-
-    def advised(self, instance: str, *, leave: bool = True) -> None:
-        """A platform advises to look for another machine than this one, or takes that back."""
-        (self._advised.add if leave else self._advised.discard)(instance)
-        self._stir.set()
 
     async def add(self, count: int) -> Sequence[str]:
         """An operator wants more instances, for a time. Returns: their names, once they are members.
@@ -183,16 +181,15 @@ class CapacityLoop:
             await self._list()
         served = self._served()
         members = served.members() if served is not None else ()
-        basis = None
+        basis, advised = None, frozenset[str]()
         if served is not None:
             status = served.status()
             running = sum(replica.running for replica in status.replicas)
             queued = status.queued + sum(replica.waiting for replica in status.replicas)
-            self._meter.sample(now, running, queued, status.tokens_committed)
+            self.meter.sample(now, running, queued, status.tokens_committed)
             basis = self._basis(served, status)
-        action = keeper.decide(
-            now, self._clocks.wall(), members, self._meter.measured(now), basis, frozenset(self._advised)
-        )
+            advised = frozenset(instance.name for instance in status.instances if instance.advised)
+        action = keeper.decide(now, self._clocks.wall(), members, self.meter.measured(now), basis, advised)
         if isinstance(action, Request):
             await self._request(action)
         elif isinstance(action, Release):
@@ -231,7 +228,8 @@ class CapacityLoop:
             served.gone(machine.name, why)
         elif machine.state is MachineState.STOPPING and machine.name not in self._told_to_go:
             self._told_to_go.add(machine.name)
-            served.noticed(machine.name, STOPPING_SECONDS)
+            deadline = self._clocks.monotonic() + STOPPING_SECONDS
+            served.noticed(Notice(self._provider.name, NoticeKind.PREEMPT, machine.name, deadline, machine.detail))
 
     def _basis(self, served: Served, status: FleetStatus) -> Basis | None:
         """What the load is planned on: instances at the offers' prices, and how fast they turned out to be."""
@@ -243,7 +241,7 @@ class CapacityLoop:
             for each in ("spot", "on_demand")
         )
         kind = at_prices(members[0].type, spot, on_demand)
-        measured = self._meter.measured(self._clocks.monotonic())
+        measured = self.meter.measured(self._clocks.monotonic())
         if status.placement is not None:
             self._scale = scale_of(served.planning, status.placement, kind, measured) or self._scale
         instances = tuple(replace(member, type=at_prices(member.type, spot, on_demand)) for member in members)
@@ -291,7 +289,6 @@ class CapacityLoop:
             log.warning("%s is not given back: %s", name, problem or "no answer")
             return
         keeper.given_back(name, self._clocks.monotonic())
-        self._advised.discard(name)
         self._list_at = float("-inf")
         self._actions.record("released", f"{name} was given back: {release.why}", instance=name)
         self._stir.set()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from spotjax.fleet.change import Planning
+from spotjax.fleet.notices.standing import Word
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration
 from spotjax.meshes.instance import Instance
 
@@ -42,7 +43,7 @@ class Served(Protocol):
         """See ``FleetService``."""
         ...
 
-    def noticed(self, instance: str, seconds: float) -> None:
+    def noticed(self, word: Word) -> None:
         """See ``Attendance``."""
         ...
 

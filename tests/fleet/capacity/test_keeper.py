@@ -234,7 +234,8 @@ def test_the_cap_on_an_hour_counts_what_may_exist() -> None:
 
 def test_the_cap_on_a_day_leaves_enough_to_stop_and_ends_at_midnight() -> None:
     simulated = Simulated(
-        with_settings(on_demand="never", cost_per_hour=0.0, cost_per_day=2.0, add_seconds=DAY), start=10 * DAY + 20 * HOUR
+        with_settings(on_demand="never", cost_per_hour=0.0, cost_per_day=2.0, add_seconds=DAY),
+        start=10 * DAY + 20 * HOUR,
     )
     simulated.want(2)
     simulated.run(3 * HOUR, 10)

@@ -94,7 +94,7 @@ class Saved(_message.Message):
     def __init__(self, directory: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., sequences: _Optional[int] = ..., positions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class FleetStatus(_message.Message):
-    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds", "notices")
+    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds", "notices", "capacity")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -108,6 +108,7 @@ class FleetStatus(_message.Message):
     RECONFIGURATIONS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NOTICES_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     draining: bool
@@ -121,7 +122,50 @@ class FleetStatus(_message.Message):
     reconfigurations: int
     uptime_seconds: float
     notices: _containers.RepeatedCompositeFieldContainer[NoticeRecord]
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ...) -> None: ...
+    capacity: CapacityStatus
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ..., capacity: _Optional[_Union[CapacityStatus, _Mapping]] = ...) -> None: ...
+
+class CapacityStatus(_message.Message):
+    __slots__ = ("provider", "wanted", "why", "waiting", "cost_per_hour", "most_per_hour", "spent_today", "most_per_day", "machines", "actions")
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    WANTED_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    COST_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    MOST_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    SPENT_TODAY_FIELD_NUMBER: _ClassVar[int]
+    MOST_PER_DAY_FIELD_NUMBER: _ClassVar[int]
+    MACHINES_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    provider: str
+    wanted: int
+    why: str
+    waiting: str
+    cost_per_hour: float
+    most_per_hour: float
+    spent_today: float
+    most_per_day: float
+    machines: _containers.RepeatedCompositeFieldContainer[MachineStatus]
+    actions: _containers.RepeatedCompositeFieldContainer[FleetEvent]
+    def __init__(self, provider: _Optional[str] = ..., wanted: _Optional[int] = ..., why: _Optional[str] = ..., waiting: _Optional[str] = ..., cost_per_hour: _Optional[float] = ..., most_per_hour: _Optional[float] = ..., spent_today: _Optional[float] = ..., most_per_day: _Optional[float] = ..., machines: _Optional[_Iterable[_Union[MachineStatus, _Mapping]]] = ..., actions: _Optional[_Iterable[_Union[FleetEvent, _Mapping]]] = ...) -> None: ...
+
+class MachineStatus(_message.Message):
+    __slots__ = ("name", "type", "zone", "price_class", "price", "state", "standing")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    ZONE_FIELD_NUMBER: _ClassVar[int]
+    PRICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    PRICE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STANDING_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    type: str
+    zone: str
+    price_class: PriceClass
+    price: float
+    state: str
+    standing: str
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., price: _Optional[float] = ..., state: _Optional[str] = ..., standing: _Optional[str] = ...) -> None: ...
 
 class NoticeRecord(_message.Message):
     __slots__ = ("source", "given", "withdrawn", "left", "taken", "shortest_seconds", "longest_seconds")
