@@ -24,7 +24,7 @@ def add_commands(commands: Commands) -> None:
         run,
         "print what a controller would rent with a capacity file, and rent nothing",
         "  spotjax capacity capacity.toml                    for a service that nobody uses yet\n"
-        "  spotjax capacity capacity.toml --instances 6      if the load needs six; spotjax plan says how many it does\n",
+        "  spotjax capacity capacity.toml --instances 6      if the load needs six, as spotjax plan may say\n",
     )
     parser.add_argument("file", metavar="FILE", help="as serve takes it with --capacity")
     parser.add_argument(
@@ -65,7 +65,7 @@ async def plan(file: str, instances: int) -> dict[str, Any]:
     settings, provider = await open_described(config, config.address)
     try:
         if instances > settings.most:
-            raise ConfigError(f"--instances ({instances}) is more than {settings.most}, which [capacity] allows at most")
+            raise ConfigError(f"--instances ({instances}) must be at most {settings.most}, as [capacity] says")
         return rehearse(settings, provider.name, await provider.offers(), await provider.list(), instances)
     finally:
         await provider.close()

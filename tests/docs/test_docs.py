@@ -10,7 +10,9 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
+import msgspec
 import pytest
 from documents import DOCUMENTS, ROOT, anchors, blocks, commands, inline_code, links
 from google.protobuf import json_format, symbol_database
@@ -21,6 +23,8 @@ from spotjax import cli, settings
 from spotjax.api.errors import STATUS
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.config import TYPES, ServeConfig
+from spotjax.fleet.capacity import file as capacity_file
+from spotjax.fleet.capacity.file import CapacitySettings
 from spotjax.fleet.providers.registry import provider_config
 
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in DOCUMENTS}
@@ -165,15 +169,23 @@ def test_api_names_every_method_field_and_error() -> None:
 def test_settings_and_providers_in_toml_examples_load(tmp_path: Path) -> None:
     for name, text in TEXTS.items():
         for number, code in enumerate(blocks(text, "toml")):
-            if (provider := tomllib.loads(code).get("provider")) is not None:
-                assert provider_config(provider, name)
-                continue
             path = tmp_path / f"{number}.toml"
+            path.write_text(code)
             if (provider := tomllib.loads(code).get("provider")) is not None:
                 assert provider_config(provider, name)
+                if "capacity" in tomllib.loads(code):
+                    assert capacity_file.read(path)
                 continue
-            path.write_text(code)
             assert settings.from_file(path), name
+
+
+def test_clouds_names_every_setting_of_a_capacity_file_with_its_default_and_meaning() -> None:
+    hints = get_type_hints(CapacitySettings, include_extras=True)
+    for setting in msgspec.structs.fields(CapacitySettings):
+        shown = settings.shown_value(setting.default) if isinstance(setting.default, str | float | int) else ""
+        shown = f"`{shown}`" if isinstance(setting.default, str) else shown or "must be given"
+        meaning = get_args(hints[setting.name])[1].description
+        assert f"| `{setting.name}` | {shown} | {meaning} |" in TEXTS["docs/clouds.md"].splitlines(), setting.name
 
 
 def message_of(method: str) -> Descriptor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import msgspec
 from capacity_cases import KIND, ON_DEMAND, SETTINGS, SPOT_A, SPOT_B, Simulated
 
@@ -80,7 +82,7 @@ def test_refusals_are_asked_again_later_and_later() -> None:
         simulated.cloud.set_capacity(offer, 0)
     simulated.run(400)
     times = [asked.seconds for asked in simulated.cloud.asked if asked.offer == SPOT_A]
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
     assert all(2.5 <= gap <= 22 for gap in gaps) and max(gaps[3:]) > 2 * gaps[0] - 2 and len(times) > 10
     simulated.cloud.set_capacity(SPOT_B, 1)
     simulated.run(60)
