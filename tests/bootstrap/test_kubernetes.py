@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deployments import DEPLOYMENTS, IMAGE, Manifest, applied, container_of, deployment, of_kind, pods, selects
+from kubernetes_cases import DEPLOYMENTS, IMAGE, Manifest, applied, container_of, deployment, of_kind, pods, selects
 
 from spotjax import cli, settings
 from spotjax.bootstrap.kubernetes.clusters import CLUSTERS

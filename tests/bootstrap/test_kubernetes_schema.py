@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from deployments import DEPLOYMENTS, Manifest, deployment
+from kubernetes_cases import DEPLOYMENTS, Manifest, deployment
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'spotjax[test]'")
 
