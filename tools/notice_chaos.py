@@ -26,6 +26,8 @@ BOOT_SECONDS = 8.0
 """Before anything is announced."""
 STATUSES = (401, 403, 404, 410, 429, 429, 500, 502, 503)
 LOOK_SECONDS = 0.2
+RECORD_SECONDS = 1.0
+"""By which the record may be late with what begins by itself, since it is looked at only so often."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ def _same(word: Notice | Withdrawn | None, stated: Stated | None) -> bool:
 
 def _true(play: Play, moment: float, word: Notice | Withdrawn, verdict: Verdict) -> bool:
     """Whether that was so, lately, or an answer from before it changed came."""
-    told = [each for each in play.site.record if each.source == word.source and each.at <= moment]
+    told = [each for each in play.site.record if each.source == word.source and each.at - RECORD_SECONDS <= moment]
     stale = any(
         spell.fault.kind is Kind.STALE and spell.begin <= moment < spell.end + PATIENCE_SECONDS for spell in play.spells
     )
@@ -220,7 +222,8 @@ def _heard(play: Play, told: Told, until: float, verdict: Verdict) -> None:
     moments = (
         moment
         for moment, word in play.heard
-        if word.source == told.source and moment >= told.at and _same(word, told.said)
+        if word.source == told.source
+        and moment >= told.at - RECORD_SECONDS and _same(word, told.said)
         and (told.said is None or _deadline_right(play, moment, word, told.said))
     )  # fmt: skip
     moment = next(moments, inf)
@@ -241,7 +244,7 @@ def _heard(play: Play, told: Told, until: float, verdict: Verdict) -> None:
     if ends:
         verdict.after.append(max(0.0, moment - max(told.at, *(min(end, moment) for end in ends))))
     else:
-        verdict.calm.append(moment - told.at)
+        verdict.calm.append(max(0.0, moment - told.at))
 
 
 def _clear(spells: Iterable[Spell], at: float, seconds: float) -> float:

@@ -100,10 +100,15 @@ class _Cut(httpx.AsyncByteStream):
 
 
 class MetadataServer:
-    """Over HTTP/1.1 at a port of this machine."""
+    """Over HTTP/1.1 at a port of this machine.
 
-    def __init__(self, metadata: Metadata) -> None:
-        self._metadata, self._spoiling = metadata, Spoiling(metadata, self._next_fault)
+    Args:
+      metadata: the service.
+      fault: what goes wrong with a request now, if anything; by default what it was told to.
+    """
+
+    def __init__(self, metadata: Metadata, fault: Callable[[Request], Fault | None] | None = None) -> None:
+        self._metadata, self._spoiling = metadata, Spoiling(metadata, fault or self._next_fault)
         self._faults: deque[Fault] = deque()
         self._answered: deque[dict[str, object]] = deque(maxlen=KEPT_ANSWERS)
         self._connections: set[asyncio.Task[None]] = set()
@@ -120,11 +125,12 @@ class MetadataServer:
                 connection.cancel()
             await asyncio.gather(*self._connections, return_exceptions=True)
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+    def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._answer_all(reader, writer))
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+
+    async def _answer_all(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while await self._exchange(reader, writer):
                 pass
