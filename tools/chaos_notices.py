@@ -88,8 +88,8 @@ def table(verdicts: Mapping[str, Verdict]) -> str:
     for verdict in verdicts.values():
         everything.add(verdict)
     rows = [
-        "| platform | machines | faults | answers spoilt | announced | overtaken | false or missed | heard after, median"
-        " | longest | after a fault's end, longest | deadline early | late |",
+        "| platform | machines | faults | answers spoilt | announced | overtaken | false or missed "
+        "| heard after, median | longest | after a fault's end, longest | deadline early | late |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, verdict in {**verdicts, "all": everything}.items():

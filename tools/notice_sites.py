@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 import httpx
 
 from spotjax.fleet.notices.aws import ANSWERS_TO_BELIEVE, MAINTENANCE_INTERVAL, AwsSource
 from spotjax.fleet.notices.azure import AzureSource
+from spotjax.fleet.notices.gce import MAINTENANCE_SECONDS, PREEMPTED_SECONDS, gce_sources
 from spotjax.fleet.notices.notice import NoticeKind, NoticeSource
+from spotjax.fleet.notices.several import Several
 from spotjax.testing.metadata_aws import AwsMetadata
 from spotjax.testing.metadata_azure import AzureMetadata
+from spotjax.testing.metadata_gce import GceMetadata
 from spotjax.testing.metadata_server import Metadata
 
 INTERVAL_SECONDS = 1.5
@@ -214,9 +219,70 @@ class AzureSite(Site):
         return Stated(kind, None if min(begins) <= self.wall() else min(begins) - self._begun)
 
 
+EVENTS: Mapping[str, Stated | None] = {
+    "NONE": None,
+    "MIGRATE_ON_HOST_MAINTENANCE": Stated(NoticeKind.REBALANCE),
+    "TERMINATE_ON_HOST_MAINTENANCE": Stated(NoticeKind.MAINTENANCE, after=MAINTENANCE_SECONDS),
+}
+
+
+class GceSite(Site):
+    """A Spot VM of Compute Engine. Its server does not say when a machine ends that it says will end."""
+
+    name = "gce"
+    early_seconds = 15.0
+    paths = ("preempted", "maintenance-event", "upcoming-maintenance")
+
+    def __init__(self, wall: Callable[[], float], skew: float, begun: float) -> None:
+        super().__init__(wall, skew, begun)
+        self.sources = (self.name, f"{self.name}-maintenance", f"{self.name}-upcoming")
+        self.metadata: GceMetadata = GceMetadata(self.wall, tpu=self.name == "tpu")
+
+    def source(self, client: httpx.AsyncClient, clock: Callable[[], float], url: str) -> NoticeSource:
+        return Several(self.name, gce_sources("instance-0", client, clock, url, name=self.name, wall=self._wall))
+
+    def draw_moves(self, draw: random.Random, seconds: float) -> list[tuple[float, str]]:
+        moves = [(draw.uniform(0, seconds), "maintenance-event MIGRATE_ON_HOST_MAINTENANCE")]
+        moves += [
+            (draw.uniform(0, seconds), f"maintenance-event {event}")
+            for event in ("NONE", "TERMINATE_ON_HOST_MAINTENANCE")
+        ]
+        moves += [(draw.uniform(0, seconds), f"upcoming-maintenance {draw.uniform(600, 6000)}") for _ in range(2)]
+        moves += [(draw.uniform(0, seconds), "upcoming-maintenance 0")]
+        if draw.random() < 0.8:
+            moves.append((draw.uniform(0, seconds), "preempted TRUE"))
+        return moves
+
+    def move(self, name: str) -> None:
+        key, _, value = name.partition(" ")
+        if key == "upcoming-maintenance":
+            begins = datetime.fromtimestamp(int(self.wall() + float(value)), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            described = {"maintenance_status": "PENDING", "type": "SCHEDULED", "window_start_time": begins}
+            value = json.dumps(described) if float(value) else "{}"
+        self.metadata.tell(f"instance/{key}", value)
+
+    def now(self, source: str) -> Stated | None:
+        if source == self.name:
+            gone = self.metadata.values["instance/preempted"] == "TRUE"
+            return Stated(NoticeKind.PREEMPT, after=PREEMPTED_SECONDS) if gone else None
+        if source == f"{self.name}-maintenance":
+            return EVENTS[self.metadata.values["instance/maintenance-event"]]
+        described = json.loads(self.metadata.values["instance/upcoming-maintenance"])
+        if "window_start_time" not in described:
+            return None
+        begins = datetime.fromisoformat(described["window_start_time"]).timestamp() - self._begun
+        return Stated(NoticeKind.MAINTENANCE, begins)
+
+
+class TpuSite(GceSite):
+    """A TPU VM, which has the same server."""
+
+    name = "tpu"
+
+
 def draw_group(number: str) -> list[str]:
     """This machine, for some events together with another one, and spelt otherwise."""
     return ["VM-0", "vm-1"] if int(number) % 2 else ["vm-0"]
 
 
-SITES: Mapping[str, type[Site]] = {"aws": AwsSite, "azure": AzureSite}
+SITES: Mapping[str, type[Site]] = {"aws": AwsSite, "azure": AzureSite, "gce": GceSite, "tpu": TpuSite}
