@@ -48,7 +48,9 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     grace_seconds: Annotated[
         float, Meta(ge=0, le=3600, description="how long the machine still lives after SIGTERM")
     ] = 25.0
-    data_port: Annotated[int, Meta(ge=1, le=65535, description="port of the worker's data endpoint")] = 8471
+    data_port: Annotated[
+        int, Meta(ge=1, le=65535, description="port of the worker's data endpoint; libtpu has 8471")
+    ] = 8472
     accelerator: Annotated[
         Accelerator,
         Meta(description="which jax is installed, and which devices are waited for; auto: tpu, else cuda13"),

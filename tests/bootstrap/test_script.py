@@ -102,7 +102,7 @@ def test_whatever_a_setting_is_the_worker_reads_the_same(
     file.write_bytes(run_part(script("gce", options), "put 644 root /etc/spotjax/worker.toml", 8, before))
     assert from_file(file) == {
         "join": join, "grace_seconds": 25.0, "compilation_cache": text, "name": "spot-a", "zone": "z",
-        "price_class": "spot", "data_listen": "0.0.0.0:8471", "advertise": "10.0.0.2",
+        "price_class": "spot", "data_listen": "0.0.0.0:8472", "advertise": "10.0.0.2",
     }  # fmt: skip
 
 
