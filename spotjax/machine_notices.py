@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
+from socket import gethostname
 
 from spotjax.config import ServeConfig
 from spotjax.fleet.notices.detect import Machine, Platform, detect_patiently, sources_of
@@ -17,7 +19,12 @@ from spotjax.fleet.notices.hook import CommandSource, FileSource
 from spotjax.fleet.notices.listen import Listener
 from spotjax.fleet.notices.patience import METADATA, metadata_client
 from spotjax.fleet.notices.signals import SignalSource
-from spotjax.fleet.notices.standing import Word
+from spotjax.fleet.notices.standing import Standing, Word, acted_on_from
+
+NVIDIA = Path("/dev/nvidia0")
+"""Where there are GPUs of NVIDIA."""
+MARGIN_SECONDS = 2.0
+"""For a server to end in, after it has drained."""
 
 
 class MachineNotices:
@@ -66,3 +73,43 @@ class MachineNotices:
             platforms = [Platform(name) for name in notices.split(",") if name != "none"]
         for platform in platforms:
             self._listener.add(sources_of(platform, self._machine, self._client, time.monotonic))
+
+
+class MachineEnd:
+    """Whether a server that is alone on its machine has to end, and how long it may take. It has nobody to move to.
+
+    Attributes:
+      near: set when it is time to drain.
+    """
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.near = asyncio.Event()
+        self._standing = Standing()
+        self._timer: asyncio.TimerHandle | None = None
+        self._notices = MachineNotices(config, gethostname(), self._heard, signals=False, gpu=NVIDIA.exists())
+
+    def seconds(self, wanted: float) -> float:
+        """That draining may take: what is wanted, or what the machine has, less ``MARGIN_SECONDS`` to end in."""
+        notice = self._standing.notice
+        if notice is None or notice.deadline is None:
+            return wanted
+        return max(0.0, min(wanted, notice.deadline - time.monotonic() - MARGIN_SECONDS))
+
+    async def close(self) -> None:
+        """Listens no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._notices.close()
+
+    def _heard(self, word: Word) -> None:
+        self._standing = self._standing.hear(word, time.monotonic())
+        self._look()
+
+    def _look(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        left = acted_on_from(self._standing.notice) - time.monotonic()
+        if left <= 0:
+            self.near.set()
+        elif left < inf:
+            self._timer = asyncio.get_running_loop().call_later(left, self._look)

@@ -21,6 +21,7 @@ from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
 from spotjax.fleet.service import Service
 from spotjax.fleet.status import FleetStatus
+from spotjax.machine_notices import MachineEnd
 from spotjax.telemetry import logs
 from spotjax.transport import loop
 from spotjax.transport.credentials import server_credentials
@@ -75,19 +76,18 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
         if watching is not None:
             watching.add_done_callback(_say_why)
         try:
-            asked = asyncio.create_task(signals.first.wait())
-            await asyncio.wait({asked, started.failure}, return_when=asyncio.FIRST_COMPLETED)
+            seconds = await until_drained_for(config, signals, started.failure)
             if started.failure.done():
                 log.critical("the engine failed; the server ends", exc_info=started.failure.exception())
                 return 1
-            log.info("draining", extra={"seconds": config.drain_seconds})
-            draining = asyncio.create_task(server.drain(config.drain_seconds))
+            log.info("draining", extra={"seconds": seconds})
+            draining = asyncio.create_task(server.drain(seconds))
             if not await finishes_before(draining, signals.second):
                 return 128 + signals.number
             if draining.result():
                 await server.stop(FLUSH_SECONDS)
             else:
-                log.warning("requests were left unfinished", extra={"seconds": config.drain_seconds})
+                log.warning("requests were left unfinished", extra={"seconds": seconds})
             return 0
         finally:
             if watching is not None:
@@ -95,6 +95,25 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
             await started.close()
     finally:
         await server.stop()
+
+
+async def until_drained_for(config: ServeConfig, signals: Signals, failure: asyncio.Future[None]) -> float:
+    """Waits for what ends a server: a signal, a failure, or the end of the machine that all of it is on.
+
+    Returns: how long draining may take, in seconds.
+    """
+    end = MachineEnd(config) if mode(config) == "embedded" else None
+    causes: set[asyncio.Future[Any]] = {asyncio.create_task(signals.first.wait()), failure}
+    if end is not None:
+        causes.add(asyncio.create_task(end.near.wait()))
+    try:
+        await asyncio.wait(causes, return_when=asyncio.FIRST_COMPLETED)
+        return config.drain_seconds if end is None else end.seconds(config.drain_seconds)
+    finally:
+        for waiting in causes - {failure}:
+            waiting.cancel()
+        if end is not None:
+            await end.close()
 
 
 def _say_why(beside: asyncio.Task[None]) -> None:

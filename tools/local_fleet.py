@@ -56,6 +56,8 @@ class LocalFleet(Service):
         commit_log = disk.directory / "commits" if disk else None
         super().__init__(directory, listening, names, host, credentials, patience, commit_log)
         self.workers: dict[str, Process] = {}
+        self.arguments_of: dict[str, tuple[str, ...]] = {}
+        """Arguments of single workers, by name."""
         self.network, self.disk = network, disk
         self.store = Path(
             tempfile.mkdtemp(prefix="spotjax-local-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
@@ -74,7 +76,8 @@ class LocalFleet(Service):
         prefix, host = self.network.host(name) if self.network else ((), "127.0.0.1")
         place = ("--join", self.address, "--name", name, "--data-listen", f"{host}:0")
         grace = ("--grace-seconds", f"{GRACE_SECONDS:g}", "--notices", "none")
-        flags = (*place, *grace, "--parameter-store", str(self.store), *self._worker_arguments, *arguments)
+        flags = (*place, *grace, "--parameter-store", str(self.store), *self._worker_arguments)
+        flags = (*flags, *self.arguments_of.get(name, ()), *arguments)
         worker = Process(name, (*prefix, *SERVE, *flags), self.directory, self._environment)
         self.workers[name] = worker
         return worker

@@ -193,6 +193,24 @@ async def test_draining_ends_after_its_time_with_0() -> None:
         assert await process.wait() == 0
 
 
+async def test_a_server_that_is_alone_on_its_machine_drains_before_that_is_taken(tmp_path: Path) -> None:
+    notice = tmp_path / "notice"
+    flags = ("--retain-seconds", "1000", "--notices", "none", "--notice-file", str(notice))
+    async with server(*flags) as process:
+        found = await line_with(process.stdout, r"serving tiny on (\S+)")
+        async with AsyncSpotjaxClient(found[1], patience=0) as client:
+            stream = asyncio.create_task(first_token(client))
+            await line_with(process.stderr, "accepted")
+            notice.write_text("rebalance")
+            await line_with(process.stderr, "rebalance")
+            notice.write_text("preempt 2.5")
+            await line_with(process.stderr, "draining")
+            await line_with(process.stderr, "requests were left unfinished")
+            with pytest.raises(Unavailable):
+                await stream
+        assert await process.wait() == 0
+
+
 async def test_a_second_signal_stops_at_once() -> None:
     async with server("--retain-seconds", "1000") as process:
         found = await line_with(process.stdout, r"serving tiny on (\S+)")
