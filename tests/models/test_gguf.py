@@ -249,11 +249,11 @@ def test_yarn_scales_attention_as_the_file_says(tmp_path: Path) -> None:
 
 
 def test_an_unknown_architecture_is_refused_with_those_that_are_known(tmp_path: Path) -> None:
-    writer = GGUFWriter(tmp_path / "model.gguf", "gemma3")
+    writer = GGUFWriter(tmp_path / "model.gguf", "falcon")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="'gemma3' is not supported, only llama, qwen2, qwen3"):
+    with pytest.raises(CheckpointError, match="'falcon' is not supported, only llama, qwen2, qwen3, gemma2"):
         GgufCheckpoint(tmp_path / "model.gguf")
 
 
