@@ -31,10 +31,10 @@ from google.cloud.tpu_v2 import (
 from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcAsyncIOTransport
 
 from spotjax.errors import ProviderRefused, ProviderUnavailable
-from spotjax.fleet.providers.google_errors import from_status, provider_error, said
 from spotjax.fleet.providers.machines import watch_by_listing
 from spotjax.fleet.providers.provider import Machine, MachineState, Offer
 from spotjax.fleet.providers.tpu_config import Script, TpuConfig
+from spotjax.fleet.providers.tpu_errors import from_status, provider_error, said
 from spotjax.fleet.providers.tpu_machines import Life, lives, machines, of_name, require_name
 from spotjax.fleet.providers.tpu_request import SCOPE, Origin, parent_of, queued_resource_request
 

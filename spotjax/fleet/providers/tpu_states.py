@@ -12,8 +12,8 @@ from google.cloud.tpu_v2 import Node, QueuedResource, QueuedResourceState
 from google.rpc.code_pb2 import Code
 
 from spotjax.errors import OutOfCapacity, ProviderError
-from spotjax.fleet.providers.google_errors import from_status
 from spotjax.fleet.providers.provider import MachineState
+from spotjax.fleet.providers.tpu_errors import from_status
 
 QUEUED: Mapping[int, MachineState] = {
     QueuedResourceState.State.CREATING: MachineState.WAITING,

@@ -1,4 +1,4 @@
-"""Every error of Google's clients is one of a provider's."""
+"""Every error of Cloud TPU's client is one of a provider's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from google.rpc.status_pb2 import Status
 from tpu_cases import SPOT, account
 
 from spotjax.errors import OutOfCapacity, ProviderError, ProviderRefused, ProviderUnavailable, QuotaExceeded
-from spotjax.fleet.providers.google_errors import CODES, from_status, provider_error, said
+from spotjax.fleet.providers.tpu_errors import CODES, from_status, provider_error, said
 from spotjax.testing.tpu_service import Fault
 
 KINDS = {

@@ -1,4 +1,4 @@
-"""What goes wrong in Google's clients, as the errors that a provider raises. Pure."""
+"""What goes wrong in the client of Cloud TPU, as the errors of a provider. Pure."""
 
 from __future__ import annotations
 
