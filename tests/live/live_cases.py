@@ -12,7 +12,7 @@ from spotjax.fleet.status import FleetEvent, FleetStatus
 from spotjax.tools.load import Load
 from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.request_mix import Output, Request, mix
-from spotjax.tools.service import POLL_SECONDS
+from spotjax.tools.service import POLL_SECONDS, Service
 
 NAMES = [f"instance-{number}" for number in range(4)]
 CONTROLLER = ("--max-batch", "8", "--prefill-tokens", "64", "--max-model-len", "512", "--no-fuse")
@@ -28,7 +28,7 @@ def worker_flags(programs: Path) -> tuple[str, ...]:
 
 @contextlib.asynccontextmanager
 async def load_on(
-    fleet: LocalFleet, expected: Mapping[str, Output], clients: int = 4, requests: Sequence[Request] = REQUESTS
+    fleet: Service, expected: Mapping[str, Output], clients: int = 4, requests: Sequence[Request] = REQUESTS
 ) -> AsyncIterator[Load]:
     """Requests run when the body begins; after it they are let end, all as expected."""
     load = Load(fleet.client, requests, expected, clients, seed=len(fleet.history))
