@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-from spotjax.config import ServeConfig
+from spotjax.config import ServeConfig, is_any
 from spotjax.fleet.capacity.file import CapacitySettings, read
 from spotjax.fleet.capacity.keeper import Keeper
 from spotjax.fleet.capacity.ledger_file import LedgerFile
@@ -31,6 +31,8 @@ async def open_described(config: ServeConfig, address: str) -> tuple[CapacitySet
     """
     path = Path(config.capacity).expanduser()
     table, settings = read(path)
+    if is_any(address) and config.advertise:
+        address = f"{config.advertise}:{address.rpartition(':')[2]}"
     provider = await open_provider(
         provider_config(table, f"[provider] in {path}"), FleetIdentity(settings.fleet, address, config)
     )

@@ -44,6 +44,7 @@ class LocalOffer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class LocalConfig(ProviderConfig, frozen=True, tag="local"):
     """``[provider]`` with ``kind = "local"``."""
 
+    near = True
     most: Annotated[int, Meta(ge=1, le=1024, description="machines at once")] = 4
     start_seconds: Annotated[float, Meta(ge=0, description="how long a machine takes to start")] = 0.0
     offers: Annotated[tuple[LocalOffer, ...], Meta(min_length=1, description="what can be had")] = (LocalOffer(),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import msgspec
 
@@ -145,7 +145,13 @@ class FleetIdentity:
 
 
 class ProviderConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="kind"):
-    """What a provider is told in its table of a file. Each one has a class of its own, with ``tag`` as its kind."""
+    """What a provider is told in its table of a file. Each one has a class of its own, with ``tag`` as its kind.
+
+    Attributes:
+      near: its machines are the controller's own.
+    """
+
+    near: ClassVar[bool] = False
 
     async def open(self, fleet: FleetIdentity) -> Provider:
         """See ``spotjax.fleet.providers.registry.open_provider``."""

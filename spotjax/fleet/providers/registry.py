@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from spotjax.config import is_any
 from spotjax.errors import ConfigError
 from spotjax.fleet.providers.provider import FleetIdentity, Provider, ProviderConfig
 
@@ -53,7 +54,13 @@ async def open_provider(config: ProviderConfig, fleet: FleetIdentity) -> Provide
     """Opens it for a fleet. What it made for that fleet earlier is found again.
 
     Raises:
-      ConfigError: something that it needs is not installed, or what it is to use is not there.
+      ConfigError: something that it needs is not installed, what it is to use is not there, or its machines could not
+        reach the controller.
       ProviderError: as from every call of a provider.
     """
+    if is_any(fleet.join) and not config.near:
+        raise ConfigError(
+            f"listen ({fleet.join}) is every address of this machine; advertise must say which one of them machines "
+            "that are rented can reach"
+        )
     return await config.open(fleet)

@@ -63,6 +63,7 @@ class TraceFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class TraceConfig(ProviderConfig, frozen=True, tag="trace"):
     """``[provider]`` with ``kind = "trace"``."""
 
+    near = True
     traces: Annotated[tuple[TraceFile, ...], Meta(min_length=1, description="markets, one for each zone and type")]
     speed: Annotated[float, Meta(gt=0, description="seconds of the trace that pass in a second")] = 1.0
     begin_seconds: Annotated[float, Meta(ge=0, description="seconds of the trace to leave out at its start")] = 0.0

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
 from spotjax.config import ServeConfig
 from spotjax.errors import ConfigError
+from spotjax.fleet.capacity.opening import open_described
 from spotjax.fleet.providers.local import LocalConfig, LocalOffer
 from spotjax.fleet.providers.provider import FleetIdentity, ProviderConfig
 from spotjax.fleet.providers.registry import KINDS, open_provider, provider_config
@@ -40,6 +42,29 @@ async def test_a_table_becomes_an_open_provider() -> None:
 def test_what_is_wrong_in_a_table_is_named(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         provider_config(table, WHERE)
+
+
+async def test_machines_elsewhere_need_an_address_that_they_can_reach(tmp_path: Path) -> None:
+    everywhere = FleetIdentity("mine", "0.0.0.0:8470", ServeConfig(parameter_store="off"))
+    command = {"kind": "command", "command": ["/bin/env"]}
+    with pytest.raises(ConfigError, match=r"listen \(0.0.0.0:8470\) is every address .* advertise must say"):
+        await open_provider(provider_config(command, WHERE), everywhere)
+    await (await open_provider(provider_config({"kind": "local"}, WHERE), everywhere)).close()
+    path = tmp_path / "capacity.toml"
+    path.write_text(f"""
+        [provider]
+        kind = "command"
+        command = ["/bin/sh", "-c", 'echo "$SPOTJAX_JOIN" > {tmp_path}/join']
+        [[provider.offers]]
+        type = "t"
+        price = 1
+        [capacity]
+        most = 1
+        cost_per_hour = 2
+    """)
+    config = ServeConfig(listen="0.0.0.0:8470", advertise="10.0.0.1", capacity=str(path))
+    _, provider = await open_described(config, config.listen)
+    assert await provider.list() == () and (tmp_path / "join").read_text() == "10.0.0.1:8470\n"
 
 
 @pytest.mark.parametrize("kind", KINDS)
