@@ -15,7 +15,7 @@ from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, heard, load_on, 
 from spotjax.tools.chaos import LEASE_SECONDS
 from spotjax.tools.chaos_run import restless
 from spotjax.tools.load import answers
-from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
+from spotjax.tools.local_fleet import LATE_SECONDS, EmbeddedService, LocalFleet
 from spotjax.tools.request_mix import Output, difference
 from spotjax.tools.service import GRACE_SECONDS, running
 
@@ -128,6 +128,23 @@ async def test_notice_moves_everything_and_the_worker_ends_by_itself(
         await fleet.until_gone([leaving])
         await more_tokens(load, 100)
         switch = await heard(fleet, "switch", since)
+        assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
+
+
+async def test_a_job_that_slurm_preempts_leaves_in_order_though_all_its_processes_hear_of_it(
+    fleet: LocalFleet, expected: Mapping[str, Output]
+) -> None:
+    async with load_on(fleet, expected) as load:
+        since, leaving = len(fleet.events), stages(await fleet.status())[1]
+        worker = fleet.workers[leaving]
+        assert len(worker.tree()) > 1, "the heartbeat is a process of its own"
+        for number in (signal.SIGCONT, signal.SIGTERM):
+            worker.signal(number)
+        assert await asyncio.to_thread(worker.wait, GRACE_SECONDS + LATE_SECONDS) == 0
+        await fleet.until_gone([leaving])
+        await more_tokens(load, 100)
+        notice, switch = await heard(fleet, "notice", since), await heard(fleet, "switch", since)
+        assert (notice.fields["instance"], notice.fields["source"]) == (leaving, "signal")
         assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
 
 

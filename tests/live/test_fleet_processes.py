@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from certificates import certificates
-from live_cases import CONTROLLER, NAMES, REQUESTS, worker_flags
+from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, worker_flags
 
 from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
@@ -68,3 +71,24 @@ async def test_with_tls_everything_works_and_plaintext_is_refused(programs: Path
         assert "stranger" not in {instance.name for instance in (await fleet.status()).instances}
         stranger.kill()
         assert await answers(fleet.client, REQUESTS[:4]) == expected
+
+
+async def test_a_worker_that_is_process_1_of_a_container_hears_sigterm_before_it_is_anything(tmp_path: Path) -> None:
+    container = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
+    if shutil.which("unshare") is None or subprocess.run((*container, "true"), capture_output=True).returncode != 0:
+        pytest.skip("no PID namespace can be made here")
+    command = (*container, sys.executable, "-m", "spotjax", "serve", "--join", "127.0.0.1:9", "--notices", "none")
+    worker = Process("worker", command, tmp_path)
+    try:
+        await eventually("it has begun", lambda: any(handled(process.pid) for process in worker.tree()[1:]))
+        worker.tree()[1].send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(worker.wait, 30) in (0, 128 + signal.SIGTERM)
+    finally:
+        worker.kill()
+
+
+def handled(pid: int) -> int:
+    """Whether a process handles SIGTERM, as the kernel knows it: without that, process 1 is deaf to it."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return int(mask, 16) & 1 << signal.SIGTERM - 1

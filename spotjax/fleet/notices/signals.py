@@ -10,6 +10,8 @@ from collections.abc import Callable
 from spotjax.fleet.notices.notice import Notice, NoticeKind, Withdrawn
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
+SAME_SECONDS = 0.5
+"""Within which signals are one wish: a launcher passes on what its job's processes were sent as well."""
 
 
 def end_at_once() -> None:
@@ -18,13 +20,13 @@ def end_at_once() -> None:
 
 
 class SignalSource:
-    """The first signal is the notice; the second is no wish to wait. Handles them from its making until it is closed.
+    """The first signal is the notice, a later one is no wish to wait. Handles them from its making until it is closed.
 
     Args:
       instance: that the notice is about.
       clock: monotonic seconds.
       grace_seconds: that the machine, or this process, lives after the signal.
-      again: called at every further signal.
+      again: called at every further signal that is not the first once more.
     """
 
     name = "signal"
@@ -39,7 +41,7 @@ class SignalSource:
         self._instance, self._clock, self._grace, self._again = instance, clock, grace_seconds, again
         self._loop = asyncio.get_running_loop()
         self._came = asyncio.Queue[Notice]()
-        self._noticed = False
+        self._noticed_at: float | None = None
         for number in NUMBERS:
             self._loop.add_signal_handler(number, self._received, number)
 
@@ -53,9 +55,10 @@ class SignalSource:
             self._loop.remove_signal_handler(number)
 
     def _received(self, number: signal.Signals) -> None:
-        if self._noticed:
+        now = self._clock()
+        if self._noticed_at is None:
+            self._noticed_at = now
+            notice = Notice(self.name, NoticeKind.PREEMPT, self._instance, now + self._grace, number.name)
+            self._came.put_nowait(notice)
+        elif now - self._noticed_at > SAME_SECONDS:
             self._again()
-            return
-        self._noticed = True
-        deadline = self._clock() + self._grace
-        self._came.put_nowait(Notice(self.name, NoticeKind.PREEMPT, self._instance, deadline, number.name))
