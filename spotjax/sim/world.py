@@ -156,9 +156,18 @@ class World:
     def request_on_demand(self, system: System, count: int, prefix: str) -> tuple[str, ...]:
         """Rents instances that nobody takes away; they are ready after their start-up time."""
         names = tuple(f"{prefix}-{number}" for number in range(count))
-        ready_at = self.now + self.scenario.assumptions.on_demand_start_seconds
-        self._schedule(system, names, True, self.now, ready_at)
+        self.rent(system, names, on_demand=True)
         return names
+
+    def rent(self, system: System, names: tuple[str, ...], *, on_demand: bool) -> None:
+        """Rents instances beside those of the spot trace; they are ready after their start-up time."""
+        assumed = self.scenario.assumptions
+        wait = assumed.on_demand_start_seconds if on_demand else assumed.start_seconds
+        self._schedule(system, names, on_demand, self.now, self.now + wait)
+
+    def take(self, system: System, names: tuple[str, ...], seconds: float) -> None:
+        """Takes instances away at a time, with the notice that all have."""
+        self._schedule_removal(system, names, seconds, None)
 
     def release(self, name: str) -> None:
         """Gives an instance back."""

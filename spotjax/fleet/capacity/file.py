@@ -73,12 +73,12 @@ class CapacitySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     ] = 300.0
     utilisation: Annotated[
         float, Meta(gt=0, le=1, description="share of what the instances can serve that they are planned to be given")
-    ] = 0.7
+    ] = 0.5
     latency_seconds: Annotated[
         float, Meta(ge=0, description="target for the seconds of a request, its wait included; 0: none, only keep up")
     ] = 0.0
     percentile: Annotated[float, Meta(gt=0, lt=1, description="share of requests that latency_seconds is for")] = 0.99
-    window_seconds: Annotated[float, Meta(gt=0, description="seconds over which the load is measured")] = 120.0
+    window_seconds: Annotated[float, Meta(gt=0, description="seconds over which the load is measured")] = 60.0
     shrink_seconds: Annotated[
         float,
         Meta(ge=0, description="seconds for which fewer instances must have been enough before one is given back"),

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from spotjax.errors import NoFeasibleShape, NoSpareDevices, ProviderError, ProviderUnavailable, UnknownInstance
 from spotjax.fleet.capacity.file import CapacitySettings
 from spotjax.fleet.capacity.keeper import Keeper
-from spotjax.fleet.capacity.ledger import counted
-from spotjax.fleet.capacity.ledger_file import LedgerFile
+from spotjax.fleet.capacity.ledger import Ledger, counted
 from spotjax.fleet.capacity.load import Meter
 from spotjax.fleet.capacity.next_action import Release, Request, Wait
 from spotjax.fleet.capacity.served import Actions, Clocks, Served
@@ -45,6 +44,9 @@ SCALE_STEPS = 1.25
 """What was measured of the planner's errors is rounded to powers of this."""
 
 
+Write = Callable[[Ledger], Awaitable[None]]
+
+
 class CapacityLoop:
     """Runs until cancelled.
 
@@ -52,7 +54,7 @@ class CapacityLoop:
       settings: the operator's limits.
       provider: who rents machines out.
       keeper: what is known, with the ledger as it was read.
-      file: where the ledger is kept.
+      write: puts the ledger on disk; when it returns, it is there.
       meter: what the controller measures the load with.
       served: the service, None before a worker has told what to serve at.
       clocks: time.
@@ -66,18 +68,18 @@ class CapacityLoop:
         settings: CapacitySettings,
         provider: Provider,
         keeper: Keeper,
-        file: LedgerFile,
+        write: Write,
         meter: Meter,
         served: Callable[[], Served | None],
         clocks: Clocks,
     ) -> None:
-        self._settings, self._provider, self._keeper, self._file = settings, provider, keeper, file
+        self._settings, self._provider, self._keeper, self._write = settings, provider, keeper, write
         self.meter, self._served, self._clocks = meter, served, clocks
         self._stir = asyncio.Event()
         self._releases: set[asyncio.Task[None]] = set()
         self._told_to_go: set[str] = set()
         self._list_at = float("-inf")
-        self._saved = keeper.ledger
+        self._saved, self._saving = keeper.ledger, asyncio.Lock()
         self._waiting = Wait()
         self._scale = 1.0
         self._last_basis: Basis | None = None
@@ -106,17 +108,15 @@ class CapacityLoop:
           NoSpareDevices: that would be more than ``most``.
         """
         keeper, before = self._keeper, self._joined()
-        floor = len(before) + count
+        floor = max(len(before), keeper.wanted.instances if keeper.wanted else 0) + count
         if floor > self._settings.most:
-            raise NoSpareDevices(
-                f"{len(before)} instances are there, and capacity allows {self._settings.most} at most"
-            )
+            raise NoSpareDevices(f"{floor - count} instances are wanted, and capacity allows {self._settings.most}")
         keeper.hold(floor, self._clocks.wall())
         await self._save()
         self._stir.set()
-        while len(new := sorted(self._joined() - before)) < count:
+        while len(self._joined()) < floor:
             await self._clocks.sleep(LOOK_SECONDS)
-        return new[:count]
+        return sorted(self._joined() - before)
 
     def status(self) -> CapacityStatus:
         """What operators see of it."""
@@ -312,9 +312,11 @@ class CapacityLoop:
         return {member.name for member in served.members() if member.state is InstanceState.READY} if served else set()
 
     async def _save(self) -> None:
-        ledger = self._keeper.ledger
-        await asyncio.to_thread(self._file.write, ledger)
-        self._saved = ledger
+        """Has the ledger on disk as it is now."""
+        async with self._saving:
+            ledger = self._keeper.ledger
+            await self._write(ledger)
+            self._saved = ledger
 
 
 def _patience(problem: Exception) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from random import Random
 from spotjax.config import ServeConfig, is_any
 from spotjax.fleet.capacity.file import CapacitySettings, read
 from spotjax.fleet.capacity.keeper import Keeper
+from spotjax.fleet.capacity.ledger import Ledger
 from spotjax.fleet.capacity.ledger_file import LedgerFile
 from spotjax.fleet.capacity.load import Meter
 from spotjax.fleet.capacity.loop import CapacityLoop
@@ -57,4 +59,8 @@ async def open_capacity(
     clocks = Clocks(time.monotonic, time.time)
     keeper = Keeper(settings, ledger, Random(), clocks.monotonic())
     meter = Meter(settings.window_seconds, clocks.monotonic())
-    return CapacityLoop(settings, provider, keeper, file, meter, served, clocks)
+
+    async def write(ledger: Ledger) -> None:
+        await asyncio.to_thread(file.write, ledger)
+
+    return CapacityLoop(settings, provider, keeper, write, meter, served, clocks)

@@ -5,8 +5,9 @@ Which machines these are to be, and when, is ``next_action``'s to say.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import ceil, exp, log
 
 from spotjax.errors import NoFeasibleShape
@@ -143,12 +144,31 @@ def wanted(
 
 def _target(basis: Basis, demand: Demand, goal: Goal, most: int) -> Decision:
     """The mesh for the load, on up to ``most`` instances."""
-    there = basis.instances[:most]
-    capacity = plan_capacity(
-        basis.planning.spec, there, demand, goal, basis.kind, most - len(there), spares=0, latency=basis.latency(),
-        wanted=basis.planning.wanted,
-    )  # fmt: skip
-    return capacity.target
+    there = Counter((instance.type, instance.on_demand) for instance in basis.instances[:most])
+    return _chosen(basis.planning, tuple(there.items()), basis.kind, basis.scale, demand, goal, most)
+
+
+@lru_cache(maxsize=256)
+def _chosen(
+    planning: Planning,
+    there: tuple[tuple[tuple[InstanceType, bool], int], ...],
+    kind: InstanceType,
+    scale: float,
+    demand: Demand,
+    goal: Goal,
+    most: int,
+) -> Decision:
+    """The same for instances by what they are: one that only has another name changes nothing."""
+    instances = [
+        Instance(f"{number}-{each}", what, on_demand=on_demand)
+        for number, ((what, on_demand), count) in enumerate(there)
+        for each in range(count)
+    ]
+    basis = Basis(planning, tuple(instances), kind, scale)
+    return plan_capacity(
+        planning.spec, instances, demand, goal, kind, most - len(instances), spares=0, latency=basis.latency(),
+        wanted=planning.wanted,
+    ).target  # fmt: skip
 
 
 @dataclass

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from spotjax.fleet.capacity.loop import LOOK_SECONDS
 from spotjax.fleet.change import Planning
 from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.meshes.instance import Instance, InstanceState
@@ -17,6 +18,7 @@ from spotjax.planner.goal import Goal
 from spotjax.sim.replica_continuous import ContinuousReplica
 from spotjax.sim.systems.spotjax_backup import Backups
 from spotjax.sim.systems.spotjax_boundary import Boundary
+from spotjax.sim.systems.spotjax_buying import Buying
 from spotjax.sim.systems.spotjax_fallback import Fallback
 from spotjax.sim.systems.spotjax_options import Feature, SpotjaxOptions, in_order, require_feature
 from spotjax.sim.systems.spotjax_reconfigure import Reconfigurer
@@ -94,9 +96,12 @@ class Spotjax:
             world, planning, self._shapes, self._replicas, self._boundary, options, self._without
         )
         self._fallback = Fallback(world, self, planning, options) if options.fallback else None
+        self._buying = Buying(world, self, planning, options.capacity, self._replicas) if options.capacity else None
         self._start_workers([instance.name for instance in world.ready_instances()])
         world.at(world.now + assumed.engine_start_seconds, self._reconfigurer.begin)
         world.at(world.now + options.look_seconds, self._look)
+        if self._buying is not None:
+            world.at(world.now + assumed.engine_start_seconds, self._buy)
 
     @property
     def _backs_up(self) -> bool:
@@ -105,6 +110,8 @@ class Spotjax:
     def arrived(self, request: int) -> None:
         """Goes to the replica with the least load."""
         self._shapes.arrived(self._world.now)
+        if self._buying is not None:
+            self._buying.arrived(request)
         self._replicas.add(request)
 
     def coming(self, names: Sequence[str], ready_at: float) -> None:
@@ -149,6 +156,12 @@ class Spotjax:
             there[name] = replace(there[name], state=InstanceState.READY)
         if joined:
             self._reconfigurer.look(f"{len(joined)} joined")
+
+    def _buy(self) -> None:
+        assert self._buying is not None, "nobody buys"
+        if self._buying.look():
+            self._reconfigurer.interrupted("wanted no more", forced=False)
+        self._world.at(self._world.now + LOOK_SECONDS, self._buy)
 
     def _look(self) -> None:
         if self._fallback is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from spotjax.errors import ConfigError
+from spotjax.fleet.capacity.file import CapacitySettings
 from spotjax.fleet.change import Recovery
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
@@ -42,6 +43,7 @@ class SpotjaxOptions:
       fallback: on-demand instances are requested when the fleet is too small for the load.
       fallback_tie: see ``Goal.near_tie``; how much longer requests may take before an instance more is worth its price.
       most_on_demand: of these at the same time.
+      capacity: instances are rented and given back as a controller with such settings would; beside those of the trace.
       recovery: how changes are made: as Spotjax, or as a baseline on the same engine; see ``fleet.recovery_policies``.
       wanted: the mesh that the operator pinned, None for none.
     """
@@ -59,6 +61,7 @@ class SpotjaxOptions:
     fallback: bool = False
     fallback_tie: float = 0.2
     most_on_demand: int = 8
+    capacity: CapacitySettings | None = None
     recovery: Recovery = "spotjax"
     wanted: MeshShape | None = None
 
