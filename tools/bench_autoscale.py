@@ -3,12 +3,11 @@
 ``python -m spotjax.tools.bench_autoscale`` simulates OPT-6.7B on g4dn.12xlarge, with latencies and prices that
 SpotServe published and 512 + 128 tokens a request. Every ``--minutes`` the rate of arrivals (Poisson) doubles, three
 times, and then halves again. What is bought and given back is decided by the code that a controller runs, once a
-second; instances are simulated, 120 s from granted to ready for spot ones and 90 s on demand, and billed from
-the grant.
-In ``taken`` rows a rented spot instance is taken every ``--taken`` minutes with 30 s of notice, one that serves if any
-does; fixed fleets lose none. The fixed fleets are of as many spot instances as the bought fleet had at the end of the
-highest rate (``peak``), and of half as many. Settings are the defaults of a capacity file. Latencies are from arrival to the last token; a request that did not end counts with its age.
-Prints tables, medians over ``--seeds``; ``--output FILE`` writes JSON.
+second, with the defaults of a capacity file; instances are simulated, 120 s from granted to ready for spot ones and
+90 s on demand, and billed from the grant. In one row a rented spot instance, the oldest, is taken every ``--taken``
+minutes with 30 s of notice; fixed fleets lose none. These have as many spot instances as the bought fleet had at the
+end of the highest rate, and half as many. Latencies are from arrival to the last token; a request that did not end
+counts with its age. Prints tables, medians over ``--seeds``; ``--output FILE`` writes JSON.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ def report(fleets: Sequence[Sequence[Row]]) -> None:
     for runs in fleets:
 
         def middle(name: str, runs: Sequence[Row] = runs) -> float:
-            return statistics.median(getattr(run, name) for run in runs)
+            return float(statistics.median(getattr(run, name) for run in runs))
 
         print(
             f"| {runs[0].fleet} | {middle('mean'):.1f} ({middle('most'):g}) | {middle('on_demand_hours'):.2f} | "

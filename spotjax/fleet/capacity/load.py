@@ -1,4 +1,4 @@
-"""What arrives at the service and how fast it gets done, measured over a sliding window. Counts what it is told.
+"""What arrives at the service and how fast it gets done, measured lately. Counts what it is told.
 
 The rate and its variation are the planner's ``LoadEstimator``'s, which the simulator uses, too.
 """
@@ -6,12 +6,15 @@ The rate and its variation are the planner's ``LoadEstimator``'s, which the simu
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from spotjax.planner.load import Load, LoadEstimator
+from spotjax.planner.load import WINDOW, Load, LoadEstimator
 
 FEWEST = 8
 """Requests, or samples, before which nothing is said of their mean."""
+MOST_SAMPLES = 1000
+"""That are kept where requests take long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +45,16 @@ class Meter:
     """Measures. All times are monotonic seconds.
 
     Args:
-      window_seconds: what is longer ago counts little or not at all.
+      window_seconds: what is longer ago counts little, and for the pace only where less would tell nothing.
       now: the start.
     """
 
     def __init__(self, window_seconds: float, now: float) -> None:
         self._window, self._busy_at = window_seconds, now
         self._estimator = LoadEstimator(window_seconds)
-        self._prompts: deque[tuple[float, int]] = deque()
-        self._outputs: deque[tuple[float, int]] = deque()
-        self._samples: deque[tuple[float, int, int, int]] = deque()
+        self._prompts: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self._outputs: deque[int] = deque(maxlen=WINDOW)
+        self._samples: deque[tuple[float, int, int, int]] = deque(maxlen=MOST_SAMPLES)
 
     def arrived(self, now: float, prompt: int, sequences: int = 1) -> None:
         """A request came, with a prompt of so many tokens."""
@@ -60,9 +63,9 @@ class Meter:
             self._prompts.append((now, prompt))
         self._busy_at = now
 
-    def finished(self, now: float, output: int) -> None:
+    def finished(self, output: int) -> None:
         """A sequence ended after so many tokens."""
-        self._outputs.append((now, output))
+        self._outputs.append(output)
 
     def sample(self, now: float, running: int, queued: int, tokens: int) -> None:
         """How things are.
@@ -79,21 +82,22 @@ class Meter:
 
     def measured(self, now: float) -> Measured:
         """What all that comes to."""
-        for column in (self._prompts, self._outputs, self._samples):
-            while column and column[0][0] < now - self._window:
-                column.popleft()
         output = _mean(self._outputs)
+        while len(self._samples) > FEWEST and self._samples[1][0] < now - self._window:
+            if not output or self._samples[-1][3] - self._samples[1][3] < FEWEST * output:
+                break  # in less time there is nothing to tell from
+            self._samples.popleft()
         batch, service = self._pace(output)
         _, running, queued, _ = self._samples[-1] if self._samples else (now, 0, 0, 0)
-        return Measured(
-            self._load(now), _mean(self._prompts), output, running, queued, now - self._busy_at, service,
-            batch,
-        )  # fmt: skip
+        prompt = _mean([tokens for _, tokens in self._prompts])
+        idle = now - self._busy_at
+        return Measured(self._load(now), prompt, output, running, queued, idle, service, batch)
 
     def _load(self, now: float) -> Load:
-        """The estimate, but no more than came in the window would be in a quarter of it: few requests tell little."""
+        """The estimate; of few requests no more than if they had come in a quarter of the window: they tell little."""
         load = self._estimator.load(now)
-        return replace(load, rate=min(load.rate, len(self._prompts) / (self._window / 4)))
+        lately = sum(at > now - self._window for at, _ in self._prompts)
+        return load if lately == WINDOW else replace(load, rate=min(load.rate, lately / (self._window / 4)))
 
     def _pace(self, output: int) -> tuple[float, float]:
         """(Sequences at once, seconds of one) by Little's law: as many run as come, times how long each takes."""
@@ -110,7 +114,5 @@ class Meter:
         return area / seconds, area * output / tokens
 
 
-def _mean(column: deque[tuple[float, int]]) -> int:
-    if len(column) < FEWEST:
-        return 0
-    return max(1, round(sum(value for _, value in column) / len(column)))
+def _mean(values: Sequence[int]) -> int:
+    return max(1, round(sum(values) / len(values))) if len(values) >= FEWEST else 0

@@ -86,7 +86,7 @@ class Buying:
         for request in [request for request in self._open if book.finish[request] <= now]:
             self._open.discard(request)
             self._tokens += book.output[request]
-            self._meter.finished(now, book.output[request])
+            self._meter.finished(book.output[request])
         running = sum(
             min(self._replicas.members[number].replica.load, self._planning.demand.batch)
             for number in self._replicas.running()

@@ -49,7 +49,7 @@ def test_rate_lengths_and_service_are_those_of_a_known_queue() -> None:
         while look < now:
             for end in [end for end in ends if end <= look]:
                 ends.remove(end)
-                meter.finished(end, 40)
+                meter.finished(40)
             tokens += len(ends) * 8.0  # each gets 8 tokens a second
             meter.sample(look, len(ends), 3, round(tokens))
             look += 1.0
