@@ -20,6 +20,7 @@ class PageAllocator:
 
     Attributes:
       cache: the pages that can be found again by their tokens.
+      gains: how often pages were given back, or cached: as long as that stays the same, who did not fit does not fit.
     """
 
     def __init__(self, pages: int, page_size: int, *, caching: bool = False) -> None:
@@ -27,6 +28,7 @@ class PageAllocator:
             raise ValueError(f"at least 2 pages are needed (page 0 is reserved), got {pages}")
         self.page_size, self.total, self.caching = page_size, pages - 1, caching
         self.cache = PrefixCache()
+        self.gains = 0
         self._free = list(range(pages - 1, 0, -1))
         self._references: dict[int, int] = {}
         self._lives = [0] * pages
@@ -92,6 +94,7 @@ class PageAllocator:
         Raises:
           ValueError: one of them was not taken (given back twice).
         """
+        self.gains += 1
         for page in reversed(pages):
             left = self.references(page) - 1
             if left < 0:
@@ -107,10 +110,13 @@ class PageAllocator:
 
     def remember(self, before: int, tokens: Tokens, page: int) -> bool:
         """Caches a full page that follows another; False if none are cached, or a page of the same tokens is."""
-        return self.caching and self.cache.insert(before, tokens, page)
+        cached = self.caching and self.cache.insert(before, tokens, page)
+        self.gains += cached
+        return cached
 
     def forget(self) -> None:
         """Caches nothing of what was cached: pages do not hold it any more."""
+        self.gains += 1
         self._free += self.cache.clear()
 
     def check(self, owned: Iterable[Iterable[int]]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from spotjax.engine.batch import Batch, Span
 from spotjax.engine.pages import PageAllocator
-from spotjax.engine.prefix_cache import ROOT, Node
+from spotjax.engine.prefix_reuse import PrefixReuse
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.sequence import Flight, Sequence
 
@@ -54,8 +54,11 @@ class Scheduler:
         """Pages taken for sequences that are on their way here with their KV, by key."""
         self.preempted = 0
         """Times that a sequence lost its KV to another for lack of pages."""
-        self.prefilled, self.reused = 0, 0
-        """Positions of prefill spans whose KV was computed, and positions whose KV was found in the prefix cache."""
+        self.reuse = PrefixReuse(pages, limits.prefill_tokens)
+        self.prefilled = 0
+        """Positions of prefill spans whose KV was computed."""
+        self._blocked: tuple[int, int] | None = None
+        """The first in the queue that did not fit, and what the pages had gained when it did not."""
         self._step = 0
         self._prefilled_last = False
 
@@ -73,12 +76,7 @@ class Scheduler:
         self.reserved.pop(sequence.key, None)
         self.running[sequence.key] = sequence
         sequence.cached = 0
-        self._remember(sequence)
-
-    def cached_pages(self, state: RequestState) -> list[int]:
-        """Pages of the longest prefix of a sequence that is cached; its last position is left to be computed."""
-        most = (state.length - 1) // self.pages.page_size
-        return self.pages.cache.match(state.prompt + state.tokens, self.pages.page_size, most)
+        self.reuse.remember(sequence)
 
     def schedule(self, *, ahead: bool = False) -> Batch | None:
         """The next step, or None while there is nothing to run or all of it is in flight.
@@ -90,7 +88,7 @@ class Scheduler:
         prefill step at a time and new sequences still start soon.
         """
         self._admit()
-        self._reuse()
+        self.reuse.exchange(self._ready(ahead=False))
         kinds = (self._decode, self._prefill) if self._prefilled_last else (self._prefill, self._decode)
         for kind in kinds:
             if spans := kind(ahead):
@@ -114,7 +112,7 @@ class Scheduler:
             sequence.land()
             sequence.computed = span.stop
             sequence.state = states.get(sequence.key, sequence.state)
-            self._remember(sequence)
+            self.reuse.remember(sequence)
             if sequence.cancelled is not None and sequence.state.finish is None:
                 sequence.state = sequence.state.finished(sequence.cancelled)
             if sequence.state.finish is not None:
@@ -189,65 +187,20 @@ class Scheduler:
     def _admit(self) -> None:
         """Lets waiting sequences in, in order, while there is room for all that they have to compute now."""
         while self.waiting and len(self.running) < self.limits.max_batch:
-            state = self.waiting[0].state
-            found = self.cached_pages(state)
+            first = self.waiting[0]
+            if self._blocked == (first.key, self.pages.gains):
+                return
+            found = self.reuse.find(first.state)
             self.pages.share(found)
-            needed = self.pages.needed(state.length) - len(found)
+            needed = self.pages.needed(first.state.length) - len(found)
             if needed > self.pages.free:
                 self.pages.release(found)
+                self._blocked = first.key, self.pages.gains
                 return
             sequence = self.waiting.popleft()
             sequence.pages = found + self.pages.allocate(needed)
-            self._found(sequence, len(found))
+            self.reuse.take(sequence, len(found))
             self.running[sequence.key] = sequence
-
-    def _found(self, sequence: Sequence, pages: int) -> None:
-        """Its next pages hold what it would have computed."""
-        positions = pages * self.pages.page_size
-        sequence.cached += pages
-        sequence.computed += positions
-        self.reused += positions
-
-    def _reuse(self) -> None:
-        """Gives sequences the pages that others have filled since they were let in, in place of pages of their own."""
-        for sequence in self._ready(ahead=False):
-            while sequence.missing > 1 and (node := self._next_page(sequence)) is not None:
-                page = self.pages.cache.after(*node)
-                if page is None or not self._can_use(sequence):
-                    break
-                self.pages.share([page])
-                self.pages.release([sequence.pages[sequence.cached]])
-                sequence.pages[sequence.cached] = page
-                self._found(sequence, 1)
-
-    def _next_page(self, sequence: Sequence) -> Node | None:
-        """What its next page will be in the cache when the next prefill span is back; None if it will not be there."""
-        size, number = self.pages.page_size, sequence.cached
-        filled = (
-            sequence.begun if sequence.in_flight else sequence.begun + min(sequence.missing, self.limits.prefill_tokens)
-        )
-        if not self.pages.caching or sequence.computed != number * size or filled < (number + 1) * size:
-            return None
-        return self._before(sequence), sequence.tokens(number * size, (number + 1) * size)
-
-    def _can_use(self, sequence: Sequence) -> bool:
-        """Whether there is a position left to be computed when its next page is there."""
-        return (sequence.cached + 1) * self.pages.page_size < sequence.state.length
-
-    def _remember(self, sequence: Sequence) -> None:
-        """Caches the pages that it has filled, up to the first of which there is another already."""
-        size = self.pages.page_size
-        while self.pages.caching and sequence.cached < sequence.computed // size:
-            number = sequence.cached
-            tokens = sequence.tokens(number * size, (number + 1) * size)
-            if not self.pages.remember(self._before(sequence), tokens, sequence.pages[number]):
-                return
-            sequence.cached += 1
-
-    @staticmethod
-    def _before(sequence: Sequence) -> int:
-        """The last of its pages that is cached."""
-        return sequence.pages[sequence.cached - 1] if sequence.cached else ROOT
 
     def _prefill(self, ahead: bool) -> list[Span]:
         """Spans of sequences that miss more than one position, as many as fit one step.
@@ -256,12 +209,12 @@ class Scheduler:
         """
         chosen: list[tuple[Sequence, int]] = []
         underway = {
-            self._next_page(s) for s in self.running.values() if s.in_flight and s.computed < s.state.length - 1
+            self.reuse.next_page(s) for s in self.running.values() if s.in_flight and s.computed < s.state.length - 1
         }
         for sequence in self._ready(ahead):
             if sequence.missing > 1:
-                node = None if sequence.in_flight else self._next_page(sequence)
-                if node is not None and node in underway and self._can_use(sequence):
+                node = None if sequence.in_flight else self.reuse.next_page(sequence)
+                if node is not None and node in underway and self.reuse.can_use(sequence):
                     continue
                 underway.add(node)
                 length = min(sequence.missing, self.limits.prefill_tokens)

@@ -339,5 +339,5 @@ def _replica_status(number: int, replica: Replica) -> ReplicaStatus:
         pages_total=pages.total,
         pages_cached=len(pages.cache.idle),
         tokens_prefilled=scheduler.prefilled,
-        tokens_reused=scheduler.reused,
+        tokens_reused=scheduler.reuse.positions,
     )

@@ -75,7 +75,7 @@ class Dispatcher:
             return
         most = min(replica.scheduler.load for replica in replicas) + (CLOSE_LOADS if self._caching else 0)
         close = [replica for replica in replicas if replica.scheduler.load <= most]
-        replica = min(close, key=lambda r: (-len(r.scheduler.cached_pages(sequence.state)), r.scheduler.load))
+        replica = min(close, key=lambda r: (-len(r.scheduler.reuse.find(sequence.state)), r.scheduler.load))
         replica.scheduler.add(sequence)
         replica.wake()
 

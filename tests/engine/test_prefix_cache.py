@@ -12,7 +12,7 @@ from test_scheduler import Bench, make_scheduler, sequence, tokens_of
 
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.prefix_cache import ROOT
-from spotjax.engine.request import FinishReason
+from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.sequence import Sequence
 
 
@@ -130,7 +130,7 @@ def test_a_prompt_that_was_there_before_is_computed_from_its_last_page_on() -> N
     bench = Bench(make_scheduler(caching=True, prefill_tokens=16))
     run(bench, sequence(0, prompt=10, max_tokens=1, group=0))
     assert run(bench, sequence(1, prompt=10, max_tokens=1, group=0)) == [[(1, 8, 2)]]
-    assert (bench.scheduler.reused, bench.scheduler.prefilled) == (8, 12)
+    assert (bench.scheduler.reuse.positions, bench.scheduler.prefilled) == (8, 12)
 
 
 def test_one_position_is_left_to_be_computed() -> None:
@@ -185,15 +185,36 @@ def test_who_was_sent_back_finds_what_is_still_there() -> None:
     for key in range(2):
         scheduler.add(sequence(key, prompt=9, max_tokens=10))
     bench.run()
-    assert scheduler.preempted and scheduler.reused
+    assert scheduler.preempted and scheduler.reuse.positions
     assert sorted(bench.ended) == [0, 1]
+
+
+def test_who_does_not_fit_is_looked_up_again_only_when_pages_came_free_or_were_cached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(pages=15, page_size=4, prefill_tokens=16, caching=True)
+    bench, lookups = Bench(scheduler), list[RequestState]()
+    find = scheduler.reuse.find
+    monkeypatch.setattr(scheduler.reuse, "find", lambda state: lookups.append(state) or find(state))
+    scheduler.add(sequence(0, prompt=9, max_tokens=32, ignore_eos=True))
+    scheduler.add(waiting := sequence(1, prompt=48, max_tokens=1))
+    steps = 0
+    while waiting in scheduler.waiting:
+        batch = scheduler.schedule()
+        assert batch is not None
+        bench.in_flight.append(batch)
+        bench.complete()
+        steps += 1
+    pages_filled = (9 + 32) // 4
+    assert steps > 30
+    assert sum(state.request_id == "r1" for state in lookups) <= pages_filled + 2
 
 
 def test_nothing_is_cached_unless_it_is_wanted() -> None:
     bench = Bench(make_scheduler(prefill_tokens=16))
     run(bench, sequence(0, prompt=10, max_tokens=1, group=0))
     assert run(bench, sequence(1, prompt=10, max_tokens=1, group=0)) == [[(1, 0, 10)]]
-    assert bench.scheduler.reused == 0 and not bench.scheduler.pages.cache.idle
+    assert bench.scheduler.reuse.positions == 0 and not bench.scheduler.pages.cache.idle
 
 
 def test_after_a_move_that_was_cut_off_nothing_of_the_past_is_found_and_who_lost_is_computed_again() -> None:
@@ -213,5 +234,5 @@ def test_after_a_move_that_was_cut_off_nothing_of_the_past_is_found_and_who_lost
     scheduler.check()
     assert (kept.pages, kept.computed) == (pages, computed) and [*scheduler.running] == [0]
     assert (lost.pages, lost.computed) == ([], 0) and [*scheduler.waiting] == [lost]
-    assert scheduler.cached_pages(sequence(3, prompt=10, group=2).state) == []
+    assert scheduler.reuse.find(sequence(3, prompt=10, group=2).state) == []
     assert scheduler.pages.total - scheduler.pages.free == len(pages)
