@@ -287,6 +287,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=MACHINE,
         ),
     ] = ""
+    acknowledge_notices: Annotated[
+        bool,
+        Meta(
+            description="tell the cloud that it may take the machine once the fleet has left it, where it can be told "
+            "(Azure); only where the machine is this worker's alone",
+            extra=WORKER,
+        ),
+    ] = False
     metadata_url: Annotated[
         str,
         Meta(

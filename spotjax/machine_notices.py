@@ -6,6 +6,7 @@ Which there are is in ``fleet.notices``; what is done about it is up to whoever 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from math import inf
@@ -13,6 +14,8 @@ from pathlib import Path
 from socket import gethostname
 
 from spotjax.config import ServeConfig
+from spotjax.errors import MetadataUnavailable
+from spotjax.fleet.notices.azure import AzureSource
 from spotjax.fleet.notices.detect import Machine, Platform, detect_patiently, sources_of
 from spotjax.fleet.notices.gce import GPU_MAINTENANCE_SECONDS, MAINTENANCE_SECONDS
 from spotjax.fleet.notices.hook import CommandSource, FileSource
@@ -20,6 +23,8 @@ from spotjax.fleet.notices.listen import Listener
 from spotjax.fleet.notices.patience import METADATA, metadata_client
 from spotjax.fleet.notices.signals import SignalSource
 from spotjax.fleet.notices.standing import Standing, Word, acted_on_from
+
+log = logging.getLogger("spotjax.notices")
 
 NVIDIA = Path("/dev/nvidia0")
 """Where there are GPUs of NVIDIA."""
@@ -43,6 +48,7 @@ class MachineNotices:
     ) -> None:
         self._listener = Listener(heard)
         self._client = metadata_client()
+        self._azure: AzureSource | None = None
         self._machine = Machine(
             instance,
             config.metadata_url or METADATA,
@@ -56,6 +62,17 @@ class MachineNotices:
         if config.notice_command:
             self._listener.add([CommandSource(instance, time.monotonic, config.notice_command)])
         self._finding = asyncio.create_task(self._find(config.notices))
+
+    async def acknowledge(self) -> None:
+        """Lets the cloud take the machine now, if it announced that and can be told."""
+        if self._azure is None:
+            return
+        try:
+            begun = await self._azure.acknowledge()
+        except MetadataUnavailable as problem:
+            log.warning("the cloud takes the machine when it said, it could not be told to earlier: %s", problem)
+        else:
+            log.info("the cloud may take the machine", extra={"events": " ".join(begun)})
 
     async def close(self) -> None:
         """Listens no more; signals have their default treatment again."""
@@ -72,7 +89,9 @@ class MachineNotices:
         else:
             platforms = [Platform(name) for name in notices.split(",") if name != "none"]
         for platform in platforms:
-            self._listener.add(sources_of(platform, self._machine, self._client, time.monotonic))
+            sources = sources_of(platform, self._machine, self._client, time.monotonic)
+            self._azure = next((source for source in sources if isinstance(source, AzureSource)), self._azure)
+            self._listener.add(sources)
 
 
 class MachineEnd:

@@ -127,6 +127,8 @@ class WorkerProcess:
             match stay.result():
                 case End.RELEASED:
                     log.info("released by the controller")
+                    if self._config.acknowledge_notices and self._notices is not None:
+                        await self._notices.acknowledge()
                     return 0
                 case End.TAKEN:
                     os._exit(1)  # as if the machine were taken: nothing is finished or cleaned up

@@ -55,7 +55,7 @@ BASELINE = {"workers": 3, "recovery": "rerouting"}
 BUYER = {"listen": "10.0.0.1:8470", "capacity": "capacity.toml"}
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
-    "read_bandwidth": 7,
+    "read_bandwidth": 7, "acknowledge_notices": True,
     "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
     "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
 }  # fmt: skip
@@ -71,7 +71,10 @@ def test_every_setting_can_come_from_each_source(tmp_path: Path, values: dict[st
     flags = []
     for name, value in values.items():
         flag = name.replace("_", "-")
-        flags += [f"--no-{flag}"] if value is False else [f"--{flag}", str(value)]
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", str(value)]
     assert load(flags) == expected
     assert load(environment={f"SPOTJAX_{name.upper()}": str(value) for name, value in values.items()}) == expected
     toml = "".join(f"{n} = {str(v).lower() if isinstance(v, bool) else repr(v)}\n" for n, v in values.items())

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import pytest_asyncio
 from live_cases import CONTROLLER, REQUESTS, eventually, heard, load_on, more_tokens, said, worker_flags
@@ -19,7 +20,7 @@ from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.metadata import MetadataProcess
 from spotjax.tools.request_mix import Output
-from spotjax.tools.service import GRACE_SECONDS, running, serving
+from spotjax.tools.service import CHANGE_SECONDS, running, serving
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(300)]
 
@@ -78,6 +79,7 @@ async def fleet(
     fleet.arguments_of |= {
         name: ("--notices", "auto", "--metadata-url", server.url) for name, server in servers.items()
     }
+    fleet.arguments_of["azure"] += ("--acknowledge-notices",)
     async with running(fleet):
         await fleet.until("all are in the mesh", lambda status: serving(status) == set(fleet.names))
         for name in servers:
@@ -123,7 +125,7 @@ async def test_a_machine_that_its_cloud_takes_is_left_in_order(
         await metadata.order(cloud.order, **cloud.values)
         notice = await heard(fleet, "notice", since)
         try:
-            assert await asyncio.to_thread(worker.wait, GRACE_SECONDS) == 0
+            assert await asyncio.to_thread(worker.wait, CHANGE_SECONDS) == 0
         except subprocess.TimeoutExpired:
             pytest.fail(f"the worker was not released:\n{fleet.story()}")
         await fleet.until_gone([name])
@@ -139,6 +141,14 @@ async def test_a_machine_that_its_cloud_takes_is_left_in_order(
     assert lost.fields["notice_seconds"] == pytest.approx(lost.time - notice.time, abs=0.5)
     record = {record.source: record for record in (await fleet.status()).notices}[cloud.source]
     assert (record.given, record.left, record.taken) == (1, 1, 0)
+    if cloud.source == "azure":
+        assert "Started" in await azure_events(metadata), "it was not told that the machine is free"
+
+
+async def azure_events(metadata: MetadataProcess) -> str:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        url = f"{metadata.url}/metadata/scheduledevents?api-version=2020-07-01"
+        return (await client.get(url, headers={"Metadata": "true"})).text
 
 
 def advised(status: FleetStatus) -> set[str]:

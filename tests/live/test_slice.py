@@ -18,6 +18,7 @@ from live_cases import heard, load_on, more_tokens, said, stages
 from spotjax.fleet.status import FleetStatus
 from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
+from spotjax.tools.metadata import MetadataProcess
 from spotjax.tools.processes import Process
 from spotjax.tools.request_mix import Output, difference, mix
 from spotjax.tools.service import running
@@ -38,9 +39,11 @@ class SliceFleet(LocalFleet):
 
     Attributes:
       hosts: the slice's processes.
+      metadata_url: of the metadata server that host 1 asks, as a TPU VM.
     """
 
     hosts: tuple[Process, ...] = ()
+    metadata_url = ""
 
     def spawn(self, name: str, *arguments: str) -> Process:
         """The same; all hosts of the slice at once."""
@@ -50,7 +53,8 @@ class SliceFleet(LocalFleet):
             free.bind(("127.0.0.1", 0))
             coordinator = f"127.0.0.1:{free.getsockname()[1]}"
         together = ("--slice-hosts", "2", "--slice-coordinator", coordinator)
-        second = super().spawn(name, *arguments, *together, "--slice-host", "1")
+        cloud = ("--notices", "tpu", "--metadata-url", self.metadata_url)
+        second = super().spawn(name, *arguments, *together, "--slice-host", "1", *cloud)
         first = super().spawn(name, *arguments, *together, "--slice-host", "0")
         self.hosts = (first, second)
         return first
@@ -76,10 +80,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(model: Path, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SliceFleet]:
+async def metadata(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[MetadataProcess]:
+    server = MetadataProcess("metadata_gce", tmp_path_factory.mktemp("metadata"))
+    try:
+        await server.start()
+        yield server
+    finally:
+        server.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(
+    model: Path, programs: Path, tmp_path_factory: pytest.TempPathFactory, metadata: MetadataProcess
+) -> AsyncIterator[SliceFleet]:
     flags = ("--devices-per-instance", "4", "--compilation-cache", str(programs))
     arguments = (*CONTROLLER, "--model", str(model), "--mesh", MESH)
     fleet = SliceFleet(tmp_path_factory.mktemp("slice"), [SLICE, SOLO], arguments, flags)
+    fleet.metadata_url = metadata.url
     async with running(fleet):
         await fleet.until("both serve", both_serve, JOIN_SECONDS)
         yield fleet
@@ -134,11 +151,22 @@ async def test_a_slice_is_lost_as_a_whole_and_comes_back(
         await more_tokens(load, 20)
 
 
-async def test_notice_at_any_host_is_the_notice_of_the_slice(fleet: SliceFleet, expected: Mapping[str, Output]) -> None:
+async def test_notice_at_any_host_is_the_notice_of_the_slice(
+    fleet: SliceFleet, expected: Mapping[str, Output], metadata: MetadataProcess
+) -> None:
+    key = "instance/maintenance-event"
     async with load_on(fleet, expected, requests=REQUESTS) as load:
+        since = len(fleet.events)
+        await metadata.order("tell", key=key, value="MIGRATE_ON_HOST_MAINTENANCE")
+        advice = await heard(fleet, "notice", since)
+        await metadata.order("tell", key=key, value="NONE")
+        await heard(fleet, "withdrawn", since)
         since = len(fleet.events)
         fleet.hosts[1].signal(signal.SIGTERM, whole=False)
         assert await ended(fleet) == [0, 0]
         await more_tokens(load, 50)
         switch = await heard(fleet, "switch", since)
         assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
+    (notice,) = said(fleet, "notice", since)
+    told = [(event.fields["instance"], event.fields["source"], event.fields["kind"]) for event in (advice, notice)]
+    assert told == [(SLICE, "tpu-maintenance@host-1", "rebalance"), (SLICE, "signal@host-1", "preempt")]
