@@ -30,7 +30,7 @@ from spotjax.runtime.attention.choice import choose_attention
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
 from spotjax.runtime.executables import Devices
-from spotjax.runtime.native.choice import choose_products
+from spotjax.runtime.native.choice import attention_of, choose_kernels, products_of
 from spotjax.runtime.program_cache import cache_directory
 from spotjax.sizing import (
     check_first_mesh,
@@ -99,10 +99,11 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     members = Membership(Instance(name, kind) for name in devices)
     programs = cache_directory(config.compilation_cache)
     device = next(iter(devices.values()))[0]
+    kernels = await asyncio.to_thread(choose_kernels, config.cpu_kernels, device)
     attention = choose_attention(config.attention, spec, config.page_size, dtype, device)
-    products = await asyncio.to_thread(choose_products, config.cpu_kernels, device)
+    attention = attention_of(kernels, attention, config.attention)
     compiled = CompiledModel(
-        spec, limits.pages, config.page_size, limits.max_positions, dtype, programs, attention, products
+        spec, limits.pages, config.page_size, limits.max_positions, dtype, programs, attention, products_of(kernels)
     )
     cluster = LocalCluster(compiled, buckets, model.checkpoint, devices, fuse=config.fuse)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))

@@ -36,10 +36,11 @@ from spotjax.meshes.sharding import array_sharding, stacked_shape, stage_mesh
 from spotjax.models.catalog import open_model
 from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
+from spotjax.runtime.attention.xla import XlaAttention
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.controls import Variant, controls_width
-from spotjax.runtime.native.choice import KernelSetting, choose_products
+from spotjax.runtime.native.choice import KernelSetting, attention_of, choose_kernels, products_of
 from spotjax.runtime.stage import Stage
 from spotjax.tools.bench_engine import machine, table
 
@@ -85,7 +86,7 @@ class StepRunner:
       positions: that sequences can have.
       batch: most sequences at once.
       seed: of the weights.
-      kernels: what computes products.
+      kernels: what computes products and attention.
       fused: all layers as one executable, else one call for each layer.
     """
 
@@ -93,8 +94,11 @@ class StepRunner:
         self, config: DecoderConfig, positions: int, batch: int, seed: int, kernels: KernelSetting, *, fused: bool
     ) -> None:
         devices, self._spec = (jax.devices()[0],), ModelSpec(config)
-        pages, products = 1 + batch * -(-positions // PAGE_SIZE), choose_products(kernels, devices[0])
-        self.model = CompiledModel(self._spec, pages, PAGE_SIZE, positions, jnp.float32, products=products)
+        pages, native = 1 + batch * -(-positions // PAGE_SIZE), choose_kernels(kernels, devices[0])
+        attention = attention_of(native, XlaAttention(config.head_size, PAGE_SIZE), "auto")
+        self.model = CompiledModel(
+            self._spec, pages, PAGE_SIZE, positions, jnp.float32, attention=attention, products=products_of(native)
+        )
         mesh, chance = stage_mesh(devices), np.random.default_rng(seed)
         parameters = {
             array.name: jax.device_put(

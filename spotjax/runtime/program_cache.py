@@ -27,7 +27,7 @@ COMPILED_PACKAGES = ("spotjax.models", "spotjax.meshes")
 COMPILED_MODULES = (
     "runtime/attention/gpu.py", "runtime/attention/tpu.py", "runtime/attention/xla.py", "runtime/compiled.py",
     "runtime/controls.py", "runtime/executables.py", "runtime/functions.py", "runtime/kv.py",
-    "runtime/native/products.py", "runtime/sampling.py", "engine/request.py",
+    "runtime/native/attention.py", "runtime/native/products.py", "runtime/sampling.py", "engine/request.py",
 )  # fmt: skip
 """Whose source decides what is compiled."""
 LOCKS = 256

@@ -37,7 +37,7 @@ from spotjax.runtime.attention.choice import AttentionSetting, choose_attention
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
-from spotjax.runtime.native.choice import KernelSetting, choose_products
+from spotjax.runtime.native.choice import KernelSetting, attention_of, choose_kernels, products_of
 from spotjax.worker.copies import Copies
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
 from spotjax.worker.kv_keeping import KvKeeping
@@ -108,7 +108,7 @@ class Worker:
           stores: directory of parameter stores, None for none.
           read_bandwidth: bytes per second at which parameters are read from the model at most; 0 for no limit.
           attention: what computes it.
-          kernels: what computes products on CPUs.
+          kernels: what computes products, and attention in the place of XLA, on CPUs.
 
         Raises:
           CheckpointError: the model cannot be loaded.
@@ -124,8 +124,9 @@ class Worker:
                 "files on both"
             )
         spec = ModelSpec(model.checkpoint.spec.config, dtype.itemsize, setup.quantization)
+        native = choose_kernels(kernels, devices[0])
         backend = choose_attention(attention, spec, setup.page_size, dtype, devices[0])
-        products = choose_products(kernels, devices[0])
+        backend, products = attention_of(native, backend, attention), products_of(native)
         compiled = CompiledModel(
             spec, setup.pages, setup.page_size, setup.max_positions, dtype, programs, backend, products
         )

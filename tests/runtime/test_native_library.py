@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from spotjax.errors import ConfigError
-from spotjax.models.projection import BY_XLA
-from spotjax.runtime.native.choice import KernelSetting, choose_products
+from spotjax.runtime.native.choice import KernelSetting, choose_kernels
 from spotjax.runtime.native.library import Compiler, NativeUnavailable, find_compiler, library_name, load_library
 
+TEXT = {"a.cc": b"source"}
 SHARED = np.linalg._umath_linalg.__file__  # type: ignore[attr-defined]
 """A shared library, any: what is tested here is how one is made and loaded."""
 GIVES_ONE = f'echo compiled >> "$(dirname "$0")/log"\nsleep 0.2\ncp "{SHARED}" "$OUT"'
@@ -91,18 +91,18 @@ def test_a_cache_directory_that_cannot_be_written_is_a_reason(tmp_path: Path) ->
 def test_a_library_is_named_after_all_that_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     one = Compiler(("c++",), "12.2", ("-march=native",))
     names = [
-        library_name(one, b"source"),
-        library_name(one, b"other source"),
-        library_name(replace(one, about="13.1"), b"source"),
-        library_name(replace(one, command=("ccache", "c++")), b"source"),
-        library_name(replace(one, tuning=()), b"source"),
+        library_name(one, TEXT),
+        library_name(one, {"a.cc": b"other source"}),
+        library_name(replace(one, about="13.1"), TEXT),
+        library_name(replace(one, command=("ccache", "c++")), TEXT),
+        library_name(replace(one, tuning=()), TEXT),
     ]
     for function in ("cpu_features", "version"):
         with monkeypatch.context() as patch:
             patch.setattr(f"spotjax.runtime.native.library.{function}", lambda *_: "another")
-            names.append(library_name(one, b"source"))
+            names.append(library_name(one, TEXT))
     assert len(set(names)) == len(names)
-    assert library_name(one, b"source") == names[0]
+    assert library_name(one, TEXT) == names[0]
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
@@ -115,7 +115,7 @@ def test_auto_goes_on_without_a_compiler_and_says_so_in_one_line(
 ) -> None:
     without_compiler(monkeypatch, tmp_path)
     with caplog.at_level(logging.INFO):
-        assert choose_products("auto", jax.devices()[0]) is BY_XLA
+        assert choose_kernels("auto", jax.devices()[0]) is None
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no C++ compiler (/is/not/there)" in caplog.text
 
@@ -123,14 +123,14 @@ def test_auto_goes_on_without_a_compiler_and_says_so_in_one_line(
 def test_native_insists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_compiler(monkeypatch, tmp_path)
     with pytest.raises(ConfigError, match=r"cpu_kernels \(native\).*no C\+\+ compiler"):
-        choose_products("native", jax.devices()[0])
+        choose_kernels("native", jax.devices()[0])
 
 
 @pytest.mark.parametrize("setting", ["xla", "auto"])
 def test_nothing_is_compiled_where_nobody_needs_it(setting: KernelSetting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotjax.runtime.native.choice.native_products", lambda: pytest.fail("compiled"))
+    monkeypatch.setattr("spotjax.runtime.native.choice.native_kernels", lambda: pytest.fail("compiled"))
     gpu: Any = SimpleNamespace(platform="gpu")
-    assert choose_products(setting, gpu) is BY_XLA
-    assert choose_products("xla", jax.devices()[0]) is BY_XLA
+    assert choose_kernels(setting, gpu) is None
+    assert choose_kernels("xla", jax.devices()[0]) is None
     with pytest.raises(ConfigError, match=r"cpu_kernels \(native\) needs a CPU"):
-        choose_products("native", gpu)
+        choose_kernels("native", gpu)

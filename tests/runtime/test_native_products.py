@@ -34,8 +34,9 @@ from spotjax.models.projection import BY_XLA
 from spotjax.models.quantized import Matrix, Quantized
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.native.choice import native_kernels
 from spotjax.runtime.native.library import NativeUnavailable
-from spotjax.runtime.native.products import MOST_ROWS, NativeProducts, native_products
+from spotjax.runtime.native.products import MOST_ROWS, NativeProducts
 
 KINDS = ("float32", "bfloat16", "int8 and float32", "int8 and bfloat16")
 CASE = "llama-gqa-linear-bias"
@@ -45,7 +46,7 @@ CASE = "llama-gqa-linear-bias"
 def kernel() -> NativeProducts:
     """On machines without a compiler the tests of ``test_native_library.py`` say what happens instead."""
     try:
-        return native_products()
+        return native_kernels().products
     except NativeUnavailable as reason:
         pytest.skip(f"no native kernel here: {reason}")
 
@@ -150,7 +151,9 @@ def test_threads_on_all_devices_get_their_own_products() -> None:
 @pytest.mark.parametrize("mesh", [MeshShape(2, 2, 2), MeshShape(1, 1, 3)], ids=str)
 def test_greedy_tokens_equal_hugging_face(mesh: MeshShape) -> None:
     expected = golden(CASE)
-    model = CompiledModel(checkpoint(CASE).spec, PAGES, PAGE_SIZE, POSITIONS, jnp.float32, products=kernel())
+    spec, products = checkpoint(CASE).spec, kernel()
+    attention = native_kernels().attention(spec.config.head_size, PAGE_SIZE)
+    model = CompiledModel(spec, PAGES, PAGE_SIZE, POSITIONS, jnp.float32, attention=attention, products=products)
     pipelines = build_pipelines(model, checkpoint(CASE), mesh, buckets=LONGER, fuse=True)
     prompts = [expected[f"prompt_{number}"] for number in range(3)]
     found = generate(pipelines, [greedy(prompt, len(expected["greedy_0"])) for prompt in prompts])

@@ -1,4 +1,4 @@
-"""A C++ source of this package as a shared library: compiled once on a machine, then found in the cache directory.
+"""The C++ sources of this package as a shared library: compiled once on a machine, then found in the cache directory.
 
 Knows compilers, files and processes; what the library computes is the business of who loads it. Entries hold native
 code, so the directory is created for its owner alone, as that of compiled programs is.
@@ -22,14 +22,18 @@ from importlib.resources import files
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from spotjax.runtime.program_cache import cache_home, cpu_features, locked
 
-SOURCE = "products.cc"
+SOURCES = ("attention.cc", "products.cc")
+HEADERS = ("vectors.h", "work.h")
+SERVED = (jnp.float32, jnp.bfloat16)
+"""Types of activations that the library computes with."""
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
 COMPILE_SECONDS = 300.0
-"""A compilation that takes longer is given up; it takes about 4 s."""
+"""A compilation that takes longer is given up; it takes about 8 s."""
 
 
 class NativeUnavailable(Exception):
@@ -75,7 +79,7 @@ def load_library(environment: Mapping[str, str] = os.environ) -> Library:
     """
     try:
         compiler = find_compiler(environment)
-        name = library_name(compiler, source())
+        name = library_name(compiler, sources())
         directory = cache_home(environment) / "native"
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _loading:
@@ -107,27 +111,29 @@ def find_compiler(environment: Mapping[str, str]) -> Compiler:
     raise NativeUnavailable(f"there is no C++ compiler ({' '.join(told) or ', '.join(COMPILERS)})")
 
 
-def source() -> bytes:
-    """What is compiled."""
-    return files(__package__).joinpath(SOURCE).read_bytes()
+def sources() -> dict[str, bytes]:
+    """What is compiled, by the names of files."""
+    return {name: files(__package__).joinpath(name).read_bytes() for name in (*SOURCES, *HEADERS)}
 
 
-def library_name(compiler: Compiler, text: bytes) -> str:
+def library_name(compiler: Compiler, texts: Mapping[str, bytes]) -> str:
     """Names all that a library depends on."""
     parts = (*compiler.command, compiler.about, *compiler.tuning, *OPTIONS, platform.machine(), cpu_features())
-    digest = hashlib.sha256(text)
-    digest.update("\n".join((*parts, jax.__version__, version("jaxlib"))).encode())
-    return f"{Path(SOURCE).stem}-{digest.hexdigest()[:24]}"
+    digest = hashlib.sha256("\n".join((*parts, jax.__version__, version("jaxlib"))).encode())
+    for name, text in sorted(texts.items()):
+        digest.update(f"\n{name} {len(text)}\n".encode() + text)
+    return f"kernels-{digest.hexdigest()[:24]}"
 
 
 def _compile(compiler: Compiler, path: Path, environment: Mapping[str, str]) -> None:
     """Makes the library, or nothing. Raises NativeUnavailable."""
     with tempfile.TemporaryDirectory(dir=path.parent) as unfinished:
-        text, made = Path(unfinished, SOURCE), Path(unfinished, path.name)
-        text.write_bytes(source())
+        for name, text in sources().items():
+            Path(unfinished, name).write_bytes(text)
+        made = Path(unfinished, path.name)
+        inputs = [str(Path(unfinished, name)) for name in SOURCES]
         headers = ("-isystem", jax.ffi.include_dir())
-        command = [*compiler.command, *OPTIONS, *compiler.tuning, *headers, "-o", str(made), str(text)]
-        _run(command, environment)
+        _run([*compiler.command, *OPTIONS, *compiler.tuning, *headers, "-o", str(made), *inputs], environment)
         os.replace(made, path)
 
 

@@ -2,42 +2,32 @@
 //
 // A decode step is bound by reading the weights once. Here every vector of weights is loaded into a register once and
 // multiplied with all rows while it is there. Weights are float32, bfloat16, or int8 with a scale for each output;
-// sums are float32. Every element of a result is summed in an order that depends on nothing but the length of the sum:
-// it is the same whatever other rows, outputs or threads there are.
-//
-// Portable C++17 with the vector extensions of GCC and Clang; compiled for the machine it runs on.
+// sums are float32. Every element of a result is summed in an order that depends on nothing but the matrix: it is the
+// same whatever other rows or threads there are.
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <thread>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "vectors.h"
+#include "work.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
-
-struct BFloat16 {
-  uint16_t bits;
-};
+using spotjax::BFloat16;
+using spotjax::kLanes;
+using spotjax::load;
+using spotjax::load_some;
+using spotjax::store;
+using spotjax::sums_of;
+using spotjax::Vector;
 
 constexpr int kDepth = 8;          // weights of one output that are in registers at once
 constexpr int kWide = 2 * kLanes;  // outputs whose weights are in registers at once
@@ -45,72 +35,6 @@ constexpr int kGroup = 4;          // outputs, and rows, of a block of dot produ
 constexpr int64_t kPart = 128;     // inputs that are summed by themselves, at least,
 constexpr int64_t kMostParts = 8;  // in so many parts at most,
 constexpr int64_t kNarrow = 8192;  // where there are fewer outputs: see `parts_of`
-
-inline Vector load(const float* from) {
-  Vector loaded;
-  std::memcpy(&loaded, from, sizeof loaded);
-  return loaded;
-}
-
-inline Vector load(const BFloat16* from) {
-  Halves halves;
-  std::memcpy(&halves, from, sizeof halves);
-  return reinterpret_cast<Vector>(__builtin_convertvector(halves, Words) << 16);
-}
-
-inline Vector load(const int8_t* from) {
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
-}
-
-// The first `count` elements, zeros behind them.
-template <typename T>
-inline Vector load_some(const T* from, int64_t count) {
-  T padded[kLanes] = {};
-  std::memcpy(padded, from, count * sizeof(T));
-  return load(padded);
-}
-
-inline Words lane_numbers() {
-  Words numbers;
-  for (int lane = 0; lane < kLanes; ++lane) numbers[lane] = lane;
-  return numbers;
-}
-
-inline Vector shuffle(Vector first, Vector second, Words lanes) {
-#if defined(__clang__)
-  Vector shuffled;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    shuffled[lane] = lanes[lane] < kLanes ? first[lanes[lane]] : second[lanes[lane] - kLanes];
-  }
-  return shuffled;
-#else
-  return __builtin_shuffle(first, second, lanes);
-#endif
-}
-
-// Lane i of the result is the sum of all lanes of vectors[i], for Count vectors; all are summed in the same order.
-template <int Count = kLanes>
-inline Vector sums_of(const Vector* vectors) {
-  if constexpr (Count == 1) {
-    return vectors[0];
-  } else {
-    constexpr int kStride = Count / 2;
-    const Words lanes = lane_numbers(), odd = (lanes & kStride) * (kLanes / kStride);
-    const Vector first = sums_of<kStride>(vectors), second = sums_of<kStride>(vectors + kStride);
-    return shuffle(first, second, lanes + odd) + shuffle(first, second, (lanes ^ kStride) + odd);
-  }
-}
-
-inline void store(float* to, float value) { *to = value; }
-
-inline void store(BFloat16* to, float value) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  bits = value != value ? 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-  to->bits = static_cast<uint16_t>(bits >> 16);
-}
 
 // x (rows, depth) times a kernel, into y (rows, width).
 template <typename Weight, typename Out>
@@ -261,49 +185,17 @@ void by_rows(const Product<Weight, Out>& p, int64_t begin, int64_t end) {
   for (; output < end; ++output) dots_of_rows<1>(p, output);
 }
 
-// A piece of the work: a part of the sums of some outputs of one kernel. Pieces of the same outputs share a counter.
+// A piece of the work: a part of the sums of some outputs of one kernel.
 struct Piece {
   int kernel, part;
   int64_t begin, end;
-  int outputs;
+  int outputs;  // pieces of the same outputs have the same number
 };
 
-// Pieces that threads take one after another. The caller takes them, too, and waits for no thread that has not taken
-// one: so it needs none, and never waits for one that waits for it.
-class Work {
- public:
-  Work(std::vector<Piece> pieces, const std::vector<int>& parts)
-      : pieces_(std::move(pieces)), missing_(parts.size()) {
-    for (size_t outputs = 0; outputs < parts.size(); ++outputs) missing_[outputs] = parts[outputs];
-  }
-
-  // `compute(piece)` for each, and `finish(piece)` for one of those that share outputs, after all of these.
-  template <typename Compute, typename Finish>
-  void take(const Compute& compute, const Finish& finish) {
-    const int count = static_cast<int>(pieces_.size());
-    for (int number; (number = next_.fetch_add(1)) < count;) {
-      const Piece& piece = pieces_[number];
-      compute(piece);
-      if (missing_[piece.outputs].fetch_sub(1, std::memory_order_acq_rel) == 1) finish(piece);
-      done_.fetch_add(1, std::memory_order_release);
-    }
-  }
-
-  void wait() const {
-    const int count = static_cast<int>(pieces_.size());
-    for (int spins = 0; done_.load(std::memory_order_acquire) < count; ++spins) {
-      if (spins > 2000) std::this_thread::yield();
-    }
-  }
-
- private:
-  std::vector<Piece> pieces_;
-  std::vector<std::atomic<int>> missing_;
-  std::atomic<int> next_{0}, done_{0};
-};
-
+// The pieces, and how many parts each number of outputs has.
 template <typename Weight, typename Out>
-std::shared_ptr<Work> divide(const std::vector<Product<Weight, Out>>& products, int64_t threads) {
+std::pair<std::vector<Piece>, std::vector<int>> divide(const std::vector<Product<Weight, Out>>& products,
+                                                       int64_t threads) {
   constexpr int64_t kPiecesPerThread = 2;
   int64_t total = 0;
   for (const auto& product : products) total += product.width;
@@ -324,7 +216,7 @@ std::shared_ptr<Work> divide(const std::vector<Product<Weight, Out>>& products, 
       }
     }
   }
-  return std::make_shared<Work>(std::move(pieces), parts);
+  return {std::move(pieces), std::move(parts)};
 }
 
 template <typename Weight, typename Out>
@@ -341,27 +233,22 @@ void compute(ffi::ThreadPool& pool, std::vector<Product<Weight, Out>> products, 
     product.partial = free;
     if (product.parts > 1) free += product.parts * product.rows * product.width;
   }
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
-  const auto work = divide(products, threads);
-  const auto shared = std::make_shared<std::vector<Product<Weight, Out>>>(std::move(products));
-  auto run = [work, shared, transposed] {
-    work->take(
-        [&](const Piece& piece) {
-          const auto& product = (*shared)[piece.kernel];
-          if (transposed) {
-            by_rows(product, piece.begin, piece.end);
-          } else {
-            by_columns(product, piece.part, piece.begin, piece.end);
-          }
-        },
-        [&](const Piece& piece) {
-          const auto& product = (*shared)[piece.kernel];
-          if (product.parts > 1) add_parts(product, piece.begin, piece.end);
-        });
-  };
-  for (int64_t helper = 1; helper < threads; ++helper) pool.Schedule(decltype(run)(run));
-  run();
-  work->wait();
+  const auto [pieces, parts] = divide(products, spotjax::threads_of(pool));
+  std::vector<std::atomic<int>> missing(parts.size());
+  for (size_t outputs = 0; outputs < parts.size(); ++outputs) missing[outputs] = parts[outputs];
+  spotjax::share(pool, static_cast<int>(pieces.size()),
+                 [products = products.data(), pieces = pieces.data(), missing = missing.data(), transposed](int number) {
+                   const Piece& piece = pieces[number];
+                   const auto& product = products[piece.kernel];
+                   if (transposed) {
+                     by_rows(product, piece.begin, piece.end);
+                   } else {
+                     by_columns(product, piece.part, piece.begin, piece.end);
+                     if (missing[piece.outputs].fetch_sub(1, std::memory_order_acq_rel) == 1 && product.parts > 1) {
+                       add_parts(product, piece.begin, piece.end);  // whoever computed the last part
+                     }
+                   }
+                 });
 }
 
 // `transposed`: kernels are (width, depth). Arguments are x, kernels, and where they are int8 their scales.
@@ -376,10 +263,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::RemainingArgs 
   } else {
     const auto* from = static_cast<const BFloat16*>(x.untyped_data());
     widened.resize(rows * depth);
-    for (int64_t n = 0; n < rows * depth; ++n) {
-      uint32_t bits = static_cast<uint32_t>(from[n].bits) << 16;
-      std::memcpy(&widened[n], &bits, sizeof bits);
-    }
+    for (int64_t n = 0; n < rows * depth; ++n) widened[n] = spotjax::widened(from[n]);
     inputs = widened.data();
   }
   std::vector<Product<Weight, Out>> products;

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 
 from spotjax.models.projection import Products
 from spotjax.models.quantized import Matrix, Quantized
-from spotjax.runtime.native.library import load_library
+from spotjax.runtime.native.library import SERVED
 
 MOST_ROWS = 32
 """Up to so many rows the kernel is faster than XLA; more are bound by arithmetic, which XLA's products are made for."""
-DTYPES = (jnp.float32, jnp.bfloat16)
-"""Of activations."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class NativeProducts(Products):
     """See ``models.projection.Products``. What a row gives does not depend on the rows beside it.
 
     Attributes:
-      target: name of the kernel among XLA's custom calls, and of the library that it is in.
+      target: name of the kernel among XLA's custom calls.
     """
 
     target: str
@@ -46,7 +44,7 @@ class NativeProducts(Products):
 
     def _fits(self, x: jax.Array, rows: int, kernels: Sequence[Matrix]) -> bool:
         held = {jnp.dtype(jnp.int8 if isinstance(kernel, Quantized) else kernel.dtype) for kernel in kernels}
-        return 0 < rows <= MOST_ROWS and x.dtype in DTYPES and held in ({x.dtype}, {jnp.dtype(jnp.int8)})
+        return 0 < rows <= MOST_ROWS and x.dtype in SERVED and held in ({x.dtype}, {jnp.dtype(jnp.int8)})
 
     def _call(self, x: jax.Array, kernels: Sequence[Matrix], *, transposed: bool) -> list[jax.Array]:
         values = [kernel.values if isinstance(kernel, Quantized) else kernel for kernel in kernels]
@@ -60,15 +58,3 @@ def _reshaped(kernel: Matrix, shape: tuple[int, ...]) -> Matrix:
     if isinstance(kernel, Quantized):
         return Quantized(kernel.values.reshape(shape), kernel.scale, kernel.dtype)
     return kernel.reshape(shape)
-
-
-def native_products() -> NativeProducts:
-    """Compiles the kernel if need be and makes it known to XLA, once in a process.
-
-    Raises:
-      NativeUnavailable: see ``load_library``.
-    """
-    library = load_library()
-    target = f"spotjax-{library.name}"
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library.functions.spotjax_products), platform="cpu")
-    return NativeProducts(target)
