@@ -195,8 +195,8 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cpu_kernels: Annotated[
         Literal["auto", "native", "xla"],
         Meta(
-            description="what multiplies a few rows with a model's matrices on CPUs: a kernel that is compiled on this "
-            "machine by its C++ compiler, or plain XLA; auto: the kernel where there is a compiler",
+            description="what computes products of a few rows, and attention, on CPUs: kernels that are compiled on "
+            "this machine by its C++ compiler, or plain XLA; auto: the kernels where there is a compiler",
             extra=MACHINE,
         ),
     ] = "auto"
