@@ -52,7 +52,7 @@ def multiply(x: jax.Array, kernel: Quantized, inputs: int) -> jax.Array:
     """(..., *in) times (*in, *out), ``inputs`` axes being summed over: summed in float32, and scaled after that.
 
     XLA reads int8 and converts on the way where its matrix products take such operands (GPU, TPU); on CPU it writes the
-    converted matrix to memory first.
+    converted matrix to memory first, which the kernels of ``runtime/native`` do not.
     """
     rows, width = x.shape[: x.ndim - inputs], prod(kernel.shape[:inputs])
     values = kernel.values.reshape(width, -1).astype(x.dtype)

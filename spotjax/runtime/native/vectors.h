@@ -19,6 +19,7 @@ typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef int32_t Integers __attribute__((vector_size(kLanes * 4)));
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 2)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 struct BFloat16 {
@@ -40,7 +41,8 @@ inline Vector load(const BFloat16* from) {
 inline Vector load(const int8_t* from) {
   Bytes bytes;
   std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(__builtin_convertvector(bytes, Integers), Vector);
+  // by way of 16 bits: GCC 12 widens each element alone otherwise
+  return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(bytes, Shorts), Integers), Vector);
 }
 
 // The first `count` elements, zeros behind them.
