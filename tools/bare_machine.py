@@ -128,10 +128,11 @@ class BareMachine:
         Raises:
           MachineUnavailable: the kernel does not let us.
         """
-        self._process = subprocess.Popen(
-            ("unshare", "--mount", "--pid", "--fork", "--kill-child", *self._boot),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(self.root / "var/log/boot").open("wb"), text=True,
-        )  # fmt: skip
+        with (self.root / "var/log/boot").open("wb") as log:
+            self._process = subprocess.Popen(
+                ("unshare", "--mount", "--pid", "--fork", "--kill-child", *self._boot),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
         try:
             self.run("true")
         except MachineUnavailable:

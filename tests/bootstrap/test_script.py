@@ -1,8 +1,11 @@
 """Start-up scripts: what they contain for which options; shellcheck has nothing to say, values stay values."""
 
+import base64
+import getpass
 import shlex
 import shutil
 import subprocess
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -170,6 +173,39 @@ def test_a_script_has_places_of_secrets_and_no_secret() -> None:
     assert "https://secretmanager.googleapis.com/v1/projects/p/secrets/s/versions/latest:access" in text
     assert "/etc/spotjax/key.pem 400 spotjax" in text
     assert "set -x" not in text
+
+
+def test_a_secret_is_fetched_with_the_machines_own_rights_and_said_to_nobody(tmp_path: Path) -> None:
+    tls = dict.fromkeys(("tls_certificate", "tls_key", "tls_authority"), "secret:projects/p/secrets/s")
+    text = script("gce", BootstrapOptions(join=JOIN, **tls))
+    functions = text[text.index("put() {") : text.index("fits() {")] + text[text.index("fetch_from() {") :]
+    functions = functions[: functions.index("\nretry fetch")]
+    sent, target = tmp_path / "sent", tmp_path / "key.pem"
+    payload = base64.b64encode(b"-----BEGIN\nprivate\n").decode()
+    stubs = f"""
+        state={tmp_path} python={sys.executable}
+        metadata() {{ echo '{{"access_token": "bearer-of-{{}}", "expires_in": 1}}'; }}
+        web() {{ printf '%s|%s' "$1" "$3" >{sent}; echo '{{"payload": {{"data": "{payload}"}}}}' >"$2"; }}
+    """
+    owner = getpass.getuser()
+    call = f"{stubs}\n{functions}\nfetch google-secret https://secrets/x {target} 400 {owner}; echo $changed"
+    ran = subprocess.run(["bash", "-euo", "pipefail", "-c", call], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "yes\n", "")
+    assert target.read_bytes() == b"-----BEGIN\nprivate\n" and target.stat().st_mode & 0o777 == 0o400
+    assert sent.read_text() == 'https://secrets/x|header = "Authorization: Bearer bearer-of-{}"'
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["key.pem", "sent"], "nothing is left beside it"
+
+
+def test_what_cannot_be_fetched_leaves_the_file_of_before(tmp_path: Path) -> None:
+    text = script("gce", BootstrapOptions(join=JOIN, constraints="https://host/c"))
+    functions = text[text.index("put() {") : text.index("fits() {")] + text[text.index("fetch_from() {") :]
+    functions = functions[: functions.index("\nretry fetch")]
+    (tmp_path / "c").write_text("before")
+    stubs = f"state={tmp_path}; web() {{ return 22; }}"
+    call = f"{stubs}\n{functions}\nfetch web https://host/c {tmp_path}/c 644 root || echo no"
+    ran = subprocess.run(["bash", "-euo", "pipefail", "-c", call], capture_output=True, text=True)
+    assert (ran.stdout, (tmp_path / "c").read_text()) == ("no\n", "before")
+    assert [file.name for file in tmp_path.iterdir()] == ["c"]
 
 
 def test_the_unit_outlasts_the_grace_and_systemd_takes_it(tmp_path: Path) -> None:
