@@ -81,11 +81,9 @@ def logits(
         x = normalize(config, x, scale, bias)
     if config.embedding_width is not None:
         x = project(x, outputs["output_projection"])
-    if config.tied_embeddings:
-        local = products.score(x, outputs["embedding"])
-    else:
-        (local,) = products.project(x, [outputs["head"]])
-    return softcap(shard.concatenate(local.astype(jnp.float32))[:, : config.vocab], config.logit_softcap)
+    tied = config.tied_embeddings
+    local = products.score(x, outputs["embedding" if tied else "head"], transposed=tied)
+    return softcap(shard.concatenate(local)[:, : config.vocab], config.logit_softcap)
 
 
 class _NoStore:

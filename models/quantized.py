@@ -48,8 +48,10 @@ Matrix = jax.Array | Quantized
 """What activations are multiplied with, or rows are taken from."""
 
 
-def multiply(x: jax.Array, kernel: Quantized, inputs: int) -> jax.Array:
+def multiply(x: jax.Array, kernel: Quantized, inputs: int, result: DTypeLike | None = None) -> jax.Array:
     """(..., *in) times (*in, *out), ``inputs`` axes being summed over: summed in float32, and scaled after that.
+
+    As ``result`` or, if None, in the type of x.
 
     XLA reads int8 and converts on the way where its matrix products take such operands (GPU, TPU); on CPU it writes the
     converted matrix to memory first, which the kernels of ``runtime/native`` do not.
@@ -57,7 +59,8 @@ def multiply(x: jax.Array, kernel: Quantized, inputs: int) -> jax.Array:
     rows, width = x.shape[: x.ndim - inputs], prod(kernel.shape[:inputs])
     values = kernel.values.reshape(width, -1).astype(x.dtype)
     flat = jnp.matmul(x.reshape(-1, width), values, preferred_element_type=jnp.float32)
-    return (flat * kernel.scale.reshape(1, -1)).astype(x.dtype).reshape(*rows, *kernel.shape[inputs:])
+    scaled = (flat * kernel.scale.reshape(1, -1)).astype(x.dtype if result is None else result)
+    return scaled.reshape(*rows, *kernel.shape[inputs:])
 
 
 def take_rows(table: Matrix, rows: jax.Array) -> jax.Array:

@@ -66,8 +66,8 @@ def operands(kind: str, rows: int, shape: tuple[int, int], transposed: bool, see
 def check(kind: str, rows: int, shape: tuple[int, int], transposed: bool) -> None:
     """The kernel's product against that of float64, relative to what was added up."""
     x, matrix = operands(kind, rows, shape, transposed)
-    found = kernel().score(x, matrix) if transposed else kernel().project(x, [matrix])[0]
-    assert found.dtype == x.dtype
+    found = kernel().score(x, matrix, transposed=True) if transposed else kernel().project(x, [matrix])[0]
+    assert found.dtype == (jnp.float32 if transposed else x.dtype)
     plain = matrix.values if isinstance(matrix, Quantized) else matrix
     exact = np.asarray(plain, np.float64).T if transposed else np.asarray(plain, np.float64)
     if isinstance(matrix, Quantized):
@@ -101,7 +101,9 @@ def test_a_row_does_not_depend_on_what_else_is_in_the_batch(kind: str, transpose
     x, matrix = operands(kind, MOST_ROWS, (700, 333), transposed)
 
     def product(rows: jax.Array) -> np.ndarray:
-        return np.asarray(kernel().score(rows, matrix) if transposed else kernel().project(rows, [matrix])[0])
+        return np.asarray(
+            kernel().score(rows, matrix, transposed=True) if transposed else kernel().project(rows, [matrix])[0]
+        )
 
     whole = product(x)
     for first, last in ((0, 1), (5, 8), (8, 15), (15, MOST_ROWS)):

@@ -36,11 +36,11 @@ class NativeProducts(Products):
         results = self._call(x.reshape(-1, width), flat, transposed=False)
         return [result.reshape(*rows, *kernel.shape[inputs:]) for result, kernel in zip(results, kernels, strict=True)]
 
-    def score(self, x: jax.Array, table: Matrix) -> jax.Array:
-        """Reads the table as it lies."""
-        if not self._fits(x, len(x), [table]):
-            return super().score(x, table)
-        return self._call(x, [table], transposed=True)[0]
+    def score(self, x: jax.Array, head: Matrix, *, transposed: bool) -> jax.Array:
+        """Reads the head as it lies. The kernel's results are of the type of x, so in bfloat16 they were rounded."""
+        if not self._fits(x, len(x), [head]):
+            return super().score(x, head, transposed=transposed)
+        return self._call(x, [head], transposed=transposed)[0].astype(jnp.float32)
 
     def _fits(self, x: jax.Array, rows: int, kernels: Sequence[Matrix]) -> bool:
         held = {jnp.dtype(jnp.int8 if isinstance(kernel, Quantized) else kernel.dtype) for kernel in kernels}
