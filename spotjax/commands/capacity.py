@@ -82,32 +82,33 @@ def rehearse(settings: Any, name: str, offers: Any, machines: Any, instances: in
     """
     from random import Random
 
+    import msgspec
+
     from spotjax.fleet.capacity.keeper import Keeper
     from spotjax.fleet.capacity.ledger import Ledger
     from spotjax.fleet.capacity.load import Measured
-    from spotjax.fleet.capacity.next_action import Release, Request, Wait
+    from spotjax.fleet.capacity.next_action import Release, Request
     from spotjax.fleet.providers.provider import Machine, MachineState
     from spotjax.planner.load import Load
 
-    keeper, now, actions = Keeper(settings, Ledger(), Random(0), 0.0), 0.0, list[dict[str, Any]]()
+    at_once = msgspec.structs.replace(settings, action_seconds=0.0)
+    keeper, now, actions, why = Keeper(at_once, Ledger(), Random(0), 0.0), 0.0, list[dict[str, Any]](), ""
     keeper.offers = offers
     keeper.listed(machines, now, now, now)
     keeper.hold(instances, now)
-    why = ""
     while len(actions) < MOST_ACTIONS:
-        action = keeper.decide(now, 0.0, (), Measured(Load(0.0)), None)
+        action = keeper.decide(now, now, (), Measured(Load(0.0)), None)
         if isinstance(action, Request):
-            named = keeper.asking(action.offer, now, 0.0)
+            named = keeper.asking(action.offer, now, now)
             keeper.asked(Machine(named, action.offer, MachineState.WAITING), now)
             actions.append({"action": "request", "machine": named, "offer": action.offer, "why": action.why})
         elif isinstance(action, Release):
             keeper.giving_back(action, now)
             keeper.given_back(action.name, now)
             actions.append({"action": "release", "machine": action.name, "offer": None, "why": action.why})
-        elif isinstance(action, Wait) and action.until > now + settings.action_seconds:
-            why = action.why
+        else:
+            why = action.why if action is not None else ""
             break
-        now += settings.action_seconds
     return {
         "provider": name,
         "offers": offers,

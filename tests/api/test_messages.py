@@ -23,9 +23,11 @@ from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import PlanError, SpotjaxError
 from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import (
+    CapacityStatus,
     FleetEvent,
     FleetStatus,
     InstanceStatus,
+    MachineStatus,
     Reconfiguration,
     ReplicaStatus,
     Saved,
@@ -67,6 +69,14 @@ instances = st.builds(
     InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions, names, price_classes, names,
     st.booleans(),
 )  # fmt: skip
+events = st.builds(
+    FleetEvent, number, names, count, names, st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1) | number)
+)
+machines = st.builds(MachineStatus, names, names, names, price_classes, number, names, names)
+capacities = st.builds(
+    CapacityStatus, names, count, names, names, number, number, number, number,
+    st.lists(machines, max_size=2).map(tuple), st.lists(events, max_size=2).map(tuple),
+)  # fmt: skip
 records = st.builds(NoticeRecord, names, count, count, count, count, number, number)
 statuses = st.builds(
     FleetStatus,
@@ -81,9 +91,7 @@ statuses = st.builds(
     reconfigurations=count,
     uptime_seconds=number,
     notices=st.lists(records, max_size=2).map(tuple),
-)
-events = st.builds(
-    FleetEvent, number, names, count, names, st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1) | number)
+    capacity=st.none() | capacities,
 )
 reports = st.builds(
     Reconfiguration,

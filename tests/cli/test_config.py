@@ -93,6 +93,13 @@ def test_hosts_that_a_slice_cannot_have_are_refused(flags: list[str], message: s
         load(["--join", "10.0.0.1:8470", *flags])
 
 
+def test_capacity_is_bought_by_controllers_that_keep_a_log_and_start_no_workers_themselves() -> None:
+    with pytest.raises(ConfigError, match=r"capacity \(c.toml\) does not go with workers \(2\)"):
+        load(["--capacity", "c.toml", "--workers", "2"])
+    with pytest.raises(ConfigError, match=r"capacity \(c.toml\) does not go with durability \(none\)"):
+        load(["--capacity", "c.toml", "--listen", "10.0.0.1:8470", "--durability", "none"])
+
+
 def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"kv_page in .*toml; did you mean kv_pages\?"):
         load(written(tmp_path, "kv_page = 1"))

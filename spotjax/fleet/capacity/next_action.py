@@ -101,9 +101,7 @@ def next_action(
     missing = _missing(situation, need, offers, history, budget, now)
     if isinstance(missing, Request):
         return missing
-    return (
-        _surplus(situation, need, wanted, history, now) or missing or Wait(_soonest(settings, situation, need, history))
-    )
+    return _surplus(situation, need, wanted, history, now) or missing or Wait(_soonest(settings, need, history, now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,14 +270,14 @@ def _why_none(offers: Sequence[Offer], price_class: PriceClass, history: History
     refusals = [history.offers[offer.key] for offer in those if offer.key in history.offers]
     blocked = [refusal for refusal in refusals if now < refusal.until]
     if len(blocked) < len(those):
-        return Wait(why=f"a {shown} machine does not fit under the cap: {budget.why}", kind="cap")
+        return Wait(why=f"no {shown} machine fits under the cap: {budget.why}", kind="cap")
     soonest = min(blocked, key=lambda refusal: refusal.until)
     return Wait(soonest.until, f"no {shown} machine is to be had: {soonest.why}", kind="stockout")
 
 
-def _soonest(settings: CapacitySettings, situation: Situation, need: Need, history: History) -> float:
+def _soonest(settings: CapacitySettings, need: Need, history: History, now: float) -> float:
     """When something may be to do although nothing happens."""
     times = [need.fallback_at, *(refusal.until for refusal in history.keeping.values())]
     times += [since + settings.return_seconds for since in history.left.values()]
     times += [since + settings.join_seconds for since in history.running.values()]
-    return min(times)
+    return min((at for at in times if at > now), default=inf)
