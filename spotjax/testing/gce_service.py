@@ -7,12 +7,14 @@ after, when only the answer is lost. Tests say what is to happen by ``POST /admi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -45,6 +47,7 @@ class Fault:
       times: how often.
       retry_after: what the answer says to wait; empty: nothing.
       body: an answer that is not JSON.
+      late: the connection is closed at once, and the call has its effect so many seconds later.
     """
 
     call: str
@@ -54,6 +57,7 @@ class Fault:
     times: int = 1
     retry_after: str = ""
     body: str = ""
+    late: float = 0.0
 
 
 class Server(ThreadingHTTPServer):
@@ -145,6 +149,8 @@ class Handler(BaseHTTPRequestHandler):
                 call, given = self._call(unquote(parts.path))
                 self.server.calls.append(call)
                 if (fault := self.server.fault(call, after=False)) is not None:
+                    if fault.late:
+                        threading.Timer(fault.late, self._perform_late, (call, given, query, body)).start()
                     self._fail(fault)
                     return
                 answer = self._perform(call, given, query, body)
@@ -173,6 +179,10 @@ class Handler(BaseHTTPRequestHandler):
                 return call, found.groups()
         raise Refused(404, "notFound", f"{self.command} {path}")
 
+    def _perform_late(self, *asked: Any) -> None:
+        with self.server.lock, contextlib.suppress(Refused):
+            self._perform(*asked)
+
     def _perform(self, call: str, given: tuple[str, ...], query: dict[str, str], body: Json) -> Json:
         cloud = self.server.cloud
         match call:
@@ -189,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
                 return cloud.operation(*given)
             case "operations":
                 kept = [each for each in cloud.operations_of(given[0]) if passes(each, query.get("filter", ""))]
-                return self._page(kept, query, lambda page: {"items": page})
+                return self._page({each["id"].zfill(9): each for each in kept}, query, lambda page: {"items": page})
             case _:
                 if given[0] not in cloud.templates:
                     raise Refused(404, "notFound", f"The resource '{given[0]}' was not found")
@@ -208,15 +218,16 @@ class Handler(BaseHTTPRequestHandler):
                     scopes.setdefault(f"zones/{zone}", {"instances": []})["instances"].append(instance)
             return {"items": scopes}
 
-        return self._page(kept, query, scoped)
+        return self._page({f"{zone}/{each['name']}": (zone, each) for zone, each in kept}, query, scoped)
 
-    def _page(self, all: list[Any], query: dict[str, str], shown: Any) -> Json:
-        first = int(query.get("pageToken") or 0)
-        last = first + min(self.server.page, int(query.get("maxResults") or 500))
-        return {**shown(all[first:last]), **({"nextPageToken": str(last)} if last < len(all) else {})}
+    def _page(self, all: Json, query: dict[str, str], shown: Callable[[list[Any]], Json]) -> Json:
+        """A page of what is given by its key; the next one begins after the last key, whatever has changed since."""
+        rest = sorted(key for key in all if key > query.get("pageToken", ""))
+        page = rest[: min(self.server.page, int(query.get("maxResults") or 500))]
+        return {**shown([all[key] for key in page]), **({"nextPageToken": page[-1]} if len(page) < len(rest) else {})}
 
     def _fail(self, fault: Fault) -> None:
-        if fault.status == 0:
+        if fault.status == 0 or fault.late:
             self.close_connection = True
             return
         body = (

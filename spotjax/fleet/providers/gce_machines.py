@@ -120,7 +120,10 @@ def chosen(
     dead = (MachineState.FAILED, MachineState.STOPPING)
     best: dict[str, compute_v1.Instance] = {}
     more = []
-    for instance in sorted(instances, key=lambda one: (STATES.get(one.status) in dead, one.creation_timestamp, one.id)):
+    once = {instance.id: instance for instance in instances}  # a list that changes may tell one on two of its pages
+    for instance in sorted(
+        once.values(), key=lambda one: (STATES.get(one.status) in dead, one.creation_timestamp, one.id)
+    ):
         if instance.labels[NAME] in best:
             more.append(instance)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 from gce_cases import HERE, THERE, Service, config_for, identity, service
+from google.cloud import compute_v1
 from provider_contract import Case, ProviderContract, Watching
 
 from spotjax.errors import (
@@ -19,6 +20,7 @@ from spotjax.errors import (
     QuotaExceeded,
 )
 from spotjax.fleet.providers.gce import GceConfig, GceOffer
+from spotjax.fleet.providers.gce_machines import chosen
 from spotjax.fleet.providers.provider import FleetIdentity, MachineState, Offer, Provider
 from spotjax.fleet.providers.registry import provider_config
 
@@ -216,6 +218,27 @@ async def test_the_younger_of_two_instances_of_one_machine_is_given_back(compute
                 await asyncio.sleep(0.01)
 
 
+def test_an_instance_that_is_listed_twice_is_one() -> None:
+    def instance(number: int, status: str) -> compute_v1.Instance:
+        return compute_v1.Instance(id=number, status=status, labels={"spotjax-name": "a"}, zone="zones/z")
+
+    best, more = chosen([instance(1, "STAGING"), instance(1, "RUNNING")])
+    assert (best["a"].status, more) == ("RUNNING", [])
+    best, more = chosen([instance(1, "TERMINATED"), instance(2, "RUNNING")])
+    assert (best["a"].id, [each.id for each in more]) == (2, [1])
+
+
+async def test_both_of_two_instances_of_one_machine_are_given_back_with_it(compute: Service) -> None:
+    async with compute.provider() as provider:
+        await provider.request("a", SPOT)
+        twin = compute.instances()[f"{HERE}/fleet-a"]
+        compute.admin("place", zone=THERE, instance={key: twin[key] for key in ("name", "labels", "scheduling")})
+        await provider.release("a")
+        async with asyncio.timeout(30):
+            while compute.instances():
+                await asyncio.sleep(0.01)
+
+
 async def test_a_name_that_another_has_is_refused_and_left_alone(compute: Service) -> None:
     compute.admin("place", zone=HERE, instance={"name": "fleet-a"})
     async with compute.provider() as provider:
@@ -234,27 +257,29 @@ async def test_names_that_no_instance_can_have_are_refused(compute: Service) -> 
 
 async def test_a_controller_that_ends_at_any_moment_leaves_nothing_behind() -> None:
     """Every run ends a provider in the middle of a random call, with faults; the next one finds what there is."""
-    chosen = random.Random(7)
+    draw = random.Random(7)
     with service(start_seconds=0.0, stop_seconds=0.0, operation_seconds=0.0) as compute:
         for _ in range(100):
-            provider = compute.open(settle_seconds=chosen.choice([0, 0.01]))
-            if chosen.random() < 0.4:
+            provider = compute.open(settle_seconds=draw.choice([0, 0.01]))
+            if draw.random() < 0.5:
+                late = draw.choice([0, 0, 0.02, 0.1])
                 compute.admin(
-                    "fail", call=chosen.choice(["insert", "delete", "list", "operation"]),
-                    status=chosen.choice([0, 429, 503]), after=chosen.random() < 0.5,
+                    "fail", call=draw.choice(["insert", "insert", "delete", "list", "operation"]),
+                    status=draw.choice([0, 429, 503]), after=not late and draw.random() < 0.5, late=late,
                 )  # fmt: skip
             acts = []
-            for _ in range(chosen.randint(1, 3)):
-                name, offer = f"m-{chosen.randrange(3)}", chosen.choice([SPOT, ELSEWHERE, DEMAND])
-                act = provider.request(name, offer) if chosen.random() < 0.7 else provider.release(name)
+            for _ in range(draw.randint(1, 3)):
+                name, offer = f"m-{draw.randrange(3)}", draw.choice([SPOT, ELSEWHERE, DEMAND])
+                act = provider.request(name, offer) if draw.random() < 0.7 else provider.release(name)
                 acts.append(asyncio.create_task(act))  # type: ignore[arg-type]
-            await asyncio.sleep(chosen.random() * 0.03)
+            await asyncio.sleep(draw.random() * 0.03)
             for act in acts:
                 act.cancel()
             ended = await asyncio.gather(*acts, return_exceptions=True)
             assert all(not isinstance(end, Exception) or isinstance(end, ProviderError) for end in ended), ended
             await provider.close()
             assert len({each["name"] for each in compute.instances().values()}) <= 3
+        await asyncio.sleep(0.2)  # what was late has arrived
         provider = compute.open()
         async with asyncio.timeout(30):
             while compute.instances():
