@@ -2,7 +2,9 @@
 
 import asyncio
 import random
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -317,6 +319,20 @@ def test_what_is_wrong_in_a_table_is_named(change: dict[str, Any], says: str) ->
         config = provider_config(table | change, "[provider]")
         assert isinstance(config, GceConfig)
         config.check(identity())
+
+
+async def test_without_credentials_it_is_refused_when_it_is_opened(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(ProviderRefused, match=r"none\.json.*service account"):
+        await config_for().open(identity())
+
+
+async def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "spotjax.fleet.providers.gce_compute", None)
+    with pytest.raises(ConfigError, match=r"pip install 'spotjax\[gce\]'"):
+        await config_for().open(identity())
 
 
 def test_a_fleet_whose_name_no_label_can_have_is_refused() -> None:
