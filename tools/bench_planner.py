@@ -32,10 +32,12 @@ from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, Needs, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.planner.load import Load
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Links, MigrationPlan, plan_migration
+from spotjax.planner.needs import Needs, needs_of
 from spotjax.planner.optimizer import choose_shape
 
 DEMAND = Demand(batch=16, prompt=1024, output=256)

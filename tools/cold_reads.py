@@ -17,9 +17,10 @@ from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.models.catalog import open_model
 from spotjax.models.spec import ModelSpec
-from spotjax.planner.holdings import Holdings, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.links import Links
 from spotjax.planner.migration import plan_migration
+from spotjax.planner.needs import needs_of
 
 CACHES = Path("/proc/sys/vm/drop_caches")
 BLOCK = 1 << 20

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spotjax.models.spec import ModelSpec
     from spotjax.planner.capacity import Capacity
     from spotjax.planner.demand import Demand
-    from spotjax.planner.holdings import LiveSequence
+    from spotjax.planner.kv_cohorts import LiveSequence
     from spotjax.planner.links import Links
     from spotjax.planner.optimizer import Decision
     from spotjax.planner.options import LatencyOf
@@ -188,9 +188,10 @@ def _migrate(
     from spotjax.meshes.instance import Instance, InstanceState
     from spotjax.meshes.placement import Placement
     from spotjax.planner.cohorts import assign_cohorts
-    from spotjax.planner.holdings import Holdings, needs_of
+    from spotjax.planner.holdings import Holdings
     from spotjax.planner.matcher import match
     from spotjax.planner.migration import Links, plan_migration
+    from spotjax.planner.needs import needs_of
 
     before = read_state(arguments.state) if arguments.state else None
     live = _typical_sequences(before, demand, arguments.running)
@@ -219,7 +220,7 @@ def _migrate(
 
 def _typical_sequences(before: Placement | None, demand: Demand, running: int | None) -> dict[int, list[LiveSequence]]:
     """Sequences in the middle of a typical request."""
-    from spotjax.planner.holdings import LiveSequence
+    from spotjax.planner.kv_cohorts import LiveSequence
 
     if before is None:
         return {}

@@ -22,7 +22,7 @@ from spotjax.fleet.tempo import SWITCH_SECONDS, Tempo
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.planner.deadline import Arrangement, Arrival, Departure, RunningSequence, Saved, arrange, steps_alone
-from spotjax.planner.holdings import cohort_of
+from spotjax.planner.kv_cohorts import cohort_of
 
 Leave = Literal["early", "late"]
 """When the mesh leaves an instance that has notice: as soon as it can, or at the last token boundary that fits."""

@@ -20,18 +20,11 @@ from spotjax.planner.cohorts import assign_cohorts, choose_heirs
 from spotjax.planner.cost import MemoryNeed, memory_need
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal, Running
-from spotjax.planner.holdings import (
-    Holdings,
-    KvCohort,
-    LiveSequence,
-    Needs,
-    distinct_pages,
-    kv_needs_of,
-    lost_cohorts,
-    needs_of,
-)
+from spotjax.planner.holdings import Holdings, lost_cohorts
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence, distinct_pages
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import TRANSFERS, Links, MigrationPlan, plan_migration
+from spotjax.planner.needs import Needs, kv_needs_of, needs_of
 from spotjax.planner.optimizer import Decision, choose_shape
 from spotjax.planner.options import LatencyOf
 from spotjax.reshard.transfer import Preparation, Survivors

@@ -12,7 +12,7 @@ from typing import Protocol
 from spotjax.checkpoint.saves import Save
 from spotjax.engine.batch import Pipeline
 from spotjax.meshes.instance import DeviceRef
-from spotjax.planner.holdings import Needs
+from spotjax.planner.needs import Needs
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 
 

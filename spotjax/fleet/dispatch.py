@@ -18,7 +18,7 @@ from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.handover import CopiedPages, Handover, full_pages, hand_over, live_sequence
 from spotjax.fleet.recovery import StoppedPipeline
-from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
 
 MakeReplica = Callable[[Scheduler, Pipeline], Replica]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.sequence import Sequence as ScheduledSequence
-from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.reshard.transfer import PageTransfer
 
 

@@ -19,8 +19,9 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.planner.holdings import Holdings, Needs, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.migration import Links, plan_migration
+from spotjax.planner.needs import Needs, needs_of
 from spotjax.reshard.transfer import Preparation, Survivors
 
 NOTHING: Mapping[DeviceRef, Needs] = MappingProxyType({})

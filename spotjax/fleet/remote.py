@@ -21,7 +21,7 @@ from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.fleet.sessions import CommandFailed, Sessions, WorkerSession
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.planner.holdings import Needs, StackedNeeds
+from spotjax.planner.needs import Needs, StackedNeeds
 from spotjax.protocol import control
 from spotjax.protocol.steps import ResultHeader, StepHeader
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
-from spotjax.planner.holdings import KvCohort, LiveSequence, distinct_pages
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence, distinct_pages
 
 
 @dataclass(frozen=True, slots=True)

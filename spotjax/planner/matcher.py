@@ -25,7 +25,8 @@ from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import Range
 from spotjax.meshes.stacks import is_layered
 from spotjax.planner.assignment import Seconds, Weights, assign
-from spotjax.planner.holdings import Holdings, Needs, StackedNeeds
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.needs import Needs, StackedNeeds
 from spotjax.planner.reuse import Group, Reuse
 
 EXCHANGES_TRIED = 4096

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, remainder
 from spotjax.meshes.stacks import depth, is_layered
-from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import cohort_of
 from spotjax.planner.links import Link, Links
+from spotjax.planner.needs import StackedNeeds
 from spotjax.planner.plan import MemoryUse, MigrationPlan, Phase, Transfer
 
 Bytes = NDArray[np.int64]

@@ -13,10 +13,12 @@ from collections.abc import Mapping
 
 from spotjax.errors import PlanError
 from spotjax.meshes.instance import DeviceRef
-from spotjax.planner.holdings import Holdings, Needs, StackedNeeds, cohort_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import cohort_of
 from spotjax.planner.links import Direction, Link, Links
 from spotjax.planner.memory import within_memory
 from spotjax.planner.missing import Gaps, Part, order, split, with_full_pages_early
+from spotjax.planner.needs import Needs, StackedNeeds
 from spotjax.planner.plan import MigrationPlan, Phase, SliceMove, Transfer
 from spotjax.planner.sources import choose_sources, lower_bound
 

@@ -14,7 +14,9 @@ from math import ceil
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice, Boxes, Index, intersect, remainder, subtract
 from spotjax.meshes.stacks import depth, is_layered
-from spotjax.planner.holdings import Holdings, StackedNeeds, cohort_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import cohort_of
+from spotjax.planner.needs import StackedNeeds
 from spotjax.planner.plan import Phase
 from spotjax.planner.reuse import Classes, parameters_held
 

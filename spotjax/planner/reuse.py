@@ -19,7 +19,8 @@ from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
 from spotjax.meshes.slices import Boxes, Index
 from spotjax.planner.assignment import Weights
-from spotjax.planner.holdings import Holdings, StackedNeeds
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.needs import StackedNeeds
 
 Group = tuple[Position, ...]
 """The M tensor shards of one stage of one replica."""

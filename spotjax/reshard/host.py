@@ -20,7 +20,7 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.sharding import assemble, own, stage_mesh
 from spotjax.meshes.slices import Range
-from spotjax.planner.holdings import Needs
+from spotjax.planner.needs import Needs
 from spotjax.reshard.kv import KvMover
 from spotjax.reshard.parameters import Checkpoint, ParameterMover
 from spotjax.reshard.peers import Peers, ShardMemory

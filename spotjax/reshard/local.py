@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from spotjax.errors import CheckpointError, InstanceLost, SliceUnavailable
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.planner.holdings import Needs
+from spotjax.planner.needs import Needs
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameters import Checkpoint
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic

@@ -26,8 +26,8 @@ from spotjax.meshes.layout import shard_shape
 from spotjax.meshes.slices import ArraySlice, Index, intersect, relative
 from spotjax.models.checkpoint import Readable, read_into
 from spotjax.models.spec import ModelSpec
-from spotjax.planner.holdings import Needs
 from spotjax.planner.migration import SliceMove
+from spotjax.planner.needs import Needs
 from spotjax.reshard.peers import Peers, ProcessMemory, ShardMemory
 from spotjax.reshard.shards import Shard, ShardStore, delete_arrays
 from spotjax.reshard.transfer import Traffic

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
-from spotjax.planner.holdings import Needs
 from spotjax.planner.migration import MigrationPlan
+from spotjax.planner.needs import Needs
 
 
 @dataclass(frozen=True)

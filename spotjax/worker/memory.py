@@ -11,7 +11,7 @@ import numpy as np
 
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import ArraySlice
-from spotjax.planner.holdings import Needs
+from spotjax.planner.needs import Needs
 from spotjax.reshard.parameter_store import Key, ParameterStore, StoredShard
 from spotjax.reshard.shards import host_buffer
 

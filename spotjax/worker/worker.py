@@ -26,7 +26,7 @@ from spotjax.models.fingerprint import fingerprint
 from spotjax.models.paced import PacedCheckpoint
 from spotjax.models.quantized_checkpoint import quantized
 from spotjax.models.spec import ModelSpec
-from spotjax.planner.holdings import StackedNeeds
+from spotjax.planner.needs import StackedNeeds
 from spotjax.planner.plan import MigrationPlan
 from spotjax.protocol import control, reads
 from spotjax.reshard.host import Host

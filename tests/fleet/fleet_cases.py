@@ -28,7 +28,7 @@ from spotjax.meshes.placement import Placement
 from spotjax.models.config import DecoderConfig
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import Needs
+from spotjax.planner.needs import Needs
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 
 LETTERS = Letters()

@@ -21,7 +21,7 @@ from spotjax.fleet.sessions import Sessions, WorkerSession
 from spotjax.meshes.instance import InstanceState
 from spotjax.meshes.placement import Placement
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import LiveSequence
+from spotjax.planner.kv_cohorts import LiveSequence
 from spotjax.protocol import control
 from spotjax.protocol.steps import ResultHeader, StepHeader, result_payload
 from spotjax.reshard.transfer import PageTransfer, Preparation

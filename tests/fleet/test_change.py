@@ -18,7 +18,7 @@ from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.cohorts import choose_heirs
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import LiveSequence
+from spotjax.planner.kv_cohorts import LiveSequence
 from spotjax.reshard.transfer import Preparation
 
 DEMAND = Demand(batch=3, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=19, step_tokens=8)

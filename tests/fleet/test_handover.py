@@ -19,7 +19,7 @@ from spotjax.engine.sequence import Sequence
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.handover import Handover, hand_over, live_sequence
 from spotjax.planner.cohorts import assign_cohorts, choose_heirs
-from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 
 PAGE_SIZE = 4
 

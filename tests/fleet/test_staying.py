@@ -18,7 +18,7 @@ from spotjax.meshes.instance_types import instance_type
 from spotjax.meshes.shape import MeshShape
 from spotjax.models.presets import preset
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import LiveSequence
+from spotjax.planner.kv_cohorts import LiveSequence
 from spotjax.planner.plan import Phase
 
 KIND = instance_type("g4dn.12xlarge")

@@ -15,8 +15,10 @@ from spotjax.meshes.shape import MeshShape
 from spotjax.models.config import DecoderConfig, Experts
 from spotjax.models.spec import ModelSpec
 from spotjax.planner.cohorts import assign_cohorts
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.planner.matcher import match
+from spotjax.planner.needs import needs_of
 from spotjax.planner.optimizer import places_offered
 
 PAGE_SIZE = 2

@@ -9,8 +9,9 @@ from planner_cases import fleet, llama, placed
 
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.assignment import assign
-from spotjax.planner.holdings import Holdings, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.matcher import match
+from spotjax.planner.needs import needs_of
 
 tables = st.tuples(st.integers(1, 4), st.integers(0, 1)).flatmap(
     lambda size: st.tuples(

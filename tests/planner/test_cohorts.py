@@ -2,7 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotjax.planner.cohorts import assign_cohorts
-from spotjax.planner.holdings import LiveSequence
+from spotjax.planner.kv_cohorts import LiveSequence
 
 sequences = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 20)), max_size=5).map(
     lambda entries: [LiveSequence(key, pages, progress) for key, (pages, progress) in enumerate(entries)]

@@ -11,8 +11,10 @@ from spotjax.meshes.layout import split_layers
 from spotjax.meshes.shape import MeshShape
 from spotjax.planner.assignment import assign
 from spotjax.planner.cohorts import assign_cohorts
-from spotjax.planner.holdings import Holdings, LiveSequence, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import LiveSequence
 from spotjax.planner.matcher import match
+from spotjax.planner.needs import needs_of
 
 
 def matched(change: Change):

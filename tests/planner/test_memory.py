@@ -7,11 +7,13 @@ from planner_cases import Change, changes, fleet, llama, placed
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import ArraySlice, covered, remainder
 from spotjax.meshes.stacks import depth, in_stack
-from spotjax.planner.holdings import Holdings, cohort_of, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import cohort_of
 from spotjax.planner.links import Links
 from spotjax.planner.matcher import match
 from spotjax.planner.memory import bounded_order
 from spotjax.planner.migration import plan_migration
+from spotjax.planner.needs import needs_of
 from spotjax.planner.plan import Phase
 from spotjax.planner.timeline import stages_ready, timeline
 

@@ -11,9 +11,11 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.slices import ArraySlice, intersect, relative
 from spotjax.meshes.stacks import arrays_in, in_stack
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, StackedNeeds, cohort_of, lost_cohorts, needs_of
+from spotjax.planner.holdings import Holdings, lost_cohorts
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence, cohort_of
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import Direction, Link, Links, MigrationPlan, Phase, plan_migration
+from spotjax.planner.needs import StackedNeeds, needs_of
 
 
 def planned(change: Change):

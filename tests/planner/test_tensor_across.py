@@ -16,8 +16,9 @@ from spotjax.meshes.shape import MeshShape, Position
 from spotjax.planner.cost import memory_need, step_seconds
 from spotjax.planner.demand import Demand
 from spotjax.planner.goal import Goal
-from spotjax.planner.holdings import Holdings, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.matcher import match
+from spotjax.planner.needs import needs_of
 from spotjax.planner.optimizer import choose_shape, places_offered
 
 SPEC = llama(heads=8, kv_heads=4, layers=1, width=64, mlp=512, head_size=8, vocab=64)

@@ -18,9 +18,10 @@ from spotjax.meshes.layout import split_layers, tensor_range
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice, Range
-from spotjax.planner.holdings import Holdings, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.links import Links
 from spotjax.planner.migration import MigrationPlan, plan_migration
+from spotjax.planner.needs import needs_of
 from spotjax.reshard.host import Host
 from spotjax.reshard.transfer import PageTransfer, Preparation
 from spotjax.runtime.kv import LayerPages

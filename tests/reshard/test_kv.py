@@ -13,9 +13,11 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceType
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.planner.links import Links
 from spotjax.planner.migration import plan_migration
+from spotjax.planner.needs import needs_of
 from spotjax.reshard.kv import KvMover, head_ranges
 from spotjax.reshard.transfer import PageTransfer, Traffic
 from spotjax.runtime.compiled import PAGES_PER_MOVE

@@ -21,10 +21,11 @@ from spotjax.meshes.layout import shard_index, slices_at, split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.meshes.slices import ArraySlice, Index, intersect
-from spotjax.planner.holdings import Holdings, StackedNeeds, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.links import Links
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import MigrationPlan, Phase, plan_migration
+from spotjax.planner.needs import StackedNeeds, needs_of
 from spotjax.reshard import parameters
 from spotjax.reshard.parameters import ParameterMover
 from spotjax.reshard.shards import ShardStore, host_buffer

@@ -15,9 +15,10 @@ from spotjax.meshes.instance import DeviceRef, Instance, InstanceType
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.meshes.shape import MeshShape, Position
-from spotjax.planner.holdings import Holdings, StackedNeeds, needs_of
+from spotjax.planner.holdings import Holdings
 from spotjax.planner.links import Links as PlannedLinks
 from spotjax.planner.migration import plan_migration
+from spotjax.planner.needs import StackedNeeds, needs_of
 from spotjax.protocol import control
 from spotjax.reshard.host import Host
 from spotjax.reshard.parameter_store import ParameterStore

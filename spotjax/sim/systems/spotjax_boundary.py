@@ -11,7 +11,7 @@ from spotjax.fleet.change import KvChange
 from spotjax.meshes.placement import Placement
 from spotjax.planner.deadline import Departure, Pace, RunningSequence, Saved, arrange
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import cohort_of
+from spotjax.planner.kv_cohorts import cohort_of
 from spotjax.sim.systems.spotjax_replicas import Replicas
 from spotjax.sim.times import ReplicaTimes
 from spotjax.sim.world import World

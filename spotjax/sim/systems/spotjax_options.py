@@ -12,7 +12,8 @@ from spotjax.fleet.change import Recovery
 from spotjax.meshes.instance import DeviceRef, Instance
 from spotjax.meshes.shape import MeshShape, Position
 from spotjax.planner.demand import Demand
-from spotjax.planner.holdings import Holdings, Needs
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.needs import Needs
 
 Feature = Literal["optimizer", "matcher", "migration", "arranger", "backup", "precopy"]
 """optimizer: P and M change; without it only D does.

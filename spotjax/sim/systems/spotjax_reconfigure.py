@@ -14,9 +14,9 @@ from spotjax.errors import NoFeasibleShape
 from spotjax.fleet.change import KvChange, Planning, is_in_place, plan_change, plan_kv
 from spotjax.fleet.recovery_policies import POLICIES, SPOTJAX
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState
-from spotjax.planner.holdings import Needs
 from spotjax.planner.links import Links
 from spotjax.planner.migration import Phase
+from spotjax.planner.needs import Needs
 from spotjax.planner.optimizer import Decision
 from spotjax.reshard.transfer import Preparation, Survivors
 from spotjax.sim.systems.spotjax_boundary import Boundary

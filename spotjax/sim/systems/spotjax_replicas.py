@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from spotjax.fleet.change import Live
 from spotjax.meshes.placement import Placement
-from spotjax.planner.holdings import KvCohort, LiveSequence
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.reshard.transfer import Survivors
 from spotjax.sim.dispatch import least_loaded
 from spotjax.sim.replica import Progress

@@ -9,7 +9,7 @@ from spotjax.fleet.change import KvChange
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.slices import Index
 from spotjax.meshes.stacks import arrays_in
-from spotjax.planner.holdings import cohort_of
+from spotjax.planner.kv_cohorts import cohort_of
 from spotjax.planner.links import Link, Links
 from spotjax.planner.migration import MigrationPlan, Phase
 from spotjax.planner.timeline import timeline

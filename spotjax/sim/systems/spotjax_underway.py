@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from spotjax.fleet.change import KvChange
-from spotjax.planner.holdings import KvCohort
+from spotjax.planner.kv_cohorts import KvCohort
 from spotjax.planner.links import Links
 from spotjax.reshard.transfer import Preparation
 

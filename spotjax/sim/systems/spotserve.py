@@ -18,10 +18,12 @@ from spotjax.meshes.instance import Instance, InstanceState
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
 from spotjax.planner.cohorts import choose_heirs
-from spotjax.planner.holdings import Holdings, KvCohort, LiveSequence, needs_of
+from spotjax.planner.holdings import Holdings
+from spotjax.planner.kv_cohorts import KvCohort, LiveSequence
 from spotjax.planner.links import Direction, Link, Links
 from spotjax.planner.matcher import match
 from spotjax.planner.migration import plan_migration
+from spotjax.planner.needs import needs_of
 from spotjax.planner.plan import MigrationPlan
 from spotjax.planner.published import OriginalChoice
 from spotjax.sim.replica_static import CONSERVATIVE, GENEROUS, Parked
