@@ -33,8 +33,8 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, name: str) -> None:
 
 
 def test_what_is_no_option_can_be_patched(tmp_path: Path) -> None:
-    patch = "[{op: replace, path: /spec/type, value: LoadBalancer}]"
-    patches = f"patches:\n- target: {{kind: Service, name: spotjax}}\n  patch: '{patch}'\n"
+    patch = '[{"op": "replace", "path": "/spec/type", "value": "LoadBalancer"}]'
+    patches = f"patches:\n- target: {{kind: Service, name: ^spotjax$}}\n  patch: '{patch}'\n"
     found = built(tmp_path, "local", patches)
     assert found["Service", "spotjax"]["spec"]["type"] == "LoadBalancer"
     assert found["Service", "spotjax-controller"]["spec"]["type"] == "ClusterIP"
