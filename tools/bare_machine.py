@@ -147,7 +147,8 @@ class BareMachine:
             pass
 
     def run(self, command: str) -> int:
-        """Runs a command on it; returns its exit code. What it says goes to the log."""
+        """Runs a command of one line on it; returns its exit code. What it says goes to the log."""
+        assert "\n" not in command
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(command + "\n")

@@ -2,7 +2,8 @@
 
 Builds a wheel of Spotjax, starts a controller and a stand-in of the metadata server, and boots a directory that has
 nothing of Spotjax (``tools.bare_machine``) with the script. It must join and serve a request, be left alone when the
-script runs again, and leave when it is told to end. Needs Linux and root.
+script runs again, and leave when it is told to end; without a controller it must be about to shut down. Needs Linux
+and root.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import msgspec
 
 import spotjax.models
 from spotjax.bootstrap.options import BootstrapOptions
@@ -31,6 +33,9 @@ from spotjax.tools.processes import Process, free_port
 
 ROOT = Path(spotjax.models.__file__).resolve().parents[1]
 SECONDS = 240.0
+ALONE_SECONDS = 8.0
+TIMED_OUT = 124
+"""Exit code of ``timeout``."""
 NAME = "spot-a"
 FEW_SHAPES = ("--max-batch", "2", "--prefill-tokens", "16", "--max-model-len", "64", "--no-fuse")
 """Flags of the controller, so that little is compiled."""
@@ -50,6 +55,7 @@ class Trial:
       again: seconds that the script took the second time.
       text: that was generated.
       said: what the script asked of the init system.
+      alone: the same, when there was no controller to join.
       log: what the script said.
     """
 
@@ -57,6 +63,7 @@ class Trial:
     again: float
     text: str
     said: list[str]
+    alone: list[str]
     log: str
 
 
@@ -116,14 +123,19 @@ def attempt(directory: Path, programs: Path, patient: float = SECONDS) -> Trial:
             joined = time.monotonic() - started
             with SpotjaxClient(address, SECONDS) as client:
                 text = "".join(delta.text for delta in client.generate("Once upon a time", max_tokens=8, temperature=0))
-            first = (machine.root / "run/worker.pid").read_text()
+            first = (machine.root / "run/worker.pid").read_text().strip()
             started = time.monotonic()
             assert machine.run(boot) == 0, machine.log("boot")
             again = time.monotonic() - started
-            assert (machine.root / "run/worker.pid").read_text() == first, "it was started anew for nothing"
+            assert (machine.root / "run/worker.pid").read_text().strip() == first, "it was started anew for nothing"
             assert machine.run(f"kill {first}") == 0
             _until(lambda: "the worker has ended in order" in machine.said, patient, lambda: machine.log("worker"))
-            return Trial(joined, again, text, machine.said, machine.log("boot"))
+            said = machine.said
+            nowhere = msgspec.structs.replace(options, join=f"127.0.0.1:{free_port('127.0.0.1')}")
+            (machine.root / "boot.sh").write_text(script("gce", nowhere))
+            code = machine.run(f"GCE_METADATA_HOST={shlex.quote(metadata)} timeout {ALONE_SECONDS:g} bash /boot.sh")
+            assert code == TIMED_OUT, f"it ended with {code} though nobody is there to join"
+            return Trial(joined, again, text, said, machine.said[len(said) :], machine.log("boot"))
     finally:
         controller.kill()
 

@@ -20,3 +20,5 @@ def test_a_bare_machine_joins_serves_is_left_alone_by_the_next_boot_and_leaves(t
     assert armed < restarted < called_off, "a machine that does not join would shut down"
     assert trial.said.count("systemctl restart spotjax-worker.service") == 1
     assert trial.said.count("systemctl start spotjax-worker.service") == 1
+    restarted = trial.alone.index("systemctl restart spotjax-worker.service")
+    assert "-P +20" in trial.alone[0] and restarted and "shutdown -c" not in trial.alone
