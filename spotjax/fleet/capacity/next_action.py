@@ -101,7 +101,8 @@ def next_action(
     missing = _missing(situation, need, offers, history, budget, now)
     if isinstance(missing, Request):
         return missing
-    return _surplus(situation, need, wanted, history, now) or missing or Wait(_soonest(settings, need, history, now))
+    surplus = _surplus(situation, need, wanted, history, now)
+    return surplus or missing or Wait(_soonest(settings, need, history, now))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,13 @@ class Need:
 
     Attributes:
       spot, on_demand: how many.
+      always: of those on demand, how many do not stand in for spot ones.
       fallback_at: monotonic seconds at which on-demand ones will be needed for missing spot ones; infinite if not so.
     """
 
     spot: int
     on_demand: int
+    always: int
     fallback_at: float = inf
 
     @classmethod
@@ -123,14 +126,14 @@ class Need:
         spot_others = sum(not other.on_demand for other in situation.others)
         others = len(situation.others) - spot_others
         always = wanted if settings.on_demand == "always" else min(wanted, settings.least_on_demand)
-        on_demand = max(0, always - others)
+        kept = on_demand = max(0, always - others)
         spot = max(0, wanted - max(always, others) - spot_others)
         fallback_at = inf
         if settings.on_demand == "fallback" and history.short_since is not None:
             fallback_at = history.short_since + settings.fallback_seconds
             if now >= fallback_at:
                 on_demand += max(0, spot - situation.count(Standing.UP, on_demand=False))
-        return cls(spot, on_demand, fallback_at)
+        return cls(spot, on_demand, kept, fallback_at)
 
 
 def _remains(situation: Situation, history: History, now: float) -> Release | None:
@@ -194,16 +197,19 @@ def _missing(
 ) -> Request | Wait | None:
     """A request for what is missing, or why there is none."""
     wait: Wait | None = None
+    room = budget.room
     pairs: tuple[tuple[PriceClass, int], ...] = ("spot", need.spot), ("on_demand", need.on_demand)
     for price_class, wanted in pairs:
         on_demand = price_class == "on_demand"
         have = sum(situation.count(standing, on_demand=on_demand) for standing in (Standing.UP, Standing.COMING))
         if have >= wanted:
             continue
-        best = _best(offers, price_class, history, budget.room, now)
+        best = _best(offers, price_class, history, room if not on_demand or have >= need.always else budget.room, now)
         if best is not None:
             return Request(best, f"{have} of {wanted} {price_class.replace('_', '-')} machines are there or coming")
         wait = wait or _why_none(offers, price_class, history, budget, now)
+        cheapest = min((offer.price for offer in offers if offer.price_class == price_class), default=0.0)
+        room -= (wanted - have) * cheapest  # what stands in must not take the money for what it stands in for
     return wait
 
 

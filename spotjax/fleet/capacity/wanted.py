@@ -26,8 +26,10 @@ from spotjax.planner.load import Load
 from spotjax.planner.optimizer import Decision
 from spotjax.planner.options import LatencyOf, service_seconds
 
-STEPS, ROUGH_STEPS = 1.05, 1.5
-"""Rates, and all else, are rounded to powers of these, so that noise changes nothing."""
+STEPS, ROUGH_STEPS = 1.1, 2.0
+"""Rates and their variation are rounded to powers of these, so that noise changes nothing."""
+LENGTH_STEPS = 1.25
+"""Lengths to powers of this."""
 ALMOST_NOTHING = 1e-6
 """Sequences per second of an idle service: what one replica takes is found like everything else."""
 CHEAPEST = 1e9
@@ -98,8 +100,8 @@ def demand_of(demand: Demand, measured: Measured) -> Demand:
     """Typical requests as they were measured, as far as they were."""
     return replace(
         demand,
-        prompt=round(rounded(measured.prompt, ROUGH_STEPS)) or demand.prompt,
-        output=round(rounded(measured.output, ROUGH_STEPS)) or demand.output,
+        prompt=round(rounded(measured.prompt, LENGTH_STEPS)) or demand.prompt,
+        output=round(rounded(measured.output, LENGTH_STEPS)) or demand.output,
     )
 
 
@@ -136,7 +138,7 @@ def wanted(
         return Wanted(most, f"the model fits on no {most} instances: {problem}")
     per_replica = target.instances / target.shape.data
     running = ceil(ceil(measured.running / basis.planning.demand.batch) * per_replica)
-    count = min(most, max(least, running, target.instances + settings.spares))
+    count = min(most, max(least, running, target.instances + (0 if idle else settings.spares)))
     short = "" if target.rate > load.rate else ", which is too few"
     seen = f"{measured.load.rate:.3g} sequences/s, {measured.running} running, {measured.queued} queued"
     return Wanted(count, f"{seen}: mesh {target.shape}{short}", target)
@@ -144,7 +146,9 @@ def wanted(
 
 def _target(basis: Basis, demand: Demand, goal: Goal, most: int) -> Decision:
     """The mesh for the load, on up to ``most`` instances."""
-    there = Counter((instance.type, instance.on_demand) for instance in basis.instances[:most])
+    instances = basis.instances[:most]
+    # Those of the kind that can be had more of are as good as ones that are still to come.
+    there = Counter((one.type, one.on_demand) for one in instances if one.type != basis.kind)
     return _chosen(basis.planning, tuple(there.items()), basis.kind, basis.scale, demand, goal, most)
 
 

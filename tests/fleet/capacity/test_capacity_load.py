@@ -76,10 +76,10 @@ def test_few_requests_tell_little_and_nobody_is_idle_while_something_runs() -> N
 @pytest.mark.parametrize("times", [0.2, 1.0, 2.0, 5.0])
 def test_instances_are_as_many_as_keep_up_with_room_to_spare(times: float) -> None:
     found = wanted(LIMITS, loaded(times * MOST), BASIS)
-    assert found.target is not None and found.target.rate > times * MOST * 2 * 0.97
+    assert found.target is not None and found.target.rate > times * MOST * 2 * 0.95
     fewer = [Instance(f"{n}", BOX) for n in range(found.target.instances - 1)]
     if fewer:
-        assert choose_shape(SPEC, fewer, DEMAND).rate < times * MOST * 2 * 1.03, "one fewer would not do"
+        assert choose_shape(SPEC, fewer, DEMAND).rate < times * MOST * 2 * 1.05, "one fewer would not do"
     assert found.instances == found.target.instances
 
 

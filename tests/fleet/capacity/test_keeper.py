@@ -234,6 +234,24 @@ def test_the_cap_on_an_hour_counts_what_may_exist() -> None:
     assert simulated.rate <= 3.5 and simulated.up("spot") == 2
 
 
+def test_what_stands_in_leaves_the_money_for_what_it_stands_in_for() -> None:
+    simulated = Simulated(with_settings(cost_per_hour=5.9))
+    simulated.cloud.set_capacity(SPOT_A, 1)
+    simulated.cloud.set_capacity(SPOT_B, 0)
+    simulated.want(3)
+    simulated.run(100)
+    assert (simulated.up("spot"), simulated.up("on_demand")) == (1, 0), "3.0 beside 3 x 1.0 is too much"
+    tight = Simulated(with_settings(cost_per_hour=6.1))
+    tight.cloud.set_capacity(SPOT_A, 1)
+    tight.cloud.set_capacity(SPOT_B, 0)
+    tight.want(3)
+    tight.run(100)
+    assert (tight.up("spot"), tight.up("on_demand")) == (1, 1)
+    tight.cloud.set_capacity(SPOT_A, 5)
+    tight.run(200)
+    assert (tight.up("spot"), tight.up("on_demand")) == (3, 0)
+
+
 def test_the_cap_on_a_day_leaves_enough_to_stop_and_ends_at_midnight() -> None:
     simulated = Simulated(
         with_settings(on_demand="never", cost_per_hour=0.0, cost_per_day=2.0, add_seconds=DAY),
