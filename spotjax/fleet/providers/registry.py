@@ -23,6 +23,7 @@ KINDS: Mapping[str, str] = {
     "command": "CommandConfig",
     "tpu": "TpuConfig",
     "gce": "GceConfig",
+    "ray": "RayConfig",
 }
 """What ``kind`` may be, and the class of its table in the module ``spotjax.fleet.providers.KIND``."""
 
