@@ -23,7 +23,7 @@ from spotjax.fleet.providers.machines import watch_by_listing
 from spotjax.fleet.providers.provider import FleetIdentity, Machine, MachineState, Offer, ProviderConfig
 from spotjax.fleet.providers.ray_link import Link
 from spotjax.fleet.providers.ray_records import Found, Wish, machine_of
-from spotjax.local_workers import HANDED_ON, STOP_SECONDS, worker_command
+from spotjax.local_workers import HANDED_ON, STOP_SECONDS, Command, worker_command
 from spotjax.meshes.instance import PriceClass
 
 ALONE = "spotjax"
@@ -108,7 +108,7 @@ class RayProvider:
         fleet: FleetIdentity,
         settings: ServeConfig,
         *,
-        program: Sequence[str] | None = None,
+        command: Command = worker_command,
         now: Callable[[], float] = time.time,
     ) -> None:
         """Connects to nothing yet.
@@ -117,7 +117,7 @@ class RayProvider:
           config: what there is.
           fleet: whom for.
           settings: the workers get theirs from.
-          program: arguments of Python that start a worker, followed by its flags; by default a worker.
+          command: see ``LocalWorkers``; a node's own Python stands for the program.
           now: Unix seconds.
 
         Raises:
@@ -127,7 +127,7 @@ class RayProvider:
         self._offers = {each.offer.key: each for each in config.offers}
         if len(self._offers) < len(config.offers):
             raise ConfigError("offers: two are of the same type, zone and price_class; give each of them once")
-        self._program = program
+        self._command = command
         self._link = Link(config.address, fleet.name, config.timeout_seconds, os.environ)
 
     async def offers(self) -> Sequence[Offer]:
@@ -180,6 +180,4 @@ class RayProvider:
         """Of the node's own Python, for its worker."""
         rented = f"--price-class={wish.price_class}", f"--zone={wish.zone}"
         flags = *rented, "--data-listen={ip}:0", "--notice-file={notice}"
-        if self._program is not None:
-            return *self._program, *flags
-        return *worker_command(self._settings, self._fleet.join, wish.name)[1:], *flags
+        return *self._command(self._settings, self._fleet.join, wish.name)[1:], *flags

@@ -72,11 +72,16 @@ def ray_nodes() -> Iterator[RayNodes]:
             nodes.close()
 
 
-def machine_processes() -> dict[str, psutil.Process]:
-    """Processes of workers, by the notice file's name that no two have."""
-    found = {}
+def process_of(text: str) -> psutil.Process | None:
+    """The child of an actor that has this in its command line."""
     for process in psutil.process_iter(["cmdline"]):
-        for argument in process.info["cmdline"] or ():
-            if argument.startswith("--notice-file="):
-                found[argument.partition("=")[2]] = process
-    return found
+        arguments = process.info["cmdline"] or ()
+        if any(text in argument for argument in arguments) and any(a.startswith("--notice-file=") for a in arguments):
+            return process
+    return None
+
+
+def is_on(process: psutil.Process, node: Any) -> bool:
+    """Whether an actor of that node started the process."""
+    raylets = {each.process.pid for each in node.all_processes.get("raylet", ())}  # none when it was killed
+    return any(parent.pid in raylets for parent in process.parents())
