@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import inf
 from random import Random
 
 from spotjax.fleet.capacity.file import CapacitySettings
@@ -23,6 +24,8 @@ class Refusal:
     why: str
 
 
+LONGEST_UNAVAILABLE = 60.0
+"""Seconds, at most, between two attempts to reach the provider, or to give a machine back: it costs meanwhile."""
 NEVER = Refusal(float("-inf"), float("-inf"), 0, "")
 
 
@@ -67,14 +70,14 @@ class History:
 
     def unavailable(self, now: float, why: str, seconds: float | None = None) -> None:
         """The provider could not be asked; it said after how long to try again, or not."""
-        self.provider = self._again(now, self.provider, why)
+        self.provider = self._again(now, self.provider, why, LONGEST_UNAVAILABLE)
         if seconds is not None and now + seconds > self.provider.until:
             self.provider = replace(self.provider, until=now + seconds)
 
     def kept(self, now: float, name: str, why: str) -> None:
         """A machine could not be given back."""
         self.leaving.discard(name)
-        self.keeping[name] = self._again(now, self.keeping.get(name), why)
+        self.keeping[name] = self._again(now, self.keeping.get(name), why, LONGEST_UNAVAILABLE)
 
     def listed(self, now: float, machines: Mapping[str, MachineState]) -> None:
         """The provider has said what there is."""
@@ -105,8 +108,9 @@ class History:
             remembered.pop(name, None)
         self.leaving.discard(name)
 
-    def _again(self, now: float, before: Refusal | None, why: str) -> Refusal:
+    def _again(self, now: float, before: Refusal | None, why: str, most_seconds: float = inf) -> Refusal:
         """Twice as long each time, up to a limit, of which a random half to whole."""
         times = 1 if before is None else before.times + 1
-        seconds = min(self.settings.most_retry_seconds, self.settings.retry_seconds * 2.0 ** min(times - 1, 30))
+        most_seconds = min(most_seconds, self.settings.most_retry_seconds)
+        seconds = min(most_seconds, self.settings.retry_seconds * 2.0 ** min(times - 1, 30))
         return Refusal(now, now + seconds * self.random.uniform(0.5, 1.0), times, why)

@@ -170,11 +170,12 @@ class Keeper:
         self.history.forget(name)
 
     def _prices(self) -> Mapping[str, float]:
-        """The dearest of what each machine was asked for at, is said to cost, and would cost today."""
+        """The dearer of what each machine is said to cost and would cost today; without those of which nobody says."""
         today = {offer.key: offer.price for offer in self.offers}
-        return {
+        prices = {
             name: max(machine.offer.price, today.get(machine.offer.key, 0.0)) for name, machine in self.machines.items()
         }
+        return {name: price for name, price in prices.items() if price}
 
     def _meet(self, now: float, members: Sequence[Instance]) -> None:
         """Who of the machines is a member now."""

@@ -229,7 +229,8 @@ class CapacityLoop:
         elif machine.state is MachineState.STOPPING and machine.name not in self._told_to_go:
             self._told_to_go.add(machine.name)
             deadline = self._clocks.monotonic() + STOPPING_SECONDS
-            served.noticed(Notice(self._provider.name, NoticeKind.PREEMPT, machine.name, deadline, machine.detail))
+            source = f"provider-{self._provider.name}"  # the machine's own sources say what they know more exactly
+            served.noticed(Notice(source, NoticeKind.PREEMPT, machine.name, deadline, machine.detail))
 
     def _basis(self, served: Served, status: FleetStatus) -> Basis | None:
         """What the load is planned on: instances at the offers' prices, and how fast they turned out to be."""
@@ -273,7 +274,7 @@ class CapacityLoop:
         self._keeper.giving_back(release, self._clocks.monotonic())
         task = asyncio.create_task(self._release(release))
         self._releases.add(task)
-        task.add_done_callback(self._released)
+        task.add_done_callback(self._releases.discard)
 
     async def _release(self, release: Release) -> None:
         """Has the fleet move off a machine, if it is a member, and gives it back."""
@@ -288,15 +289,14 @@ class CapacityLoop:
             keeper.kept(name, problem, self._clocks.monotonic())
             log.warning("%s is not given back: %s", name, problem or "no answer")
             return
+        except Exception as problem:  # a mistake in the program must not leave a machine that nobody gives back
+            keeper.kept(name, problem, self._clocks.monotonic())
+            log.critical("%s could not be given back; it is tried again", name, exc_info=True)
+            return
         keeper.given_back(name, self._clocks.monotonic())
         self._list_at = float("-inf")
         self._actions.record("released", f"{name} was given back: {release.why}", instance=name)
         self._stir.set()
-
-    def _released(self, task: asyncio.Task[None]) -> None:
-        self._releases.discard(task)
-        if not task.cancelled() and (problem := task.exception()) is not None:
-            log.critical("a machine could not be given back", exc_info=problem)
 
     def _wait(self, wait: Wait) -> None:
         """Tells once why nothing is done that should be."""

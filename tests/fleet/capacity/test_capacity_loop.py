@@ -88,7 +88,7 @@ class Fleet:
         self.gone_.add(instance)
 
     def noticed(self, word: Any) -> None:
-        assert isinstance(word, Notice) and word.source == "scripted"
+        assert isinstance(word, Notice) and word.source == "provider-scripted"
         self.told.append(f"noticed {word.instance}")
         self.going[word.instance] = InstanceState.NOTICED
 
@@ -238,6 +238,37 @@ async def test_a_provider_that_is_away_delays_and_breaks_nothing() -> None:
     case.cloud.fail("request", ProviderUnavailable("down"))
     await asyncio.sleep(400)
     assert len(case.names) == 1 and len(case.keeper.ledger.entries) == 1
+    await case.stop()
+
+
+@timed
+async def test_a_provider_that_was_away_for_long_is_tried_again_soon_for_machines_cost_meanwhile() -> None:
+    case = Case(most_retry_seconds=1800.0, retry_seconds=30.0)
+    for _ in range(40):
+        case.cloud.fail("list", ProviderUnavailable("down"))
+    await asyncio.sleep(40 * 60)
+    assert len(case.names) == 1
+    await case.stop()
+
+
+@timed
+async def test_a_machine_whose_release_fails_by_mistake_is_given_back_later(caplog: pytest.LogCaptureFixture) -> None:
+    case, broken = Case(add_seconds=100.0), True
+    release = case.fleet.release
+
+    async def mistaken(instance: str) -> None:
+        if broken:
+            raise KeyError("a mistake in the program")
+        await release(instance)
+
+    case.fleet.release = mistaken  # type: ignore[method-assign]
+    await asyncio.sleep(60)
+    await case.loop.add(1)
+    await asyncio.sleep(200)
+    assert len(case.names) == 2 and "could not be given back" in caplog.text
+    broken = False
+    await asyncio.sleep(100)
+    assert len(case.names) == 1 and len(case.cloud.machines("f")) == 1
     await case.stop()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import msgspec
@@ -221,6 +222,18 @@ def test_requests_that_wait_where_there_is_none_are_given_up_for_others() -> Non
     assert [machine.state for machine in simulated.machines] == [MachineState.WAITING]
     simulated.run(60)
     assert [machine.offer.zone for machine in simulated.machines] == ["b"] and simulated.up("spot") == 1
+
+
+def test_what_is_no_longer_offered_does_not_count_as_free() -> None:
+    simulated = Simulated(with_settings(cost_per_hour=3.5))
+    simulated.want(3)
+    simulated.run(100)
+    rate = simulated.keeper.ledger.rate
+    unpriced = [replace(machine, offer=replace(machine.offer, price=0.0)) for machine in simulated.machines]
+    simulated.keeper.offers = ()
+    for _ in range(2):
+        simulated.keeper.listed(unpriced, simulated.now, simulated.now, simulated.now)
+    assert simulated.keeper.ledger.rate == rate > 0
 
 
 def test_the_cap_on_an_hour_counts_what_may_exist() -> None:
