@@ -62,6 +62,7 @@ class MachineNotices:
         if config.notice_command:
             self._listener.add([CommandSource(instance, time.monotonic, config.notice_command)])
         self._finding = asyncio.create_task(self._find(config.notices))
+        self._finding.add_done_callback(_found)
 
     async def acknowledge(self) -> None:
         """Lets the cloud take the machine now, if it announced that and can be told."""
@@ -92,6 +93,12 @@ class MachineNotices:
             sources = sources_of(platform, self._machine, self._client, time.monotonic)
             self._azure = next((source for source in sources if isinstance(source, AzureSource)), self._azure)
             self._listener.add(sources)
+
+
+def _found(finding: asyncio.Task[None]) -> None:
+    """Nobody waits for the platform to be found, so nobody else would tell that it failed."""
+    if not finding.cancelled() and (problem := finding.exception()) is not None:
+        log.error("the machine's platform cannot be found, it gets no notices from a cloud", exc_info=problem)
 
 
 class MachineEnd:

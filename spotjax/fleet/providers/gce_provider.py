@@ -128,7 +128,7 @@ class GceProvider:
             self._inserts[name] = insert
             await asyncio.wait({insert.following}, timeout=self._config.settle_seconds)
             if (failure := insert.failure) is not None:
-                del self._inserts[name]
+                self._inserts.pop(name, None)  # who lists meanwhile may have done so
                 raise failure
             return machine
 

@@ -73,6 +73,12 @@ async def test_what_is_named_is_listened_to_and_nothing_else(tmp_path: Path) -> 
         assert not [path for path in asked if path.startswith("/computeMetadata")]
 
 
+async def test_a_platform_that_cannot_be_looked_for_is_told_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async with listen(ServeConfig(metadata_url="http://metadata:port")):
+        while "cannot be found" not in caplog.text:
+            await asyncio.sleep(0.01)
+
+
 async def test_azure_may_take_a_machine_that_is_free_and_trouble_about_that_ends_nobody(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
