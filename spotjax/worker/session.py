@@ -138,8 +138,8 @@ class Session:
             self._unfit.set_result(End.REFUSED)
             return
         await self.tell(self._worker.ready())
-        for message in self._news():
-            await self.tell(message)
+        # all in line at once: what is heard meanwhile, such as that one of them is taken back, comes after them
+        await asyncio.gather(*(self.tell(message) for message in self._news()))
 
     def _begin(self, command: control.Command) -> None:
         """Starts a command when the one before it is done, which a new preparation puts an end to.

@@ -309,6 +309,30 @@ async def test_what_is_told_after_the_end_is_lost_without_an_error(controller: C
     await controller.session.tell(control.NoticeWithdrawn("gce", ""))
 
 
+async def test_what_is_taken_back_while_it_is_told_is_taken_back_after_it(controller: Controller) -> None:
+    controller.news = [control.Noticed(source, "maintenance", 3600.0, "") for source in ("a", "b")]
+    back = control.NoticeWithdrawn("b", "")
+    telling: list[asyncio.Task[None]] = []
+
+    async def prepare(welcome: control.Welcome) -> Worker:
+        tell = controller.session.tell
+
+        async def tell_and_take_back(message: control.FromWorker) -> None:
+            if message == controller.news[0]:  # while this one is written
+                telling.append(asyncio.create_task(tell(back)))
+            await tell(message)
+
+        controller.session.tell = tell_and_take_back  # type: ignore[method-assign]
+        return controller.worker
+
+    controller.prepare = prepare
+    stay = await controller.welcome()
+    told = [await controller.hear() for _ in range(3)]
+    assert told == [*controller.news, back]
+    controller.hang_up.set()
+    await ended(stay)
+
+
 async def test_a_controller_hears_what_is_to_be_told_right_after_what_the_worker_has(controller: Controller) -> None:
     controller.news = [control.Noticed("gce-upcoming", "maintenance", 3600.0, "")]
     stay = await controller.welcome()
