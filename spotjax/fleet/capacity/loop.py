@@ -105,16 +105,20 @@ class CapacityLoop:
         """An operator wants more instances, for a time. Returns: their names, once they are members.
 
         Raises:
-          NoSpareDevices: that would be more than ``most``.
+          NoSpareDevices: more than ``most``, or they have not come in the time for which they were wanted.
         """
         keeper, before = self._keeper, self._joined()
         floor = max(len(before), keeper.wanted.instances if keeper.wanted else 0) + count
         if floor > self._settings.most:
             raise NoSpareDevices(f"{floor - count} instances are wanted, and capacity allows {self._settings.most}")
+        asked = self._clocks.monotonic()
         keeper.hold(floor, self._clocks.wall())
         await self._save()
         self._stir.set()
         while len(self._joined()) < floor:
+            if self._clocks.monotonic() > asked + self._settings.add_seconds:
+                why = self._waiting.why or "they did not join"
+                raise NoSpareDevices(f"{floor} instances were wanted, {len(self._joined())} are there: {why}")
             await self._clocks.sleep(LOOK_SECONDS)
         return sorted(self._joined() - before)
 

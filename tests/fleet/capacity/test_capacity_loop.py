@@ -149,6 +149,16 @@ async def test_machines_are_rented_and_an_operators_more_are_kept_for_a_time() -
 
 
 @timed
+async def test_an_operator_who_waits_for_machines_that_cannot_come_is_told_so() -> None:
+    case = Case(add_seconds=200.0, cost_per_hour=1.5)
+    await asyncio.sleep(60)
+    assert case.names == ["f-0"]
+    with pytest.raises(NoSpareDevices, match=r"2 instances were wanted, 1 are there: .*cap"):
+        await case.loop.add(1)
+    await case.stop()
+
+
+@timed
 async def test_the_fleet_moves_off_a_machine_before_it_is_given_back() -> None:
     case = Case(add_seconds=100.0)
     await asyncio.sleep(60)
