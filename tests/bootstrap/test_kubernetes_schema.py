@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 
+import kubernetes_validate
 import pytest
 from kubernetes_cases import DEPLOYMENTS, Manifest, deployment
-
-kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install 'spotjax[test]'")
 
 VERSIONS = ("1.32", "1.37")
 

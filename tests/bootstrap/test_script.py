@@ -13,6 +13,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linters import SHELLCHECK
 from pairs import pairwise
 
 from spotjax.bootstrap.options import BootstrapOptions, Platform
@@ -74,7 +75,7 @@ def test_shellcheck_has_nothing_to_say_of_any_two_options_together(tmp_path: Pat
         files[-1].write_text(text)
     # SC2317 and SC2329, "never called": retry calls what it is given
     checked = subprocess.run(
-        ["shellcheck", "--exclude=SC2317,SC2329", "--severity=style", *files], capture_output=True, text=True
+        [SHELLCHECK, "--exclude=SC2317,SC2329", "--severity=style", *files], capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stdout
 

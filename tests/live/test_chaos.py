@@ -13,12 +13,12 @@ from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.namespaces import Network, NetworkUnavailable
 from spotjax.tools.service import running
 
-EVENTS = 30
+EVENTS = 16
 SEED = 1
 
 
 @pytest.mark.timeout(600)
-async def test_thirty_events_lose_no_token_and_leave_nothing(programs: Path, tmp_path: Path) -> None:
+async def test_sixteen_events_lose_no_token_and_leave_nothing(programs: Path, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         network = None
         with contextlib.suppress(NetworkUnavailable):  # then connections are not cut

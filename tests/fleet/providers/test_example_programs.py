@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linters import SHELLCHECK
 from provider_contract import FLEET, Case, ProviderContract
 
 from spotjax.errors import OutOfCapacity, ProviderRefused, ProviderUnavailable, QuotaExceeded
@@ -160,5 +161,5 @@ async def test_an_instance_that_is_asked_for_again_after_it_ended_is_another_one
 
 def test_shellcheck_has_nothing_to_say_of_the_examples_and_of_the_program_for_tests() -> None:
     scripts = [str(path) for path in EXAMPLES.iterdir()] + [str(HERE / "machines_program.sh")]
-    found = subprocess.run(["shellcheck", "--severity=style", *scripts], capture_output=True, text=True)
+    found = subprocess.run([SHELLCHECK, "--severity=style", *scripts], capture_output=True, text=True)
     assert (found.returncode, found.stdout) == (0, "")
