@@ -37,13 +37,16 @@ class Buckets:
 
     @property
     def prefill_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(rows, span) of prefill steps, shortest span first; many short prompts share one step."""
+        """(rows, span) of prefill steps, shortest span first; many short prompts share one step.
+
+        Spans double: CPUs take as long for padding as for a prompt, so less than half of a row may be padding.
+        """
         shapes: list[tuple[int, int]] = []
         span = min(16, self.prefill_tokens)
         while span < self.prefill_tokens:
             shared = min(self.prefill_tokens // span, 8)
             shapes += [(1, span)] + ([(shared, span)] if shared > 1 else [])
-            span *= 4
+            span *= 2
         return (*shapes, (1, self.prefill_tokens))
 
     @property

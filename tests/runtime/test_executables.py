@@ -20,7 +20,7 @@ from serving_cases import BUCKETS, PAGE_SIZE, PAGES, POSITIONS, SHARED_HEADS, bu
 
 from spotjax.meshes.sharding import stage_mesh
 from spotjax.models.spec import ModelSpec
-from spotjax.runtime.buckets import StepShape
+from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices, Executables, Key
 from spotjax.runtime.program_cache import ProgramCache
@@ -271,6 +271,14 @@ def test_every_step_of_the_scheduler_finds_a_shape() -> None:
         BUCKETS.shape(BUCKETS.max_batch + 1, 1, 1)
     with pytest.raises(ValueError, match="no step shape holds"):
         BUCKETS.shape(1, BUCKETS.prefill_tokens + 1, 1)
+
+
+def test_less_than_half_of_a_prompts_step_is_padding() -> None:
+    buckets = Buckets(max_batch=8, prefill_tokens=256, page_size=16, max_positions=512)
+    for length in range(16, buckets.prefill_tokens + 1):
+        shape = buckets.shape(1, length, 1)
+        assert shape.rows == 1 and length <= shape.span < 2 * length
+    assert buckets.prefill_fits([128, 128]) and buckets.shape(2, 128, 8)[:2] == (2, 128)
 
 
 SHARED = """
