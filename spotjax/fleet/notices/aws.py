@@ -30,7 +30,6 @@ MAINTENANCE_INTERVAL = 15.0
 ANSWERS_TO_BELIEVE = 3
 """In a row, before a scheduled event counts as gone."""
 ACTIONS = ("terminate", "stop", "hibernate")
-LIFE_CYCLES = ("spot", "on-demand", "scheduled", "capacity-block")
 
 
 class AwsSource(Several):
@@ -55,7 +54,6 @@ class AwsSource(Several):
         wall: Callable[[], float] = time.time,
     ) -> None:
         self._imds = Imds(client, clock, base_url, version_1)
-        self._asking = Asking("aws", client, clock)
         sources = (
             _Interruption("aws", "spot/instance-action", instance, self._imds, Asking("aws", client, clock, wall=wall)),
             _Rebalance(
@@ -68,16 +66,6 @@ class AwsSource(Several):
             ),
         )  # fmt: skip
         super().__init__("aws", sources)
-
-    async def is_spot(self) -> bool:
-        """Whether this is a Spot instance; waits until the service says so."""
-        return await self._asking.until_answered(self._life_cycle) == "spot"
-
-    async def _life_cycle(self) -> str:
-        answer = await self._imds.get(self._asking, "instance-life-cycle")
-        if answer is None or answer.text() not in LIFE_CYCLES:
-            raise MetadataUnavailable("an unknown life cycle", "none" if answer is None else repr(answer.text()[:80]))
-        return answer.text()
 
 
 class _Path(ABC):

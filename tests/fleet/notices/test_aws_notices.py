@@ -193,18 +193,6 @@ def test_an_end_that_is_past_is_at_any_moment_and_none_is_later_than_two_minutes
     assert words[1].deadline is not None and words[1].deadline <= 1005 + AT_ONCE + 120
 
 
-@pytest.mark.parametrize("life_cycle", ["spot", "on-demand"])
-def test_whether_it_is_a_spot_instance_is_known(life_cycle: str) -> None:
-    async def script(aws: AwsMetadata, listened: AwsSource, heard: Heard) -> None:
-        assert await listened.is_spot() == (life_cycle == "spot")
-
-    bad = iter([Fault(Kind.PORTAL), Fault(Kind.EMPTY), Fault(Kind.TRUNCATED)])
-    listen(
-        lambda: AwsMetadata(wall, life_cycle), source, script,
-        lambda request: next(bad, None) if request.path.endswith("life-cycle") else None,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "value", [None, [], "terminate", 1, {}, {"action": "noop"}, {"time": "2017-09-18T08:22:00Z"}, {"action": ["stop"]}]
 )
