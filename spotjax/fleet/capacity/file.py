@@ -93,6 +93,12 @@ class CapacitySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
             description="seconds after which a machine that was asked for and runs, but never joined, is given back",
         ),
     ] = 900.0
+    ready_seconds: Annotated[
+        float,
+        Meta(
+            gt=0, description="seconds after which a machine whose worker registered, but is not ready, is given back"
+        ),
+    ] = 3600.0
     return_seconds: Annotated[
         float,
         Meta(gt=0, description="seconds that a machine whose worker has left or is lost is kept for it to return"),

@@ -56,6 +56,8 @@ class History:
     """When each machine was last given back."""
     running: dict[str, float] = field(default_factory=dict)
     """Since when the provider has said of a machine that it runs."""
+    joining: dict[str, float] = field(default_factory=dict)
+    """Since when a machine's worker is registered without being ready."""
     left: dict[str, float] = field(default_factory=dict)
     """Since when a machine that had joined is not a member any more."""
     leaving: set[str] = field(default_factory=set)
@@ -87,14 +89,18 @@ class History:
             if state is MachineState.RUNNING:
                 self.running.setdefault(name, now)
 
-    def met(self, now: float, joined: Mapping[str, OfferKey], missing: Iterable[str]) -> None:
+    def met(
+        self, now: float, joined: Mapping[str, OfferKey], missing: Iterable[str], joining: Iterable[str] = ()
+    ) -> None:
         """The fleet has said who is a member.
 
         Args:
           now: monotonic seconds.
           joined: machines that are, by what they were asked for as.
           missing: machines that were, and are not.
+          joining: machines whose workers are registered, and not ready.
         """
+        self.joining = {name: self.joining.get(name, now) for name in joining}
         for name, key in joined.items():
             self.left.pop(name, None)
             if key in self.offers and self.asked.get(name, self.started) > self.offers[key].at:
@@ -104,7 +110,7 @@ class History:
 
     def forget(self, name: str) -> None:
         """A machine does not exist any more."""
-        for remembered in (self.keeping, self.seen, self.asked, self.running, self.left, self.given):
+        for remembered in (self.keeping, self.seen, self.asked, self.running, self.joining, self.left, self.given):
             remembered.pop(name, None)
         self.leaving.discard(name)
 

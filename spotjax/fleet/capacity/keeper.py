@@ -191,7 +191,8 @@ class Keeper:
             for name, entry in self.ledger.entries.items()
             if entry.joined and name not in there and (late or name in self._met)
         ]
-        self.history.met(now, joined, gone)
+        joining = [member.name for member in members if member.state is InstanceState.JOINING]
+        self.history.met(now, joined, gone, joining)
 
     def _mark_short(self, now: float) -> None:
         """Notes since when spot machines are missing."""

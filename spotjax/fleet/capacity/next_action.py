@@ -178,6 +178,8 @@ def _useless(
         late = name in history.keeping or now >= history.left.get(name, now) + settings.return_seconds
         if held.standing is Standing.AWAY and late:
             return Release(name, f"its worker has left and was not back in {settings.return_seconds:g} s")
+        if held.standing is Standing.UP and now >= history.joining.get(name, now) + settings.ready_seconds:
+            return Release(name, f"its worker was not ready in {settings.ready_seconds:g} s", blame=True)
         if held.standing is not Standing.COMING or machine is None:
             continue
         since = history.running.get(name, history.asked.get(name, history.started))
@@ -286,4 +288,5 @@ def _soonest(settings: CapacitySettings, need: Need, history: History, now: floa
     times = [need.fallback_at, *(refusal.until for refusal in history.keeping.values())]
     times += [since + settings.return_seconds for since in history.left.values()]
     times += [since + settings.join_seconds for since in history.running.values()]
+    times += [since + settings.ready_seconds for since in history.joining.values()]
     return min((at for at in times if at > now), default=inf)

@@ -16,7 +16,7 @@ from spotjax.fleet.capacity.ledger import DAY, Ledger
 from spotjax.fleet.capacity.load import Measured
 from spotjax.fleet.capacity.next_action import Action, Release, Request
 from spotjax.fleet.providers.provider import Machine, MachineState, Offer
-from spotjax.meshes.instance import Instance, InstanceType
+from spotjax.meshes.instance import Instance, InstanceState, InstanceType
 from spotjax.planner.load import Load
 from spotjax.testing.scripted_provider import PAID, ScriptedCloud
 
@@ -52,6 +52,7 @@ class Simulated:
 
     Attributes:
       deaf: machines whose worker never joins.
+      hung: machines whose worker registers and never becomes ready.
       refuse_drain: the fleet cannot do without any of its members.
       crash_in: the controller is killed when so many more effects have begun or ended; 0 lets it live.
       by_day: USD that were really spent, by day.
@@ -63,6 +64,7 @@ class Simulated:
     waits: bool = False
     seed: int = 0
     deaf: set[str] = field(default_factory=set)
+    hung: set[str] = field(default_factory=set)
     others: list[Instance] = field(default_factory=list)
     left: set[str] = field(default_factory=set)
     advised: frozenset[str] = frozenset()
@@ -100,7 +102,12 @@ class Simulated:
     def members(self) -> list[Instance]:
         """Workers that run and have joined."""
         ours = [
-            Instance(machine.name, KIND, on_demand=machine.offer.price_class == "on_demand")
+            Instance(
+                machine.name,
+                KIND,
+                InstanceState.JOINING if machine.name in self.hung else InstanceState.READY,
+                on_demand=machine.offer.price_class == "on_demand",
+            )
             for machine in self.machines
             if machine.state is MachineState.RUNNING and machine.name not in self.deaf | self.left
         ]

@@ -130,6 +130,15 @@ def test_one_that_advice_is_about_is_released_when_another_one_is_there() -> Non
     assert released(simulated) == [going] and simulated.up("spot") == 2
 
 
+def test_what_joins_but_is_never_ready_is_given_back_and_another_tried() -> None:
+    simulated = Simulated(with_settings(on_demand="never", ready_seconds=200.0))
+    simulated.hung = {"f-0"}
+    simulated.run(215)
+    assert released(simulated) == [], "it loads, for longer than a machine may take to join"
+    simulated.run(60)
+    assert released(simulated) == ["f-0"] and asked(simulated) == ["spot/a", "spot/b"] and simulated.up("spot") == 1
+
+
 def test_what_runs_but_never_joins_is_given_back_and_another_tried() -> None:
     simulated = Simulated(with_settings(on_demand="never"))
     simulated.deaf = {"f-0"}
