@@ -131,6 +131,12 @@ class ScriptedCloud:
             machines.put(replace(machine, state=MachineState.FAILED, detail="broke down", failure=failure))
             self._grant()
 
+    def say(self, name: str, state: MachineState, fleet: str = "fleet") -> None:
+        """Puts a machine, if there is one of that name, into a state, as when one that stops is started again."""
+        machines = self._machines(fleet)
+        if (machine := machines.get(name)) is not None:
+            machines.put(replace(machine, state=state))
+
     def fail(self, call: Call, error: ProviderError) -> None:
         """The next such call raises that, and nothing is done."""
         self._failures.append((call, error, False))

@@ -20,7 +20,7 @@ from spotjax.fleet.capacity.next_action import Release, Request, Wait
 from spotjax.fleet.capacity.served import Actions, Clocks, Served
 from spotjax.fleet.capacity.situation import STAYING
 from spotjax.fleet.capacity.wanted import Basis, at_prices, rounded, scale_of
-from spotjax.fleet.notices.notice import Notice, NoticeKind
+from spotjax.fleet.notices.notice import Notice, NoticeKind, Withdrawn
 from spotjax.fleet.providers.machines import GONE
 from spotjax.fleet.providers.provider import Machine, MachineState, Provider
 from spotjax.fleet.status import CapacityStatus, FleetStatus, MachineStatus
@@ -228,12 +228,15 @@ class CapacityLoop:
             self._told_to_go.discard(machine.name)
             return
         why = f"({self._provider.name}: {machine.state} {machine.detail})"
+        source = f"provider-{self._provider.name}"  # the machine's own sources say what they know more exactly
         if machine.state in (MachineState.PREEMPTED, MachineState.FAILED) or machine.detail == GONE:
             served.gone(machine.name, why)
+        elif machine.state is MachineState.RUNNING and machine.name in self._told_to_go:
+            self._told_to_go.discard(machine.name)
+            served.noticed(Withdrawn(source, machine.name, why))
         elif machine.state is MachineState.STOPPING and machine.name not in self._told_to_go:
             self._told_to_go.add(machine.name)
             deadline = self._clocks.monotonic() + STOPPING_SECONDS
-            source = f"provider-{self._provider.name}"  # the machine's own sources say what they know more exactly
             served.noticed(Notice(source, NoticeKind.PREEMPT, machine.name, deadline, machine.detail))
 
     def _basis(self, served: Served, status: FleetStatus) -> Basis | None:

@@ -22,7 +22,7 @@ from spotjax.fleet.capacity.load import Meter
 from spotjax.fleet.capacity.loop import CapacityLoop
 from spotjax.fleet.capacity.served import Clocks
 from spotjax.fleet.change import Planning
-from spotjax.fleet.notices.notice import Notice
+from spotjax.fleet.notices.notice import Notice, Withdrawn
 from spotjax.fleet.providers.provider import MachineState
 from spotjax.fleet.status import FleetStatus, InstanceStatus
 from spotjax.meshes.instance import Instance, InstanceState
@@ -88,7 +88,11 @@ class Fleet:
         self.gone_.add(instance)
 
     def noticed(self, word: Any) -> None:
-        assert isinstance(word, Notice) and word.source == "provider-scripted"
+        assert isinstance(word, Notice | Withdrawn) and word.source == "provider-scripted"
+        if isinstance(word, Withdrawn):
+            self.told.append(f"withdrawn {word.instance}")
+            del self.going[word.instance]
+            return
         self.told.append(f"noticed {word.instance}")
         self.going[word.instance] = InstanceState.NOTICED
 
@@ -178,6 +182,19 @@ async def test_a_machine_that_no_mesh_can_do_without_is_not_given_back() -> None
     case.fleet.needs_all = True
     await asyncio.sleep(300)
     assert len(case.names) == 2 and not [asked for asked in case.cloud.asked if asked.call == "release"]
+    await case.stop()
+
+
+@timed
+async def test_a_machine_that_runs_again_after_all_loses_the_notice_that_its_provider_gave() -> None:
+    case = Case(least=1, most=1)
+    await asyncio.sleep(60)
+    case.cloud.say("f-0", MachineState.STOPPING, "f")
+    await asyncio.sleep(1.5)
+    assert "noticed f-0" in case.fleet.told and "f-0" not in case.names
+    case.cloud.say("f-0", MachineState.RUNNING, "f")
+    await asyncio.sleep(1.5)
+    assert case.fleet.told.count("withdrawn f-0") == 1 and "f-0" in case.names
     await case.stop()
 
 
