@@ -303,6 +303,16 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=MACHINE,
         ),
     ] = ""
+    abandoned_seconds: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=604_800,
+            description="after which a worker that is part of no fleet ends by itself, because its controller is gone "
+            "for good; 0: it tries to join for ever",
+            extra=WORKER,
+        ),
+    ] = 0.0
     leave: Annotated[
         Literal["early", "late"],
         Meta(

@@ -16,6 +16,8 @@ from spotjax.errors import ConfigError
 
 STOP_MARGIN = 5
 """Seconds beyond the grace before the init system kills a worker."""
+ABANDONED_SECONDS = 3600.0
+"""Without a controller, after which a worker ends, and its machine with it."""
 USER_DATA_LIMIT = 16384
 """Bytes that AWS takes as user data."""
 ENGINE = "/usr/bin/docker"
@@ -58,7 +60,8 @@ def stop_seconds(options: BootstrapOptions) -> int:
 
 def settings_file(options: BootstrapOptions, tls: dict[str, str], **more: Any) -> str:
     """What of ``worker.toml`` is the same on all machines, without a newline at its end."""
-    settings = {"join": options.join, **more, "grace_seconds": float(options.grace_seconds), **tls, **options.settings}
+    times = {"grace_seconds": float(options.grace_seconds), "abandoned_seconds": ABANDONED_SECONDS}
+    settings = {"join": options.join, **more, **times, **tls, **options.settings}
     return "\n".join(f"{name} = {toml(value)}" for name, value in settings.items())
 
 

@@ -99,6 +99,8 @@ class WorkerProcess:
         self._changed = asyncio.Event()
         """What stands has."""
         self._reported: set[asyncio.Task[None]] = set()
+        self._member_at = 0.0
+        """When this was last part of a fleet, or began to look for one; on the event loop's clock."""
 
     async def open(self) -> None:
         """Takes the devices and listens."""
@@ -115,7 +117,7 @@ class WorkerProcess:
     async def work(self) -> int:
         """Joins and works, again and again."""
         self._listen()
-        pause = RETRY_SECONDS[0]
+        pause, self._member_at = RETRY_SECONDS[0], self._loop.time()
         log.info("joining the fleet of %s", self._config.join)
         while True:
             started = self._loop.time()
@@ -134,6 +136,8 @@ class WorkerProcess:
                     os._exit(1)  # as if the machine were taken: nothing is finished or cleaned up
                 case End.REFUSED:
                     return 1
+            if self._abandoned():
+                return 0
             lasted = self._loop.time() - started
             if lasted > RETRY_SECONDS[1]:
                 log.warning("the controller is lost; trying to join again")
@@ -158,6 +162,14 @@ class WorkerProcess:
     async def _disconnect(self) -> None:
         await self._endpoint.close()
 
+    def _abandoned(self) -> bool:
+        """Whether there was no fleet for so long that none is to be expected."""
+        seconds = self._config.abandoned_seconds
+        if not seconds or self._loop.time() < self._member_at + seconds:
+            return False
+        log.error("part of no fleet for %g s: this worker ends, as abandoned_seconds says", seconds)
+        return True
+
     async def _stay(self) -> End:
         kind = device_type(self._devices, self._config.instance_memory_bytes)
         on_demand = self._config.price_class == "on_demand"
@@ -175,6 +187,8 @@ class WorkerProcess:
             try:
                 return await self._session.run()
             finally:
+                if self._session.ready:
+                    self._member_at = self._loop.time()
                 self._session = None
 
     async def _prepare(self, welcome: control.Welcome) -> Worker:

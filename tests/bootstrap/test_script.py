@@ -103,10 +103,10 @@ def test_whatever_a_setting_is_the_worker_reads_the_same(
     options = BootstrapOptions(join=join, settings={"compilation_cache": text})
     before = "put() { cat; }; name=spot-a zone=z price_class=spot any=0.0.0.0 address=10.0.0.2"
     file = tmp_path_factory.mktemp("worker") / "worker.toml"
-    file.write_bytes(run_part(script("gce", options), "put 644 root /etc/spotjax/worker.toml", 8, before))
+    file.write_bytes(run_part(script("gce", options), "put 644 root /etc/spotjax/worker.toml", 9, before))
     assert from_file(file) == {
-        "join": join, "grace_seconds": 25.0, "compilation_cache": text, "name": "spot-a", "zone": "z",
-        "price_class": "spot", "data_listen": "0.0.0.0:8472", "advertise": "10.0.0.2",
+        "join": join, "grace_seconds": 25.0, "abandoned_seconds": 3600.0, "compilation_cache": text, "name": "spot-a",
+        "zone": "z", "price_class": "spot", "data_listen": "0.0.0.0:8472", "advertise": "10.0.0.2",
     }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ BASELINE = {"workers": 3, "recovery": "rerouting"}
 BUYER = {"listen": "10.0.0.1:8470", "capacity": "capacity.toml"}
 WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
-    "read_bandwidth": 7, "acknowledge_notices": True,
+    "read_bandwidth": 7, "acknowledge_notices": True, "abandoned_seconds": 60.0,
     "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
     "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
 }  # fmt: skip
@@ -116,7 +116,8 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("name", "a b"),         ("name", "-a"), ("lease_seconds", "0.1"), ("lease_seconds", "61"),
         ("grace_seconds", "-1"), ("zone", "a/b"), ("notices", "gcp"), ("notices", "auto,gce"), ("notices", ""),
         ("notice_seconds", "0"), ("metadata_url", "169.254.169.254"), ("metadata_url", "http://host/path"),
-        ("grace_seconds", "3601"), ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
+        ("grace_seconds", "3601"), ("abandoned_seconds", "-1"),
+        ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
