@@ -37,7 +37,9 @@ NOTED = (
 """Says what notice it got, and leaves."""
 FAILS = "{file!r}; raise SystemExit(3)"
 Open = Callable[..., RayProvider]
-pytestmark = pytest.mark.timeout(300)
+FORKS = "ignore:os.fork\\(\\) was called:RuntimeWarning"
+"""Of jax, which other tests of the process may have loaded: Ray forks to start a node, and the child does no more."""
+pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings(FORKS)]
 
 
 @pytest.fixture(scope="module")
