@@ -33,13 +33,17 @@ def test_any_other_line_is_none(line: str) -> None:
 
 
 async def test_a_file_speaks_when_it_appears_when_it_changes_and_when_it_is_gone(tmp_path: Path) -> None:
-    path = tmp_path / "notice"
+    path, new = tmp_path / "notice", tmp_path / "notice.new"
     source = FileSource("vm", clock, path)
 
     async def after(text: str | None) -> Notice | Withdrawn:
         waiting = asyncio.create_task(source.wait())
         await asyncio.sleep(0)
-        path.unlink() if text is None else path.write_text(text)
+        if text is None:
+            path.unlink()
+        else:  # in one piece: a file that is being written anew is empty for a moment
+            new.write_text(text)
+            new.replace(path)
         async with asyncio.timeout(10):
             return await waiting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -29,8 +30,10 @@ class RayNodes:
     """
 
     def __init__(self) -> None:
+        factory = logging.getLogRecordFactory()
         from ray.cluster_utils import Cluster
 
+        logging.setLogRecordFactory(factory)  # ray makes all log records of the process carry a field of its own
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": QUICK}
         self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
         self.address: str = self._cluster.address
