@@ -40,7 +40,6 @@ class AwsSource(Several):
       client: carries the asks.
       clock: monotonic seconds.
       base_url: of the metadata service.
-      version_1: see ``Imds``.
       wall: Unix seconds.
     """
 
@@ -50,10 +49,9 @@ class AwsSource(Several):
         client: httpx.AsyncClient,
         clock: Callable[[], float],
         base_url: str = METADATA,
-        version_1: bool = False,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self._imds = Imds(client, clock, base_url, version_1)
+        self._imds = Imds(client, clock, base_url)
         sources = (
             _Interruption("aws", "spot/instance-action", instance, self._imds, Asking("aws", client, clock, wall=wall)),
             _Rebalance(

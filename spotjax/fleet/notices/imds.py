@@ -34,14 +34,10 @@ class Imds:
       client: carries the asks.
       clock: monotonic seconds.
       base_url: of the service.
-      version_1: ask without tokens. The service gives out what it has to whoever can make this machine fetch an
-        address, so this is only for where there is no version 2.
     """
 
-    def __init__(
-        self, client: httpx.AsyncClient, clock: Callable[[], float], base_url: str, version_1: bool = False
-    ) -> None:
-        self._clock, self._base_url, self._version_1 = clock, base_url, version_1
+    def __init__(self, client: httpx.AsyncClient, clock: Callable[[], float], base_url: str) -> None:
+        self._clock, self._base_url = clock, base_url
         self._asking = Asking("aws", client, clock)
         self._token: str | None = None
         self._renew_at = self._ends_at = 0.0
@@ -55,12 +51,11 @@ class Imds:
         """
         url = f"{self._base_url}/latest/meta-data/{path}"
         for _ in range(2):
-            token = None if self._version_1 else await self._session()
-            headers = {} if token is None else {"X-aws-ec2-metadata-token": token}
-            answer = await asking.ask("GET", url, headers, answers=(200, 404, 401))
+            token = await self._session()
+            answer = await asking.ask("GET", url, {"X-aws-ec2-metadata-token": token}, answers=(200, 404, 401))
             if answer.status != 401:
                 return answer if answer.status == 200 else None
-            if token is not None and token == self._token:
+            if token == self._token:
                 self._token = None
         raise MetadataUnavailable("status 401", f"GET {url}")
 

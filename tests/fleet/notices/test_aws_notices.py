@@ -124,7 +124,7 @@ def test_tokens_are_renewed_before_they_end_and_fetched_anew_when_they_are_refus
     assert statuses.count(401) <= 3, "only when all tokens were forgotten, once for each path"
 
 
-def test_without_tokens_nothing_is_asked_and_version_1_only_on_demand() -> None:
+def test_without_a_token_nothing_is_asked() -> None:
     async def script(aws: AwsMetadata, _: AwsSource, heard: Heard) -> None:
         aws.interrupt()
         await asyncio.sleep(30)
@@ -135,12 +135,6 @@ def test_without_tokens_nothing_is_asked_and_version_1_only_on_demand() -> None:
     heard = listen(platform, source, script, no_tokens)
     assert not heard.words
     assert {request.path for _, request in heard.requests} == {"/latest/api/token"}
-
-    heard = listen(
-        platform, lambda client: AwsSource("instance-0", client, now, URL, version_1=True), script, no_tokens
-    )  # fmt: skip
-    assert "/latest/api/token" not in {request.path for _, request in heard.requests}
-    assert all("x-aws-ec2-metadata-token" not in request.headers for _, request in heard.requests)
 
 
 def test_one_session_serves_all_paths() -> None:
