@@ -284,9 +284,10 @@ class Controller:
         """These are recorded."""
         try:
             self._requests.committed(states, self._clock())
-            for state in states if self._meter is not None else ():
-                if state.finish is not None and self._meter is not None:
-                    self._meter.finished(len(state.tokens))
+            if self._meter is not None:
+                for state in states:
+                    if state.finish is not None:
+                        self._meter.finished(len(state.tokens))
             self._cluster.forget([self._requests.key_of(state) for state in states if state.finish is not None])
         except Exception as problem:  # who follows them would wait for ever: the next server on the log tells them
             self._failed(problem)
