@@ -76,9 +76,10 @@ class Controller:
         return self.worker
 
     async def _join(self, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        if self.refuse is not None:
-            await context.abort(self.refuse, "not you")
         self.context = context
+        if self.refuse is not None:
+            await context.read()  # A stream that ends under the registration's write may end as INTERNAL instead.
+            await context.abort(self.refuse, "not you")
         self.there.set()
         await self.hang_up.wait()
 
