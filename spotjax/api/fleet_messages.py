@@ -8,6 +8,7 @@ from spotjax.fleet.status import (
     CapacityStatus,
     FleetEvent,
     FleetStatus,
+    Flow,
     InstanceStatus,
     MachineStatus,
     Reconfiguration,
@@ -120,6 +121,7 @@ def instance_to(instance: InstanceStatus) -> pb.InstanceStatus:
         price_class=PRICE_CLASSES[instance.price_class],
         address=instance.address,
         advised=instance.advised,
+        seconds_left=instance.seconds_left,
     )
 
 
@@ -135,6 +137,7 @@ def instance_from(message: pb.InstanceStatus) -> InstanceStatus:
         price_class=PRICE_CLASSES_BACK[message.price_class],
         address=message.address,
         advised=message.advised,
+        seconds_left=message.seconds_left if message.HasField("seconds_left") else None,
     )
 
 
@@ -147,6 +150,7 @@ CAPACITY_FIELDS = (
     "most_per_hour",
     "spent_today",
     "most_per_day",
+    "on_demand_per_hour",
 )
 MACHINE_FIELDS = ("name", "type", "zone", "price", "state", "standing")
 
@@ -243,6 +247,8 @@ def event_to(event: FleetEvent) -> pb.FleetEvent:
         epoch=event.epoch,
         message=event.message,
         fields={name: value_to(value) for name, value in event.fields.items()},
+        number=event.number,
+        flows=[pb.Flow(source=flow.source, target=flow.target, bytes=flow.bytes) for flow in event.flows],
     )
 
 
@@ -254,6 +260,8 @@ def event_from(message: pb.FleetEvent) -> FleetEvent:
         epoch=message.epoch,
         message=message.message,
         fields={name: value_from(value) for name, value in sorted(message.fields.items())},
+        number=message.number,
+        flows=tuple(Flow(flow.source, flow.target, flow.bytes) for flow in message.flows),
     )
 
 

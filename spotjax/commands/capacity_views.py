@@ -30,6 +30,7 @@ def capacity_view(capacity: CapacityStatus) -> RenderableType:
     parts.append(
         f"cost: {capped(capacity.cost_per_hour, capacity.most_per_hour)} USD per hour, "
         f"{capped(capacity.spent_today, capacity.most_per_day)} USD today (UTC)"
+        + (f"; on demand {capacity.on_demand_per_hour:.2f} USD per hour" if capacity.on_demand_per_hour else "")
     )
     for event in capacity.actions[-SHOWN_ACTIONS:]:
         parts.append(f"{time.strftime('%H:%M:%S', time.localtime(event.time))} {event.kind}: {escape(event.message)}")

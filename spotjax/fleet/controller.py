@@ -190,6 +190,7 @@ class Controller:
                     "on_demand" if i.on_demand else "spot",
                     i.address,
                     i.name in self._members.advised,
+                    self._members.seconds_left(i.name, self._clock()),
                 )
                 for i in self._members.all()
             ),
@@ -224,9 +225,9 @@ class Controller:
         """See ``FleetService.recent``."""
         return self._events.recent()
 
-    def watch(self) -> AsyncIterator[FleetEvent]:
+    def watch(self, after: int = 0) -> AsyncIterator[FleetEvent]:
         """See ``FleetService.watch``."""
-        return self._events.follow()
+        return self._events.follow(after)
 
     async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:
         """See ``FleetService.preempt``."""

@@ -93,6 +93,10 @@ class Membership:
             return -inf  # one that joins again is not what it was
         return self._deadlines.get(name, inf)
 
+    def seconds_left(self, name: str, now: float) -> float | None:
+        """Until the deadline of an instance that has notice; None for others."""
+        return max(0.0, self._deadlines[name] - now) if name in self._deadlines else None
+
     def losses(self, name: str) -> int:
         """How often an instance of that name was lost: by this, one that is back is told from its old self."""
         return self._losses[name]

@@ -274,7 +274,7 @@ class Reconfigurer:
             loaded.moved + precopy.bytes_moved + moved.moved, loaded.loaded,
             precopy_seconds, pause, kept, running - kept,
         )  # fmt: skip
-        reports.switched(self._events, report, moved.moved, precopy.bytes_moved, len(carried))
+        reports.switched(self._events, report, kv.plan, moved.moved, precopy.bytes_moved, len(carried))
         return report
 
     def _plan_kv(self, preparation: Preparation, but: Collection[int] = ()) -> KvChange:

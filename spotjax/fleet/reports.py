@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from spotjax.fleet.events import EventLog
-from spotjax.fleet.status import Reconfiguration
+from spotjax.fleet.status import Flow, Reconfiguration
 from spotjax.meshes.placement import Placement
+from spotjax.planner.migration import MigrationPlan
 from spotjax.reshard.transfer import Preparation, Traffic
+
+
+def flows_of(plan: MigrationPlan) -> tuple[Flow, ...]:
+    """What a plan moves, by instances; the checkpoint comes first."""
+    sizes: Counter[tuple[str, str]] = Counter()
+    for transfer in plan.transfers:
+        sizes[transfer.source.instance if transfer.source else "", transfer.target.instance] += transfer.bytes
+    return tuple(Flow(source, target, size) for (source, target), size in sorted(sizes.items()))
 
 
 def planned(events: EventLog, epoch: int, before: Placement | None, preparation: Preparation) -> None:
@@ -18,6 +28,7 @@ def planned(events: EventLog, epoch: int, before: Placement | None, preparation:
         epoch,
         f"mesh {before.shape if before else 'none'} -> {shape}: {plan.bytes_in_place} bytes stay, "
         f"{plan.bytes_moved} move, {plan.bytes_loaded} are loaded",
+        flows_of(plan),
         shape=str(shape),
         bytes_in_place=plan.bytes_in_place,
         bytes_moved=plan.bytes_moved,
@@ -37,7 +48,9 @@ def prepared(events: EventLog, epoch: int, loaded: Traffic, seconds: float) -> N
     )
 
 
-def switched(events: EventLog, report: Reconfiguration, moved: int, precopied: int, carried: int) -> None:
+def switched(
+    events: EventLog, report: Reconfiguration, kv: MigrationPlan, moved: int, precopied: int, carried: int
+) -> None:
     """The new mesh decodes: so many bytes of KV moved after the stop and before; so many replicas never stopped."""
     assert report.after is not None, "there is a mesh after a switch"
     events.record(
@@ -45,6 +58,7 @@ def switched(events: EventLog, report: Reconfiguration, moved: int, precopied: i
         report.epoch,
         f"epoch {report.epoch}: mesh {report.after.shape}, paused {report.pause_seconds:.3f} s, {moved} bytes of KV "
         f"moved and {precopied} before, {report.requests_kept} sequences go on, {report.requests_recomputed} recompute",
+        flows_of(kv),
         shape=str(report.after.shape),
         pause_seconds=report.pause_seconds,
         kv_bytes_moved=moved,

@@ -60,8 +60,8 @@ class FleetService(Protocol):
         """Recent events, the oldest first."""
         ...
 
-    def watch(self) -> AsyncIterator[FleetEvent]:
-        """Recent events, then new ones as they happen; ends when the server stops."""
+    def watch(self, after: int = 0) -> AsyncIterator[FleetEvent]:
+        """Recent events beyond the number ``after``, then new ones as they happen; ends when the server stops."""
         ...
 
     async def preempt(self, instance: str, grace_seconds: float) -> Reconfiguration:

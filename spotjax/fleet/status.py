@@ -24,6 +24,7 @@ class InstanceStatus:
       price_class: what it was rented as.
       address: HOST:PORT at which other instances reach it; empty for devices of this process.
       advised: a source says that it may or will be taken, now or later: it is time to look for another one.
+      seconds_left: until its deadline, of one that has notice; None for others.
     """
 
     name: str
@@ -35,6 +36,7 @@ class InstanceStatus:
     price_class: PriceClass = "spot"
     address: str = ""
     advised: bool = False
+    seconds_left: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,21 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class Flow:
+    """Bytes that a change of the mesh brings to an instance, as it was planned.
+
+    Attributes:
+      source: the instance that they come from, which may be the same; empty for the checkpoint.
+      target: the instance that needs them.
+      bytes: all of them together.
+    """
+
+    source: str
+    target: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class FleetEvent:
     """Something happened that operators want to know.
 
@@ -72,6 +89,8 @@ class FleetEvent:
       epoch: epoch at the time.
       message: one line for people.
       fields: the same as data (instance, bytes, seconds ...).
+      number: counts the events of one controller from 1; 0 where nobody counts.
+      flows: of a ``plan`` what parameters come from where, of a ``switch`` what KV did.
     """
 
     time: float
@@ -79,6 +98,8 @@ class FleetEvent:
     epoch: int
     message: str
     fields: Mapping[str, str | int | float] = field(default_factory=dict)
+    number: int = 0
+    flows: tuple[Flow, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +137,7 @@ class CapacityStatus:
       most_per_day: cap on it; 0 for none.
       machines: all that may exist.
       actions: what was done last, the oldest first.
+      on_demand_per_hour: USD per hour of the same machines on demand; 0 if the price of one is not known.
     """
 
     provider: str
@@ -128,6 +150,7 @@ class CapacityStatus:
     most_per_day: float
     machines: tuple[MachineStatus, ...]
     actions: tuple[FleetEvent, ...]
+    on_demand_per_hour: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

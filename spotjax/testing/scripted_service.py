@@ -101,9 +101,9 @@ class ScriptedService(ScriptedGeneration):
         """All events."""
         return tuple(self._events)
 
-    async def watch(self) -> AsyncIterator[FleetEvent]:
-        """Events from the first on."""
-        seen = 0
+    async def watch(self, after: int = 0) -> AsyncIterator[FleetEvent]:
+        """Events beyond the number ``after``."""
+        seen = after
         while True:
             for event in self._events[seen:]:
                 seen += 1
@@ -157,7 +157,7 @@ class ScriptedService(ScriptedGeneration):
 
     def _note(self, kind: str, message: str, **fields: str | int | float) -> None:
         epoch = self._placement.epoch if self._placement else 0
-        self._events.append(FleetEvent(time.time(), kind, epoch, message, fields))
+        self._events.append(FleetEvent(time.time(), kind, epoch, message, fields, len(self._events) + 1))
         self._changed.fire()
 
     def _require_alive(self, instance: str) -> None:

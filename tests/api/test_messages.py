@@ -26,6 +26,7 @@ from spotjax.fleet.status import (
     CapacityStatus,
     FleetEvent,
     FleetStatus,
+    Flow,
     InstanceStatus,
     MachineStatus,
     Reconfiguration,
@@ -67,15 +68,16 @@ positions = st.dictionaries(count, st.builds(Position, count, count, count), max
 price_classes = st.sampled_from(get_args(PriceClass))
 instances = st.builds(
     InstanceStatus, names, names, st.sampled_from(InstanceState), count, positions, names, price_classes, names,
-    st.booleans(),
+    st.booleans(), st.none() | number,
 )  # fmt: skip
 events = st.builds(
-    FleetEvent, number, names, count, names, st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1) | number)
-)
+    FleetEvent, number, names, count, names, st.dictionaries(names, names | st.integers(-(2**63), 2**63 - 1) | number),
+    count, st.lists(st.builds(Flow, names, names, count), max_size=2).map(tuple),
+)  # fmt: skip
 machines = st.builds(MachineStatus, names, names, names, price_classes, number, names, names)
 capacities = st.builds(
     CapacityStatus, names, count, names, names, number, number, number, number,
-    st.lists(machines, max_size=2).map(tuple), st.lists(events, max_size=2).map(tuple),
+    st.lists(machines, max_size=2).map(tuple), st.lists(events, max_size=2).map(tuple), number,
 )  # fmt: skip
 records = st.builds(NoticeRecord, names, count, count, count, count, number, number)
 statuses = st.builds(

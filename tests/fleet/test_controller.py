@@ -468,14 +468,21 @@ async def test_operators_see_what_happens() -> None:
     await service.controller.preempt("i0", 1000)
     await service.controller.preempt("i1", 0)
     await finish(service)
-    kinds = [event.kind async for event in service.controller.watch()]
-    assert kinds == [
+    events = [event async for event in service.controller.watch()]
+    assert [event.kind for event in events] == [
         *("plan", "precopy", "switch", "ready"),
         *("joined", "plan", "precopy", "switch"),
         *("notice", "plan", "precopy", "switch", "lost"),
         *("lost", "stop"),
         "draining",
     ]
+    for event in events:
+        if event.kind == "plan":
+            loaded = sum(flow.bytes for flow in event.flows if not flow.source)
+            assert loaded == event.fields["bytes_loaded"]
+            assert sum(flow.bytes for flow in event.flows) - loaded == event.fields["bytes_moved"]
+    first = next(event for event in events if event.kind == "plan")
+    assert {(flow.source, flow.target) for flow in first.flows} == {("", "i0")}, "all of it from the checkpoint"
     status = service.controller.status()
     assert [instance.state for instance in status.instances] == [InstanceState.GONE] * 2
     assert status.placement is None and status.reconfigurations == 2

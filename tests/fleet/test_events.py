@@ -10,6 +10,7 @@ import pytest
 from pure_model import turns
 
 from spotjax.fleet.events import HISTORY, EventLog
+from spotjax.fleet.status import Flow
 
 
 def make_log(count: int = 0) -> EventLog:
@@ -68,13 +69,23 @@ async def test_a_slow_follower_loses_the_oldest() -> None:
     assert seen == [f"event {n}" for n in range(10, HISTORY + 10)]
 
 
-async def test_an_event_has_its_time_epoch_and_figures() -> None:
+async def test_a_follower_that_comes_back_sees_what_it_missed_and_nothing_twice() -> None:
+    events = make_log(HISTORY + 3)
+    events.close()
+    assert [event.number async for event in events.follow(HISTORY + 1)] == [HISTORY + 2, HISTORY + 3]
+    assert [event.number async for event in events.follow(HISTORY + 3)] == []
+    assert [event.number async for event in events.follow()] == list(range(4, HISTORY + 4))
+
+
+async def test_an_event_has_its_time_epoch_figures_and_flows() -> None:
     events = make_log()
-    events.record("switch", 7, "a switch", bytes_moved=12, shape="1x2x1")
+    flow = Flow("i0", "i1", 12)
+    events.record("switch", 7, "a switch", (flow,), bytes_moved=12, shape="1x2x1")
     events.close()
     (event,) = [event async for event in events.follow()]
     assert (event.time, event.kind, event.epoch, event.message) == (1000.0, "switch", 7, "a switch")
     assert event.fields == {"bytes_moved": 12, "shape": "1x2x1"}
+    assert (event.number, event.flows) == (1, (flow,))
 
 
 def test_an_event_is_one_log_line_with_its_fields(caplog: pytest.LogCaptureFixture) -> None:

@@ -66,7 +66,9 @@ def test_a_deadline_ends_with_the_notice() -> None:
     assert membership.deadline("i0") == inf and membership.deadline("i2") == membership.deadline("i3") == -inf
     membership.notice("i0", 20.0)
     assert membership.deadline("i0") == 20.0 and membership.is_leaving("i0")
+    assert [membership.seconds_left("i0", now) for now in (5.0, 20.0, 21.0)] == [15.0, 0.0, 0.0]
     membership.set_state("i0", InstanceState.GONE)
+    assert membership.seconds_left("i0", 5.0) is None
     assert membership.deadline("i0") == -inf and membership.losses("i0") == 1 and not membership.is_leaving("i0")
     membership.set_state("i0", InstanceState.READY)
     assert membership.deadline("i0") == inf

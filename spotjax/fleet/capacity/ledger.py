@@ -8,7 +8,7 @@ price seen, but for stretches at both ends of which the provider said that it wa
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -19,6 +19,7 @@ from spotjax.meshes.instance import PriceClass
 
 DAY = 86400.0
 HOUR = 3600.0
+ANYWHERE = "*"
 USEFUL_SECONDS = 600.0
 """A machine is only asked for if the day's money lasts so long with it."""
 
@@ -78,6 +79,26 @@ class Ledger(msgspec.Struct, frozen=True):
     def rate(self) -> float:
         """USD per hour of all machines that may exist."""
         return sum(entry.price for entry in self.entries.values())
+
+
+def on_demand_rate(ledger: Ledger, offers: Iterable[Offer]) -> float:
+    """USD per hour of all machines that may exist if they were on demand; 0 if the price of one is not known.
+
+    A type that has no such offer in a machine's zone counts at the cheapest of another zone.
+    """
+    prices: dict[tuple[str, str], float] = {}
+    for offer in offers:
+        if offer.price_class == "on_demand":
+            for zone in (offer.zone, ANYWHERE):
+                prices[offer.type, zone] = min(offer.price, prices.get((offer.type, zone), offer.price))
+    total = 0.0
+    for entry in ledger.entries.values():
+        anywhere = prices.get((entry.type, ANYWHERE), 0.0)
+        price = entry.price if entry.price_class == "on_demand" else prices.get((entry.type, entry.zone), anywhere)
+        if not price:
+            return 0.0
+        total += price
+    return total
 
 
 def asked(ledger: Ledger, fleet: str, offer: Offer, now: float) -> tuple[Ledger, str]:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from spotjax.errors import NoFeasibleShape, NoSpareDevices, ProviderError, ProviderUnavailable, UnknownInstance
 from spotjax.fleet.capacity.file import CapacitySettings
 from spotjax.fleet.capacity.keeper import Keeper
-from spotjax.fleet.capacity.ledger import Ledger, counted
+from spotjax.fleet.capacity.ledger import Ledger, counted, on_demand_rate
 from spotjax.fleet.capacity.load import Meter
 from spotjax.fleet.capacity.next_action import Release, Request, Wait
 from spotjax.fleet.capacity.served import Actions, Clocks, Served
@@ -144,6 +144,7 @@ class CapacityLoop:
                 for held in keeper.situation.machines
             ),
             actions=self._actions.last(),
+            on_demand_per_hour=on_demand_rate(keeper.ledger, keeper.offers),
         )  # fmt: skip
 
     async def _run(self) -> None:

@@ -19,6 +19,19 @@ from spotjax.errors import ConfigError
 from spotjax.fleet.capacity import ledger as ledgers
 from spotjax.fleet.capacity.ledger import DAY, HOUR, Ledger
 from spotjax.fleet.capacity.ledger_file import NAME, LedgerFile
+from spotjax.fleet.providers.provider import Offer
+
+
+def test_on_demand_costs_what_the_same_machines_would_and_nothing_is_said_where_a_price_is_missing() -> None:
+    ledger = Ledger()
+    assert ledgers.on_demand_rate(ledger, ()) == 0.0
+    for offer in (SPOT_A, SPOT_A, ON_DEMAND):
+        ledger, _ = ledgers.asked(ledger, "f", offer, 0.0)
+    assert ledgers.on_demand_rate(ledger, [SPOT_A]) == 0.0, "nobody offers the spot machines' type on demand"
+    elsewhere = [Offer(SPOT_A.type, zone, "on_demand", price) for zone, price in (("far", 9.0), ("farther", 8.0))]
+    assert ledgers.on_demand_rate(ledger, elsewhere) == pytest.approx(2 * 8.0 + ON_DEMAND.price)
+    here = Offer(SPOT_A.type, SPOT_A.zone, "on_demand", 8.5)
+    assert ledgers.on_demand_rate(ledger, [*elsewhere, here]) == pytest.approx(2 * 8.5 + ON_DEMAND.price)
 
 
 @given(

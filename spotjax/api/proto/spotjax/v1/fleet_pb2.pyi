@@ -126,7 +126,7 @@ class FleetStatus(_message.Message):
     def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ..., capacity: _Optional[_Union[CapacityStatus, _Mapping]] = ...) -> None: ...
 
 class CapacityStatus(_message.Message):
-    __slots__ = ("provider", "wanted", "why", "waiting", "cost_per_hour", "most_per_hour", "spent_today", "most_per_day", "machines", "actions")
+    __slots__ = ("provider", "wanted", "why", "waiting", "cost_per_hour", "most_per_hour", "spent_today", "most_per_day", "machines", "actions", "on_demand_per_hour")
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class CapacityStatus(_message.Message):
     MOST_PER_DAY_FIELD_NUMBER: _ClassVar[int]
     MACHINES_FIELD_NUMBER: _ClassVar[int]
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    ON_DEMAND_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
     provider: str
     wanted: int
     why: str
@@ -147,7 +148,8 @@ class CapacityStatus(_message.Message):
     most_per_day: float
     machines: _containers.RepeatedCompositeFieldContainer[MachineStatus]
     actions: _containers.RepeatedCompositeFieldContainer[FleetEvent]
-    def __init__(self, provider: _Optional[str] = ..., wanted: _Optional[int] = ..., why: _Optional[str] = ..., waiting: _Optional[str] = ..., cost_per_hour: _Optional[float] = ..., most_per_hour: _Optional[float] = ..., spent_today: _Optional[float] = ..., most_per_day: _Optional[float] = ..., machines: _Optional[_Iterable[_Union[MachineStatus, _Mapping]]] = ..., actions: _Optional[_Iterable[_Union[FleetEvent, _Mapping]]] = ...) -> None: ...
+    on_demand_per_hour: float
+    def __init__(self, provider: _Optional[str] = ..., wanted: _Optional[int] = ..., why: _Optional[str] = ..., waiting: _Optional[str] = ..., cost_per_hour: _Optional[float] = ..., most_per_hour: _Optional[float] = ..., spent_today: _Optional[float] = ..., most_per_day: _Optional[float] = ..., machines: _Optional[_Iterable[_Union[MachineStatus, _Mapping]]] = ..., actions: _Optional[_Iterable[_Union[FleetEvent, _Mapping]]] = ..., on_demand_per_hour: _Optional[float] = ...) -> None: ...
 
 class MachineStatus(_message.Message):
     __slots__ = ("name", "type", "zone", "price_class", "price", "state", "standing")
@@ -236,7 +238,7 @@ class Position(_message.Message):
     def __init__(self, data: _Optional[int] = ..., stage: _Optional[int] = ..., tensor: _Optional[int] = ...) -> None: ...
 
 class InstanceStatus(_message.Message):
-    __slots__ = ("name", "type", "state", "devices", "positions", "zone", "price_class", "address", "advised")
+    __slots__ = ("name", "type", "state", "devices", "positions", "zone", "price_class", "address", "advised", "seconds_left")
     class PositionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +255,7 @@ class InstanceStatus(_message.Message):
     PRICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ADVISED_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_LEFT_FIELD_NUMBER: _ClassVar[int]
     name: str
     type: str
     state: InstanceState
@@ -262,7 +265,8 @@ class InstanceStatus(_message.Message):
     price_class: PriceClass
     address: str
     advised: bool
-    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ..., advised: _Optional[bool] = ...) -> None: ...
+    seconds_left: float
+    def __init__(self, name: _Optional[str] = ..., type: _Optional[str] = ..., state: _Optional[_Union[InstanceState, str]] = ..., devices: _Optional[int] = ..., positions: _Optional[_Mapping[int, Position]] = ..., zone: _Optional[str] = ..., price_class: _Optional[_Union[PriceClass, str]] = ..., address: _Optional[str] = ..., advised: _Optional[bool] = ..., seconds_left: _Optional[float] = ...) -> None: ...
 
 class ReplicaStatus(_message.Message):
     __slots__ = ("data", "running", "waiting", "pages_used", "pages_total", "pages_cached", "tokens_prefilled", "tokens_reused")
@@ -285,7 +289,7 @@ class ReplicaStatus(_message.Message):
     def __init__(self, data: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., pages_used: _Optional[int] = ..., pages_total: _Optional[int] = ..., pages_cached: _Optional[int] = ..., tokens_prefilled: _Optional[int] = ..., tokens_reused: _Optional[int] = ...) -> None: ...
 
 class FleetEvent(_message.Message):
-    __slots__ = ("time", "kind", "epoch", "message", "fields")
+    __slots__ = ("time", "kind", "epoch", "message", "fields", "number", "flows")
     class FieldsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -298,12 +302,26 @@ class FleetEvent(_message.Message):
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     FIELDS_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    FLOWS_FIELD_NUMBER: _ClassVar[int]
     time: float
     kind: str
     epoch: int
     message: str
     fields: _containers.MessageMap[str, Value]
-    def __init__(self, time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+    number: int
+    flows: _containers.RepeatedCompositeFieldContainer[Flow]
+    def __init__(self, time: _Optional[float] = ..., kind: _Optional[str] = ..., epoch: _Optional[int] = ..., message: _Optional[str] = ..., fields: _Optional[_Mapping[str, Value]] = ..., number: _Optional[int] = ..., flows: _Optional[_Iterable[_Union[Flow, _Mapping]]] = ...) -> None: ...
+
+class Flow(_message.Message):
+    __slots__ = ("source", "target", "bytes")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    target: str
+    bytes: int
+    def __init__(self, source: _Optional[str] = ..., target: _Optional[str] = ..., bytes: _Optional[int] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("text", "integer", "number")
