@@ -65,6 +65,14 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=SERVING,
         ),
     ] = ""
+    http: Annotated[
+        str,
+        Meta(
+            pattern=f"^(off|{ADDRESS})$",
+            description="HOST:PORT to serve HTTP on, OpenAI's interface among it; port 0 takes a free one; off: none",
+            extra=SERVING,
+        ),
+    ] = "127.0.0.1:8471"
     join: Annotated[
         str,
         Meta(pattern=f"^({ADDRESS})?$", description="HOST:PORT of the controller to work for", extra=WORKER),

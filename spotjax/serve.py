@@ -16,6 +16,8 @@ from typing import Any
 import grpc
 
 from spotjax import local_workers
+from spotjax.api.http.app import application
+from spotjax.api.http.server import HttpServer
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
@@ -55,7 +57,7 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
       beside: is given the service once it serves, and runs until it returns or the server ends.
 
     Raises:
-      ConfigError: the address cannot be bound, or the settings do not go together.
+      ConfigError: an address cannot be bound, or the settings do not go together.
       CheckpointError: the model cannot be loaded.
     """
     warn_of_reach(config)
@@ -67,7 +69,11 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
     server = ApiServer(credentials=credentials(config))
     address = f"{host_of(config.address)}:{await server.start(config.address)}"
     log.info("listening", extra={"address": address})
+    http = HttpServer(application(server.backend))
     try:
+        if config.http != "off":
+            port = await http.start(config.http)
+            log.info("serving HTTP", extra={"address": f"{host_of(config.http)}:{port}"})
         loading = asyncio.create_task(start(config, server, address))
         if not await finishes_before(loading, signals.first):
             return 0
@@ -85,7 +91,7 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
             if not await finishes_before(draining, signals.second):
                 return 128 + signals.number
             if draining.result():
-                await server.stop(FLUSH_SECONDS)
+                await asyncio.gather(server.stop(FLUSH_SECONDS), http.stop(FLUSH_SECONDS))
             else:
                 log.warning("requests were left unfinished", extra={"seconds": seconds})
             return 0
@@ -94,7 +100,7 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
                 watching.cancel()
             await started.close()
     finally:
-        await server.stop()
+        await asyncio.gather(server.stop(), http.stop())
 
 
 async def until_drained_for(config: ServeConfig, signals: Signals, failure: asyncio.Future[None]) -> float:

@@ -57,7 +57,19 @@ class Generation:
 @contextmanager
 def running_server(model: str) -> Iterator[str]:
     """A server process of its own on a free port; yields its address."""
-    command = [sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4", "--model", model]
+    command = [
+        sys.executable,
+        "-m",
+        "spotjax.serve",
+        "--listen",
+        "127.0.0.1:0",
+        "--http",
+        "off",
+        "--instances",
+        "4",
+        "--model",
+        model,
+    ]
     with (
         tempfile.TemporaryDirectory(prefix="spotjax-demo-") as commits,
         subprocess.Popen(

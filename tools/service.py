@@ -71,6 +71,7 @@ class Service:
       credentials: of the client, for a server with TLS.
       patience: of the client, in seconds; 0 where nothing is to happen to the server, then no connection may break.
       commit_log: its directory, by default one of ours.
+      http: where it serves HTTP.
 
     Attributes:
       client: of the server.
@@ -89,13 +90,23 @@ class Service:
         credentials: grpc.ChannelCredentials | None = None,
         patience: float = 0.0,
         commit_log: Path | None = None,
+        http: str = "off",
     ) -> None:
         self.names, self.directory = tuple(names), directory
         self.commit_log, self.patience = commit_log or directory / "commits", patience
         self.events: list[FleetEvent] = []
         self.history: list[tuple[float, str]] = []
         self.address = f"{host}:{free_port(host)}"
-        self.command = (*SERVE, "--listen", self.address, "--commit-log", str(self.commit_log), *arguments)
+        self.command = (
+            *SERVE,
+            "--listen",
+            self.address,
+            "--http",
+            http,
+            "--commit-log",
+            str(self.commit_log),
+            *arguments,
+        )
         self.server = Process(CONTROLLER, self.command, directory)
         self.lives = [Life(time.monotonic())]
         self.client: AsyncSpotjaxClient

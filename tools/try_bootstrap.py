@@ -113,7 +113,7 @@ def attempt(directory: Path, programs: Path, patient: float = SECONDS) -> Trial:
         settings=settings,
     )  # fmt: skip
     (machine.root / "boot.sh").write_text(script("gce", options))
-    command = ("serve", "--listen", address, "--durability", "none", *FEW_SHAPES)
+    command = ("serve", "--listen", address, "--http", "off", "--durability", "none", *FEW_SHAPES)
     controller = Process("controller", (sys.executable, "-m", "spotjax", *command), directory)
     try:
         with _metadata() as metadata, machine:

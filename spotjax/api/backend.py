@@ -11,10 +11,15 @@ from spotjax.fleet.service import Service
 
 @dataclass(slots=True)
 class Backend:
-    """A service and the model it serves; both None while the server starts."""
+    """A service and the model it serves; both None while the server starts.
+
+    Attributes:
+      draining: the server was told to end, whether there is a service already or not.
+    """
 
     service: Service | None = None
     model: ServedModel | None = None
+    draining: bool = False
 
     def get(self) -> tuple[Service, ServedModel]:
         """Both.
@@ -29,7 +34,7 @@ class Backend:
     @property
     def ready(self) -> bool:
         """Whether requests are being served and new ones taken."""
-        if self.service is None:
+        if self.service is None or self.draining:
             return False
         status = self.service.status()
         return status.ready and not status.draining

@@ -38,6 +38,9 @@ class ApiServer:
 
     Health: ``""`` and ``liveness`` are SERVING as long as the server answers; ``readiness`` and
     ``spotjax.v1.Generation`` are SERVING while requests are served and new ones taken.
+
+    Attributes:
+      backend: what is served; HTTP serves the same.
     """
 
     def __init__(
@@ -54,14 +57,13 @@ class ApiServer:
           credentials: of the server; without them it takes plaintext only, with them none.
         """
         self._credentials = credentials
-        self._backend = Backend()
+        self.backend = Backend()
         self._interval = readiness_interval
         self._health = health.aio.HealthServicer()
         self._following: asyncio.Task[None] | None = None
-        self._draining = False
         self._server = grpc.aio.server(options=OPTIONS)
-        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self._backend), self._server)
-        fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self._backend), self._server)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.backend), self._server)
+        fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self.backend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
@@ -93,14 +95,14 @@ class ApiServer:
 
     async def attach(self, service: Service, model: ServedModel) -> None:
         """From now on there is something to serve."""
-        self._backend.service, self._backend.model = service, model
+        self.backend.service, self.backend.model = service, model
         await self._show_readiness()
 
     async def drain(self, seconds: float) -> bool:
         """Takes no new requests and waits for the accepted ones, at most ``seconds``. Returns whether all finished."""
-        self._draining = True
+        self.backend.draining = True
         await self._show_readiness()
-        return self._backend.service is None or await self._backend.service.drain(seconds)
+        return self.backend.service is None or await self.backend.service.drain(seconds)
 
     async def stop(self, grace: float | None = None) -> None:
         """Ends the server; streams may go on for ``grace`` seconds, by default not at all."""
@@ -109,8 +111,9 @@ class ApiServer:
         await self._server.stop(grace)
 
     async def _show_readiness(self) -> None:
-        ready = self._backend.ready and not self._draining
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if self.backend.ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
         for name in READINESS:
             await self._health.set(name, status)
 

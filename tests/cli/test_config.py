@@ -37,7 +37,8 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
 
 
 EMBEDDED = {
-    "model": "m", "listen": "0.0.0.0:1", "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
+    "model": "m", "listen": "0.0.0.0:1", "http": "0.0.0.0:2",
+    "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
     "dtype": "bfloat16", "quantization": "int8", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7,
     "page_size": 8, "kv_pages": 9,
     "queue_limit": 10, "retain_seconds": 1.5, "drain_seconds": 2.5, "instance_memory_bytes": 11, "fuse": False,
@@ -120,7 +121,8 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("data_listen", "x"), ("data_listen", ""), ("advertise", "10.0.0.1:5"),
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
-        ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("dtype", "float16"),
+        ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("http", "on"),
+        ("http", ""), ("dtype", "float16"),
         ("prefix_cache", "maybe"), ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"),
         ("log_format", "xml"), ("model", ""),
     ],
@@ -183,10 +185,10 @@ def test_any_environment_loads_or_is_refused_by_name(variables: dict[str, str]) 
     [
         ([], "embedded"),
         (["--instances", "2"], "embedded"),
-        (["--listen", "127.0.0.1:8471", "--instances", "2"], "embedded"),
-        (["--listen", "127.0.0.1:8471"], "controller"),
+        (["--listen", "127.0.0.1:9000", "--instances", "2"], "embedded"),
+        (["--listen", "127.0.0.1:9000"], "controller"),
         (["--workers", "4"], "controller"),
-        (["--workers", "4", "--listen", "127.0.0.1:8471", "--devices-per-instance", "1"], "controller"),
+        (["--workers", "4", "--listen", "127.0.0.1:9000", "--devices-per-instance", "1"], "controller"),
         (["--join", "127.0.0.1:1"], "worker"),
         (["--join", "127.0.0.1:1", "--data-listen", "0.0.0.0:0", "--advertise", "10.0.0.1"], "worker"),
     ],
@@ -206,6 +208,7 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--join", "h:1", "--workers", "2"], "workers", "join"),
         (["--join", "h:1", "--listen", "h:2"], "listen", "join"),
         (["--join", "h:1", "--instances", "2"], "instances", "join"),
+        (["--join", "h:1", "--http", "off"], "http", "join"),
         (["--join", "h:1", "--model", "m"], "model", "join"),
         (["--join", "h:1", "--no-kv-backup"], "kv_backup", "join"),
         (["--workers", "2", "--instances", "2"], "instances", "workers"),

@@ -61,8 +61,8 @@ sys.exit(main())
 """
 
 
-EVERYWHERE = ("--listen", "0.0.0.0:0", "--durability", "none", "--instances", "2")
-HERE = ("--listen", "127.0.0.1:0", "--durability", "none")
+EVERYWHERE = ("--listen", "0.0.0.0:0", "--http", "off", "--durability", "none", "--instances", "2")
+HERE = ("--listen", "127.0.0.1:0", "--http", "off", "--durability", "none")
 
 
 FIRST = ("unshare", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")

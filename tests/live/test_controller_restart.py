@@ -60,7 +60,7 @@ async def expected(fleet: LocalFleet) -> Mapping[str, Output]:
 async def test_a_log_has_one_controller_at_a_time(fleet: LocalFleet, expected: Mapping[str, Output]) -> None:
     async with load_on(fleet, expected) as load:
         flags = ("--data-listen", "127.0.0.1:0", "--commit-log", str(fleet.commit_log))
-        second = Process("second", (*SERVE, "--listen", "127.0.0.1:0", *flags), fleet.directory)
+        second = Process("second", (*SERVE, "--listen", "127.0.0.1:0", "--http", "off", *flags), fleet.directory)
         assert await asyncio.to_thread(second.wait, 30) == 1
         assert f"is in use by process {fleet.server.pid}" in second.tail()
         assert inspect_log(fleet.commit_log).damage == ()

@@ -44,7 +44,16 @@ async def test_a_killed_service_goes_on_elsewhere_and_its_client_gets_exactly_th
         assert 40 < len(seen) < 300
     bundle, new = tmp_path / "service.tar", tmp_path / "new"
     await asyncio.to_thread(cold_restart, "--commit-log", old.commit_log, "--export", bundle)
-    where = ("--commit-log", str(new / "log"), "--checkpoint", str(new / "checkpoint"), "--listen", "127.0.0.1:0")
+    where = (
+        "--commit-log",
+        str(new / "log"),
+        "--checkpoint",
+        str(new / "checkpoint"),
+        "--listen",
+        "127.0.0.1:0",
+        "--http",
+        "off",
+    )
     shown = await asyncio.to_thread(cold_restart, "--import", bundle, *where, *flags, "--dry-run", "--json")
     (request,) = json.loads(shown)["unfinished"]
     assert request["request_id"] == "moves" and request["tokens"][0] >= len(seen)

@@ -53,7 +53,7 @@ async def serving(programs: Path, *flags: str) -> AsyncIterator[Server]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SPOTJAX_"))}
     log = tempfile.mkdtemp(dir=programs.parent)
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--instances", "4",
+        sys.executable, "-m", "spotjax.serve", "--listen", "127.0.0.1:0", "--http", "off", "--instances", "4",
         "--compilation-cache", str(programs), "--commit-log", log, *flags,
         stdout=asyncio.subprocess.PIPE, env={**environment, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip

@@ -21,7 +21,8 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
     """See the package."""
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     flags = {
-        "--model": directory, "--listen": address, "--instances": 1, "--devices-per-instance": 1, "--mesh": "1x1x1",
+        "--model": directory, "--listen": address, "--http": "off",
+        "--instances": 1, "--devices-per-instance": 1, "--mesh": "1x1x1",
         "--commit-log": tempfile.mkdtemp(prefix="spotjax-peer-"), "--max-batch": settings["batch"],
         "--max-model-len": settings["context"], "--prefill-tokens": settings["prompt"],
     }  # fmt: skip

@@ -1,0 +1,47 @@
+"""Everything that HTTP serves, put together. What a group of routes answers is in a module of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from spotjax.api.backend import Backend
+from spotjax.api.http import health
+from spotjax.api.http.errors import on_bug, on_error, on_refusal
+from spotjax.errors import SpotjaxError
+
+log = logging.getLogger(__name__)
+
+
+def application(backend: Backend) -> ASGIApp:
+    """The application of a server.
+
+    Args:
+      backend: what it serves, which may come later.
+    """
+    app = Starlette(
+        routes=[*health.routes(backend)],
+        exception_handlers={SpotjaxError: on_error, HTTPException: on_refusal, Exception: on_bug},
+    )
+    app.router.redirect_slashes = False
+    return Guarded(app)
+
+
+class Guarded:
+    """Around everything: an error that is not ours is a bug, and is logged; what clients learn is sent already."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            return  # the server stops: uvicorn closes the connection, with its answer incomplete
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
