@@ -22,16 +22,22 @@ class PrefixReuse:
 
     Attributes:
       positions: whose KV was found since the replica was formed.
+      queried: positions of the sequences for which it was looked for.
     """
 
     def __init__(self, pages: PageAllocator, prefill_tokens: int) -> None:
         self._pages, self._prefill_tokens = pages, prefill_tokens
-        self.positions = 0
+        self.positions = self.queried = 0
 
     def find(self, state: RequestState) -> list[int]:
         """Pages of the longest prefix of a sequence that is cached; its last position is left to be computed."""
         most = (state.length - 1) // self._pages.page_size
         return self._pages.cache.match(state.prompt + state.tokens, self._pages.page_size, most)
+
+    def asked(self, sequence: Sequence) -> None:
+        """A sequence was let in with what ``find`` had for it."""
+        if self._pages.caching:
+            self.queried += sequence.state.length
 
     def take(self, sequence: Sequence, pages: int) -> None:
         """The next pages of a sequence hold what it would have computed."""

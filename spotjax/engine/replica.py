@@ -16,6 +16,7 @@ from functools import partial
 
 from spotjax.engine.batch import Batch, Pipeline, StepResult
 from spotjax.engine.commit_log import CommitLog
+from spotjax.engine.observer import EngineObserver, Unobserved
 from spotjax.engine.request import RequestState
 from spotjax.engine.scheduler import Scheduler
 from spotjax.engine.step_times import StepTimes
@@ -44,6 +45,7 @@ class Replica:
       detokenizer: for text and stop texts.
       deliver: called with new states once they are recorded.
       clock: monotonic seconds.
+      observer: is told about steps.
 
     Attributes:
       step_times: of the steps that came back.
@@ -57,11 +59,13 @@ class Replica:
         detokenizer: Detokenizer,
         deliver: Deliver,
         clock: Callable[[], float] = time.monotonic,
+        observer: EngineObserver | None = None,
     ) -> None:
         self.scheduler, self.pipeline, self.step_times = scheduler, pipeline, StepTimes()
         self.lost = False
         """Whether an instance of the replica is gone; its KV is of no use then."""
         self._log, self._detokenizer, self._deliver, self._clock = log, detokenizer, deliver, clock
+        self._observer: EngineObserver = observer or Unobserved()
         self._wake = asyncio.Event()
         self._stopping = False
         self._most = pipeline.depth + pipeline.ahead
@@ -95,10 +99,12 @@ class Replica:
         while True:
             self._wake.clear()
             while len(in_flight) < self._most and not self._stopping:
-                batch = self.scheduler.schedule(ahead=self.pipeline.ahead)
+                batch, now = self.scheduler.schedule(ahead=self.pipeline.ahead), self._clock()
+                for sequence in self.scheduler.entered:
+                    self._observer.begun(sequence.state, now)
                 if batch is None:
                     break
-                in_flight.append(_Step(batch, self._clock(), asyncio.create_task(self.pipeline.run(batch))))
+                in_flight.append(_Step(batch, now, asyncio.create_task(self.pipeline.run(batch))))
             if in_flight:
                 await self._progress(in_flight)
             elif self._stopping:
@@ -127,7 +133,7 @@ class Replica:
             self.stop()
         if self.lost:
             return
-        self._time(step)
+        back = self._time(step)
         running = self.scheduler.running
         states = {
             sequence.key: advance(sequence.state, result.sampled[sequence.key], self._detokenizer)
@@ -138,11 +144,18 @@ class Replica:
         cancelled = [sequence.state for sequence in ended if sequence.key not in states]
         committed = (*states.values(), *cancelled)
         if committed:
-            self._log.append(committed, partial(self._deliver, committed))
+            self._log.append(committed, partial(self._recorded, committed, back))
 
-    def _time(self, step: _Step) -> None:
-        """Notes how long a step took: by itself, and until it was back."""
+    def _recorded(self, states: Sequence[RequestState], since: float) -> None:
+        """The log has what a step came to that came back at that time."""
+        self._observer.recorded(self._clock() - since)
+        self._deliver(states)
+
+    def _time(self, step: _Step) -> float:
+        """Notes how long a step took: by itself, and until it was back. Returns: when that is, now."""
         now, whole = self._clock(), len(self._back) == self._back.maxlen
         begun = max(step.started, self._back[0]) if whole else step.started
         self._back.append(now)
         self.step_times.add(now - begun, now - step.started)
+        self._observer.stepped(len(step.batch.spans[0].tokens) > 1, now - begun)
+        return now

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Container, Iterable, Iterator,
 from dataclasses import dataclass
 
 from spotjax.engine.batch import Batch, Span
+from spotjax.engine.observer import Work
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.prefix_reuse import PrefixReuse
 from spotjax.engine.request import FinishReason, RequestState
@@ -57,6 +58,10 @@ class Scheduler:
         self.reuse = PrefixReuse(pages, limits.prefill_tokens)
         self.prefilled = 0
         """Positions of prefill spans whose KV was computed."""
+        self.recomputed = 0
+        """Positions whose KV was computed although it had been there before."""
+        self.entered: list[Sequence] = []
+        """Sequences that the last call of ``schedule`` let in."""
         self._blocked: tuple[int, int] | None = None
         """The first in the queue that did not fit, and what the pages had gained when it did not."""
         self._step = 0
@@ -66,6 +71,11 @@ class Scheduler:
     def load(self) -> int:
         """Sequences that wait or run."""
         return len(self.waiting) + len(self.running)
+
+    @property
+    def work(self) -> Work:
+        """What it has done."""
+        return Work(self.prefilled, self.reuse.queried, self.reuse.positions, self.recomputed, self.preempted)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence that owns no pages."""
@@ -186,6 +196,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Lets waiting sequences in, in order, while there is room for all that they have to compute now."""
+        if self.entered:
+            self.entered = []
         while self.waiting and len(self.running) < self.limits.max_batch:
             first = self.waiting[0]
             if self._blocked == (first.key, self.pages.gains):
@@ -200,7 +212,9 @@ class Scheduler:
             sequence = self.waiting.popleft()
             sequence.pages = found + self.pages.allocate(needed)
             self.reuse.take(sequence, len(found))
+            self.reuse.asked(sequence)
             self.running[sequence.key] = sequence
+            self.entered.append(sequence)
 
     def _prefill(self, ahead: bool) -> list[Span]:
         """Spans of sequences that miss more than one position, as many as fit one step.
@@ -284,9 +298,12 @@ class Scheduler:
             sequence = self.running[span.sequence] = self.running.pop(span.sequence)  # now the most recently scheduled
             if span.tokens[0] < 0:
                 follows = sequence.flights[-1].step
+            if span.start < sequence.reached:
+                self.recomputed += min(span.stop, sequence.reached) - span.start
             sequence.take_off(Flight(self._step, row, span.stop, span.samples))
         return Batch(self._step, tuple(spans), follows)
 
     def _release(self, sequence: Sequence) -> None:
         self.pages.release(sequence.pages)
-        sequence.pages, sequence.computed, sequence.cached = [], 0, 0
+        sequence.fall_back()
+        sequence.pages, sequence.cached = [], 0

@@ -35,6 +35,7 @@ class Sequence:
       pages: KV pages it refers to, in position order; empty while it waits.
       computed: the watermark: positions whose KV is complete.
       cached: leading pages that are in the prefix cache, where others find them.
+      reached: positions whose KV was complete once; from ``computed`` up to there it has to be computed again.
       flights: its parts in steps that have not come back, in order; changed by the methods below.
       drawing: tokens that these draw.
       cancelled: why it is to end at the next token boundary, if it is.
@@ -45,6 +46,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     computed: int = 0
     cached: int = 0
+    reached: int = 0
     flights: list[Flight] = field(default_factory=list)
     drawing: int = 0
     cancelled: FinishReason | None = None
@@ -83,6 +85,11 @@ class Sequence:
         """Forgets the steps in flight: they never come back."""
         self.flights.clear()
         self.drawing = 0
+
+    def fall_back(self, computed: int = 0) -> None:
+        """Its KV is complete up to there only, and its pages are others than before."""
+        self.reached = max(self.reached, self.computed)
+        self.computed = computed
 
     def tokens(self, start: int, stop: int) -> Tokens:
         """The known tokens at some positions."""

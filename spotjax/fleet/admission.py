@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from spotjax.engine.scheduler import Limits
 from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import CommitLogError, InvalidRequest, LogUnavailable, Overloaded, RequestExists
 from spotjax.fleet.dispatch import Dispatcher
+from spotjax.fleet.observer import Observer, Unobserved
 from spotjax.fleet.requests import AcceptedRequest, RequestTable
 
 
@@ -50,6 +52,8 @@ class Admission:
       limits: what is accepted.
       end_tokens: tokens of the model that end generation.
       ended: told of sequences that ended before they began.
+      clock: monotonic seconds.
+      observer: is told of requests.
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class Admission:
         limits: ServiceLimits,
         end_tokens: frozenset[int],
         ended: Callable[[Sequence[RequestState]], None],
+        clock: Callable[[], float] = time.monotonic,
+        observer: Observer | None = None,
     ) -> None:
         self._log, self._requests, self._dispatcher, self._limits = log, requests, dispatcher, limits
         self._end_tokens, self._ended = end_tokens, ended
+        self._clock, self._observer = clock, observer or Unobserved()
         self._keys = itertools.count()
         self._recording: dict[str, asyncio.Task[None]] = {}
 
@@ -85,6 +92,7 @@ class Admission:
         recorded = self._log.accept(request, states, sequences[0].key)
         accepted = AcceptedRequest(request, sequences)
         self._requests.add(accepted)
+        self._observer.arrived(request, self._clock())
         task = asyncio.create_task(self._queue(accepted, recorded))
         self._recording[request.request_id] = task
         return asyncio.shield(task)  # whoever waits may go away
@@ -113,6 +121,10 @@ class Admission:
             accepted = AcceptedRequest(recorded.request, sequences)
             self._requests.recall(accepted, now)
             unfinished = {sequence.key: sequence for sequence in sequences if sequence.state.finish is None}
+            if unfinished:
+                self._observer.recalled(recorded.request, recorded.states)
+            for sequence in unfinished.values():
+                sequence.reached = sequence.state.length - 1 if sequence.state.tokens else 0
             self._dispatcher.parked += unfinished.values()
             if recorded.request.resumable:
                 self._require_room(recorded.request, unfinished)
@@ -139,6 +151,7 @@ class Admission:
             await recorded
         except LogUnavailable:
             self._requests.remove(accepted)
+            self._observer.withdrawn(accepted.request.request_id)
             raise
         finally:
             del self._recording[accepted.request.request_id]

@@ -30,6 +30,7 @@ from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.notices.standing import Word
+from spotjax.fleet.observer import Observer, Unobserved
 from spotjax.fleet.reconfigure import Clock, Reconfigurer
 from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
@@ -72,6 +73,7 @@ class Controller:
       files: writes the rest of what is saved on request; None where nothing can be.
       meter: is told what arrives and what is done, if somebody wants to know.
       capacity: what operators see of how the fleet comes by its machines.
+      observer: is told what happens to requests and to the mesh, if somebody wants to know.
 
     Attributes:
       planning: as given.
@@ -95,12 +97,13 @@ class Controller:
         files: CheckpointFiles | None = None,
         meter: Meter | None = None,
         capacity: Callable[[], CapacityStatus] | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.planning = planning
         self._meter, self._capacity = meter, capacity
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._clock = log, detokenizer, clock
-        self._events = EventLog(wall_clock)
+        self._events, self._observer = EventLog(wall_clock), observer or Unobserved()
         self._requests = RequestTable(log, limits.retain_seconds)
         self.failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails with the error that the service cannot go on from."""
@@ -111,13 +114,15 @@ class Controller:
         self._saving = Saving(cluster, self._events, saves or Saves(), self._requests.unfinished)
         self._reconfigurer = Reconfigurer(
             planning, members, cluster, self._dispatcher, self._events, log, self._saving, clock, self._commit_ended,
-            leave,
+            leave, self._observer,
         )  # fmt: skip
         self._save_requests = (
             SaveRequests(cluster, self._reconfigurer, self._saving, files, self._events, clock) if files else None
         )
         self._attendance = Attendance(members, cluster, self._reconfigurer, self._events, clock, supply, self._failed)
-        self._admission = Admission(log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended)
+        self._admission = Admission(
+            log, self._requests, self._dispatcher, limits, end_tokens, self._commit_ended, clock, self._observer
+        )
         self._epochs_before = log.epoch
         log.on_change = self._log_changed
         self._draining = False
@@ -206,6 +211,9 @@ class Controller:
             uptime_seconds=self._clock() - since if since is not None else 0.0,
             notices=self._attendance.notices(),
             capacity=self._capacity() if self._capacity is not None else None,
+            epoch=self._reconfigurer.epoch,
+            log_problem=self._log.problem,
+            work=self._dispatcher.work,
         )
 
     @property
@@ -279,12 +287,14 @@ class Controller:
         self._dispatcher.check()
 
     def _make_replica(self, scheduler: Scheduler, pipeline: Pipeline) -> Replica:
-        return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock)
+        return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock, self._observer)
 
     def _deliver(self, states: Sequence[RequestState]) -> None:
         """These are recorded."""
         try:
-            self._requests.committed(states, self._clock())
+            now = self._clock()
+            self._requests.committed(states, now)
+            self._observer.committed(states, now)
             if self._meter is not None:
                 for state in states:
                     if state.finish is not None:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spotjax.engine.batch import Pipeline
+from spotjax.engine.observer import Work
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
@@ -56,6 +57,13 @@ class Dispatcher:
         self._make_replica, self._make_limits = make_replica, make_limits
         self._pages, self._page_size, self._caching, self._failed = pages, page_size, caching, failed
         self._loops: list[asyncio.Task[None]] = []
+        self._work_before = Work()
+        """Of replicas that are no more."""
+
+    @property
+    def work(self) -> Work:
+        """What all replicas have done that there ever were."""
+        return sum((replica.scheduler.work for replica in self.replicas), self._work_before)
 
     @property
     def waiting(self) -> int:
@@ -120,6 +128,15 @@ class Dispatcher:
             ]
             for number, replica in enumerate(self.replicas)
         }
+
+    def begun(self, carried: Collection[int]) -> list[tuple[ScheduledSequence, int]]:
+        """The sequences that have begun, with their computed positions, but for those on some replicas."""
+        return [
+            (s, s.computed)
+            for number, replica in enumerate(self.replicas)
+            for s in replica.scheduler.running.values()
+            if s.computed and number not in carried
+        ]
 
     def computed(self, replicas: Collection[int]) -> dict[int, dict[int, int]]:
         """Key to computed positions of the sequences that run on some replicas."""
@@ -208,6 +225,8 @@ class Dispatcher:
                 loop = asyncio.create_task(self._watch(replica))
             replicas.append(replica)
             loops.append(loop)
+        for replica in set(self.replicas).difference(replicas):
+            self._work_before += replica.scheduler.work
         self.parked, self.replicas, self._loops = [], tuple(replicas), loops
         for _, sequence in sorted(others.items()):
             _forget_kv(sequence)
@@ -224,7 +243,7 @@ class Dispatcher:
             else:
                 sequence.ground()
                 sequence.pages = handover.pages[sequence.key]
-                sequence.computed = handover.progress[sequence.key]
+                sequence.fall_back(handover.progress[sequence.key])
                 scheduler.adopt(sequence)
 
     def rest(self) -> None:
@@ -280,4 +299,5 @@ class Dispatcher:
 def _forget_kv(sequence: ScheduledSequence) -> None:
     """Nothing of it is on any device any more."""
     sequence.ground()
-    sequence.pages, sequence.computed, sequence.cached = [], 0, 0
+    sequence.fall_back()
+    sequence.pages, sequence.cached = [], 0

@@ -21,6 +21,7 @@ from spotjax.fleet.cluster import Cluster
 from spotjax.fleet.dispatch import Dispatcher
 from spotjax.fleet.events import EventLog
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.observer import Observer, Outcome, Path, Underway, Unobserved
 from spotjax.fleet.precopy import Precopy
 from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.fleet.saving import RESERVE_SECONDS, Saving
@@ -50,6 +51,7 @@ class Reconfigurer:
       clock: monotonic seconds.
       committed: told about sequences that ended in the course of a change.
       leave: when the mesh leaves an instance that has notice.
+      observer: is told of every migration.
 
     Attributes:
       placement: the current mesh, None while there is none.
@@ -68,6 +70,7 @@ class Reconfigurer:
         clock: Clock,
         committed: Callable[[Sequence[RequestState]], None],
         leave: Leave = "early",
+        observer: Observer | None = None,
     ) -> None:
         self.placement: Placement | None = None
         self.epoch = log.epoch
@@ -80,6 +83,9 @@ class Reconfigurer:
         self._tempo = Tempo(planning.spec.kv_bytes_per_position)
         self._boundary = Boundary(leave, members, dispatcher, self._tempo, clock)
         self._one_at_a_time = asyncio.Lock()
+        self._observer: Observer = observer or Unobserved()
+        self._underway: Underway | None = None
+        """The migration that is going on."""
 
     def recall(self, remains: Remains) -> None:
         """Takes up a mesh that stopped when its controller died; those who have parts of it are there again."""
@@ -121,11 +127,19 @@ class Reconfigurer:
                 try:
                     report = await self._change()
                 except InstanceLost as loss:
+                    self._failed("lost")
                     self._events.record("lost", self.epoch, f"{loss}; planning again from what is left")
                     await asyncio.sleep(0)  # whoever is still to tell us of the loss gets a turn
                 else:
+                    self._failed("replanned")
                     if report is not None and not self._joinable() and not self._another_turn(report):
                         return report
+
+    def _failed(self, outcome: Outcome) -> None:
+        """The migration that is going on, if there is one, came to nothing."""
+        underway, self._underway = self._underway, None
+        if underway is not None:
+            underway.failed(outcome, self.epoch)
 
     def _another_turn(self, report: Reconfiguration) -> bool:
         """Whether what was changed may be changed again at once."""
@@ -153,6 +167,7 @@ class Reconfigurer:
         self._boundary.look()
         self._welcome()
         before, started = self._mesh, self._clock()
+        underway = Underway(self._observer, self._clock, self._path(), started)
         hurt = self._dispatcher.computed(self._hurt()) if self._policy.keeps_kv else {}
         survivors = await self._cluster.survivors(hurt) if hurt else Survivors()
         try:
@@ -162,11 +177,16 @@ class Reconfigurer:
                 self._events.record("arranged", self.epoch, f"decoding goes on until instances go: {problem}")
                 self._saving.begin(self.epoch)
             reserve = RESERVE_SECONDS if self._saving.wanted else 0.0
-            going_on = await self._boundary.serve_on(self.placement, reserve)
-            return None if going_on else await self._suspend(str(problem))
+            if await self._boundary.serve_on(self.placement, reserve):
+                return None
+            if self.placement is not None:
+                underway.failed("suspended", self.epoch)
+            return await self._suspend(str(problem))
         if is_in_place(preparation, before) and not any(replica.stopping for replica in self._dispatcher.replicas):
             self._saving.give_up()
             return reports.unchanged(self.epoch, preparation, self._running())
+        self._underway = underway
+        underway.done("plan")
         self._log.begin_epoch(preparation.placement.epoch)  # early: it is to be on disk before anybody has that mesh
         stopped = self._clock() if self._policy.stops_first else None
         if stopped is not None:
@@ -174,15 +194,18 @@ class Reconfigurer:
             self._require_ready(preparation)
         loaded = await self._cluster.prepare(preparation)
         prepared = self._clock()
+        underway.done("prepare", parameters_moved=loaded.moved, parameters_loaded=loaded.loaded)
         self._tempo.prepared(prepared - started)
         reports.prepared(self._events, self.epoch, loaded, prepared - started)
         precopy = Precopy(self._dispatcher, self._cluster)
         await self._precopy(precopy, preparation)
         precopied = self._clock()
+        underway.done("precopy", kv_precopied=precopy.bytes_moved)
         too_late = await self._decode_on(preparation, precopy)
         if too_late is None:
             return None
-        return await self._switch(preparation, precopy, too_late, loaded, precopied - started, stopped)
+        underway.done("wait", kv_precopied=precopy.bytes_moved)
+        return await self._switch(preparation, precopy, too_late, loaded, precopied - started, stopped, underway)
 
     def _plan(self, survivors: Survivors) -> Preparation:
         preparation = self._policy.plan(
@@ -242,6 +265,7 @@ class Reconfigurer:
         loaded: Traffic,
         precopy_seconds: float,
         stopped: float | None,
+        underway: Underway,
     ) -> Reconfiguration:
         """Stops what changes, if that was not done before, moves the rest of the KV, starts on the new mesh."""
         before, carried = self.placement, preparation.carried
@@ -249,7 +273,8 @@ class Reconfigurer:
         await self._dispatcher.stop(carried)
         self._committed(self._dispatcher.take_cancelled(carried))
         self._require_ready(preparation)
-        running = self._running()
+        underway.done("stop")
+        running, paused = self._running(), self._dispatcher.begun(carried)
         kv = self._plan_kv(preparation, too_late)
         data = preparation.placement.shape.data
         handover = self._dispatcher.hand_over(data, kv.cohorts, preparation.heirs, carried, precopy.copied)
@@ -260,11 +285,14 @@ class Reconfigurer:
             self._dispatcher.give_back(handover, carried)
             self._dispatcher.forget(handover, carried)
             raise
+        underway.done("final", kv_moved=moved.moved)
         self._dispatcher.install(pipelines, handover, carried)
         self.placement, self.epoch = preparation.placement, preparation.placement.epoch
         self._stopped_on = None
         self._saving.give_up()
         pause = self._clock() - stopped
+        underway.switched(self.epoch, pause, paused)
+        self._underway = None
         self._tempo.switched(pause)
         kept = going_on + sum(len(sequences) for sequences in handover.adopted.values())
         kept = min(kept, running)  # what came on replicas that went on meanwhile is not counted
@@ -294,6 +322,14 @@ class Reconfigurer:
     def _mesh(self) -> Placement | None:
         """What KV is on: the current mesh, or the one that stopped last."""
         return self.placement or self._stopped_on
+
+    def _path(self) -> Path:
+        """Why the mesh changes now."""
+        if self._mesh is None:
+            return "first"
+        if self.placement is None:
+            return "resume"
+        return "loss" if self._hurt() else "planned"
 
     def _hurt(self) -> list[int]:
         """Replicas of which an instance is gone."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from spotjax.engine.observer import NO_WORK, Work
 from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.meshes.instance import InstanceState, PriceClass
 from spotjax.meshes.placement import Placement
@@ -134,6 +135,7 @@ class CapacityStatus:
       cost_per_hour: USD per hour of all machines that may exist.
       most_per_hour: cap on it; 0 for none.
       spent_today: USD since midnight UTC, at most.
+      spent: USD ever, at most.
       most_per_day: cap on it; 0 for none.
       machines: all that may exist.
       actions: what was done last, the oldest first.
@@ -151,6 +153,7 @@ class CapacityStatus:
     machines: tuple[MachineStatus, ...]
     actions: tuple[FleetEvent, ...]
     on_demand_per_hour: float = 0.0
+    spent: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,9 @@ class FleetStatus:
       uptime_seconds: since the service became ready.
       notices: what the notices of every source have come to since start.
       capacity: of a controller that buys its own; None for others.
+      epoch: of the last mesh.
+      log_problem: why nothing can be recorded at the moment, empty if all is well.
+      work: what schedulers have done since start.
     """
 
     model: str
@@ -188,6 +194,9 @@ class FleetStatus:
     uptime_seconds: float
     notices: tuple[NoticeRecord, ...] = ()
     capacity: CapacityStatus | None = None
+    epoch: int = 0
+    log_problem: str = ""
+    work: Work = NO_WORK
 
 
 @dataclass(frozen=True, slots=True)

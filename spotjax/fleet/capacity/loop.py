@@ -145,6 +145,7 @@ class CapacityLoop:
             ),
             actions=self._actions.last(),
             on_demand_per_hour=on_demand_rate(keeper.ledger, keeper.offers),
+            spent=spent.total,
         )  # fmt: skip
 
     async def _run(self) -> None:
