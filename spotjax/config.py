@@ -14,6 +14,7 @@ from spotjax.errors import ConfigError
 
 ADDRESS = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+):\d{1,5}"
 HOST = r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]+)"
+DOMAIN = r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"
 MESH = r"(auto|[1-9]\d*x[1-9]\d*x[1-9]\d*)"
 NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 NOTICES = r"(auto|none|(gce|tpu|aws|azure)(,(gce|tpu|aws|azure))*)"
@@ -73,6 +74,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
             extra=SERVING,
         ),
     ] = "127.0.0.1:8471"
+    http_names: Annotated[
+        str,
+        Meta(
+            pattern=f"^({DOMAIN}(,{DOMAIN})*)?$",
+            description="names, with commas between them, under which HTTP is reached, besides addresses and names of "
+            "this network: others are refused where there are no API keys",
+            extra=SERVING,
+        ),
+    ] = ""
     join: Annotated[
         str,
         Meta(pattern=f"^({ADDRESS})?$", description="HOST:PORT of the controller to work for", extra=WORKER),

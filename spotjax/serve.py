@@ -69,7 +69,7 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
     server = ApiServer(credentials=credentials(config))
     address = f"{host_of(config.address)}:{await server.start(config.address)}"
     log.info("listening", extra={"address": address})
-    http = HttpServer(application(server.backend))
+    http = HttpServer(application(server.backend, http_names(config)))
     try:
         if config.http != "off":
             port = await http.start(config.http)
@@ -200,6 +200,11 @@ def mesh_of(status: FleetStatus) -> str:
         return "no mesh fits yet"
     instances = len({device.instance for device in status.placement.devices.values()})
     return f"mesh {status.placement.shape} on {instances} instance{'s' * (instances != 1)}"
+
+
+def http_names(config: ServeConfig) -> list[str]:
+    """Names under which HTTP is reached: those that the settings give."""
+    return [host_of(config.http), *filter(None, config.http_names.split(","))]
 
 
 def host_of(listen: str) -> str:

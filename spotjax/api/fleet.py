@@ -48,9 +48,7 @@ class FleetServicer(pb_grpc.FleetServicer):
     async def Preempt(self, request: pb.PreemptRequest, context: Context) -> pb.Reconfiguration:
         """Takes an instance away."""
         service, _ = self._backend.get()
-        require_instance(request)
-        if not 0 <= request.grace_seconds <= MAX_GRACE_SECONDS:
-            raise InvalidRequest("grace_seconds", f"must be in [0, {MAX_GRACE_SECONDS}], got {request.grace_seconds:g}")
+        require_preempt(request)
         return reconfiguration_to(await service.preempt(request.instance, request.grace_seconds))
 
     @rpc
@@ -64,8 +62,7 @@ class FleetServicer(pb_grpc.FleetServicer):
     async def Add(self, request: pb.AddRequest, context: Context) -> pb.Reconfiguration:
         """Lets instances join."""
         service, _ = self._backend.get()
-        if not 1 <= request.count <= MAX_ADDED:
-            raise InvalidRequest("count", f"must be in [1, {MAX_ADDED}], got {request.count}")
+        require_add(request)
         return reconfiguration_to(await service.add(request.count))
 
     @rpc
@@ -87,6 +84,19 @@ def require_save(request: pb.SaveRequest) -> None:
         raise InvalidRequest("parameters", "there is nothing to save: ask for parameters, state, or both")
     if request.state and not 0 < request.seconds <= MAX_SAVE_SECONDS:
         raise InvalidRequest("seconds", f"must be in (0, {MAX_SAVE_SECONDS}], got {request.seconds:g}")
+
+
+def require_preempt(request: pb.PreemptRequest) -> None:
+    """Refuses one that names no instance, or gives it too long."""
+    require_instance(request)
+    if not 0 <= request.grace_seconds <= MAX_GRACE_SECONDS:
+        raise InvalidRequest("grace_seconds", f"must be in [0, {MAX_GRACE_SECONDS}], got {request.grace_seconds:g}")
+
+
+def require_add(request: pb.AddRequest) -> None:
+    """Refuses one that asks for none, or too many."""
+    if not 1 <= request.count <= MAX_ADDED:
+        raise InvalidRequest("count", f"must be in [1, {MAX_ADDED}], got {request.count}")
 
 
 def require_instance(request: pb.PreemptRequest | pb.DrainRequest) -> None:

@@ -15,7 +15,7 @@ FIELDS = ("batch", "throughput", "rate", "latency", "seconds", "percentile_secon
 
 
 def as_plain(study: Study) -> dict[str, Any]:
-    """Everything in terms of dict, list, str and numbers, but for the placement, which ``output.plain`` knows."""
+    """Everything in terms of dict, list, str and numbers, but for the placement, which ``api.plain`` knows."""
     plan = study.plan
     return {
         "model": study.model,

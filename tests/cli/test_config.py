@@ -37,7 +37,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(tmp_path:
 
 
 EMBEDDED = {
-    "model": "m", "listen": "0.0.0.0:1", "http": "0.0.0.0:2",
+    "model": "m", "listen": "0.0.0.0:1", "http": "0.0.0.0:2", "http_names": "chat.example.com,chat",
     "instances": 1, "devices_per_instance": 3, "mesh": "1x2x3",
     "dtype": "bfloat16", "quantization": "int8", "max_model_len": 5, "max_batch": 6, "prefill_tokens": 7,
     "page_size": 8, "kv_pages": 9,
@@ -122,7 +122,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("price_class", "cheap"), ("kv_backup", "maybe"), ("kv_backup_bandwidth", "-1"), ("read_bandwidth", "-1"),
         ("durability", "always"), ("max_batch", "0"), ("kv_pages", "-1"), ("page_size", "1.5"),
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("http", "on"),
-        ("http", ""), ("dtype", "float16"),
+        ("http", ""), ("http_names", "a,"), ("http_names", "a:80"), ("dtype", "float16"),
         ("prefix_cache", "maybe"), ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"),
         ("log_format", "xml"), ("model", ""),
     ],

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spotjax.api.backend import Backend
-from spotjax.api.http import health
+from spotjax.api.http import fleet, health
 from spotjax.api.http.errors import on_bug, on_error, on_refusal
+from spotjax.api.http.origin import OwnPagesOnly
 from spotjax.errors import SpotjaxError
 
 log = logging.getLogger(__name__)
 
 
-def application(backend: Backend) -> ASGIApp:
+def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
     """The application of a server.
 
     Args:
       backend: what it serves, which may come later.
+      names: under which the server is reached; see ``OwnPagesOnly``.
     """
     app = Starlette(
-        routes=[*health.routes(backend)],
+        routes=[*health.routes(backend), *fleet.routes(backend)],
         exception_handlers={SpotjaxError: on_error, HTTPException: on_refusal, Exception: on_bug},
     )
     app.router.redirect_slashes = False
-    return Guarded(app)
+    return Guarded(OwnPagesOnly(app, names))
 
 
 class Guarded:
