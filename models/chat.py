@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -25,33 +25,42 @@ class ChatTemplate:
 
     Attributes:
       source, special_tokens: as given.
+      has_tools: whether it has a place for tools.
 
     Raises:
       CheckpointError: the template is not valid Jinja.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.has_tools = "tools" in meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"the chat template is not valid in line {error.lineno}: {error.message}") from error
         self.source, self.special_tokens = source, dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt text of a chat, up to where the assistant answers.
 
         Args:
-          messages: each with ``role`` and ``content``.
+          messages: each with ``role`` and ``content``, and ``tool_calls`` and so on where it has them.
+          tools: that the model is told of.
 
         Raises:
-          InvalidRequest: the template refuses the messages, for example because of the order of their roles.
+          InvalidRequest: the template refuses the messages, for example because of the order of their roles, or has no
+            place for tools; names ``messages`` or ``tools``.
         """
+        if tools and not self.has_tools:
+            raise InvalidRequest("tools", "the model's chat template has no place for tools")
+        if not self.has_tools and any(m["role"] == "tool" or "tool_calls" in m for m in messages):
+            raise InvalidRequest("messages", "the model's chat template has no place for calls of tools")
         try:
             return self._template.render(
                 **self.special_tokens,
                 messages=[dict(message) for message in messages],
                 add_generation_prompt=True,
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
             )
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:

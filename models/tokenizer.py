@@ -11,6 +11,7 @@ import tokenizers
 
 from spotjax.errors import CheckpointError, InvalidRequest
 from spotjax.models.chat import ChatTemplate
+from spotjax.models.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -31,7 +32,7 @@ class Tokenizer:
         # Files may carry the truncation of their training; a prompt must never be cut in silence.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._bytes = tokenizer, TokenBytes(tokenizer)
         self._chat = chat
         self.end_tokens = end_tokens
 
@@ -88,15 +89,20 @@ class Tokenizer:
         """Text of ``tokens`` without special tokens; bytes that are not whole characters become U+FFFD."""
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones too; none where there is no such token."""
+        return self._bytes[token]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """Text of a chat up to where the assistant answers; to be encoded without special tokens being added.
 
         Raises:
-          InvalidRequest: the model has no chat template, or its template refuses the messages.
+          InvalidRequest: the model has no chat template, or its template refuses the messages or has no place for
+            tools; names ``messages`` or ``tools``.
         """
         if self._chat is None:
             raise InvalidRequest("messages", "the model has no chat template; send a text prompt")
-        return self._chat.render(messages)
+        return self._chat.render(messages, tools)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

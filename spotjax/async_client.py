@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -79,11 +79,12 @@ class AsyncSpotjaxClient:
         model: str | None = None,
         resumable: bool = True,
         timeout: float | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **sampling: Unpack[Sampling],
     ) -> AsyncGenerator[Delta, None]:
         """Streams the output for a prompt as it is committed."""
         request_id = request_id or secrets.token_hex(16)
-        request = generate_request(prompt, sampling, request_id, model, n, resumable)
+        request = generate_request(prompt, sampling, request_id, model, n, resumable, tools)
         pursuit = Pursuit(Progress(request_id, [0] * n), request, self._patience if resumable else 0, self.server)
         try:
             async with contextlib.aclosing(self._stream(pursuit, timeout)) as stream:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -97,11 +97,12 @@ class SpotjaxClient:
         model: str | None = None,
         resumable: bool = True,
         timeout: float | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
         **sampling: Unpack[Sampling],
     ) -> Generator[Delta, None, None]:
         """Streams the output for a prompt as it is committed."""
         request_id = request_id or secrets.token_hex(16)
-        request = generate_request(prompt, sampling, request_id, model, n, resumable)
+        request = generate_request(prompt, sampling, request_id, model, n, resumable, tools)
         pursuit = Pursuit(Progress(request_id, [0] * n), request, self._patience if resumable else 0, self.server)
         try:
             yield from self._stream(pursuit, timeout)

@@ -6,6 +6,7 @@ The tree:
       ConfigError            a setting is unknown or out of range
       CheckpointError        a checkpoint lacks a tensor or has one of the wrong shape; or cannot be written
       InvalidRequest         a request field is unsupported or out of range; names the field
+        UnknownModel         the model is not served here
         RequestExists        the id is that of an accepted request
       UnknownRequest         no request of that id is known (never was, or its retention ended)
       Overloaded             the queue is full; says when to try again
@@ -60,6 +61,13 @@ class InvalidRequest(SpotjaxError):
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
+
+
+class UnknownModel(InvalidRequest):
+    """The model that a request names is not served here."""
+
+    def __init__(self, name: str, served: str) -> None:
+        super().__init__("model", f"this server serves {served!r}, got {name!r}")
 
 
 class RequestExists(InvalidRequest):

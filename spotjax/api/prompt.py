@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
+from spotjax.api.conversation import conversation, offered_tools
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.errors import InvalidRequest
-
-ROLES = {
-    pb.ChatMessage.ROLE_SYSTEM: "system",
-    pb.ChatMessage.ROLE_USER: "user",
-    pb.ChatMessage.ROLE_ASSISTANT: "assistant",
-}
 
 
 class Tokenizer(Protocol):
@@ -37,12 +32,21 @@ class Tokenizer(Protocol):
         """Text of tokens, special ones left out."""
         ...
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The text, special tokens included, that asks the model for the next message of a conversation.
 
+        Args:
+          messages: see ``conversation.conversation``.
+          tools: that the model is told of.
+
         Raises:
-          InvalidRequest: the model has no chat template, or it refuses the conversation.
+          InvalidRequest: the model has no chat template, or it refuses the conversation, or has no place for tools;
+            names ``messages`` or ``tools``.
         """
+        ...
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
         ...
 
 
@@ -59,7 +63,7 @@ async def prompt_tokens(request: pb.GenerateRequest, tokenizer: Tokenizer) -> tu
             tokens = await asyncio.to_thread(tokenizer.encode, request.text, add_special_tokens=True)
             return at_least_one("text", tokens)
         case "chat":
-            text = render(conversation(request.chat), tokenizer)
+            text = render(request.chat, tokenizer)
             tokens = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens=False)
             return at_least_one("chat.messages", tokens)
         case "token_ids":
@@ -68,27 +72,13 @@ async def prompt_tokens(request: pb.GenerateRequest, tokenizer: Tokenizer) -> tu
     raise InvalidRequest("input", "one of text, chat and token_ids must be set")
 
 
-def render(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> str:
+def render(chat: pb.ChatMessages, tokenizer: Tokenizer) -> str:
     """Text of a conversation; what the template refuses is refused under the API's name for it."""
+    messages, tools = conversation(chat), offered_tools(chat)
     try:
-        return tokenizer.render_chat(messages)
+        return tokenizer.render_chat(messages, tools)
     except InvalidRequest as error:
-        raise InvalidRequest("chat.messages", str(error).removeprefix(f"{error.field}: ")) from error
-
-
-def conversation(chat: pb.ChatMessages) -> list[dict[str, str]]:
-    """The messages as chat templates want them.
-
-    Raises:
-      InvalidRequest: there are none, or one has no known role.
-    """
-    if not chat.messages:
-        raise InvalidRequest("chat.messages", "must have at least one message")
-    for index, message in enumerate(chat.messages):
-        if message.role not in ROLES:
-            accepted = ", ".join(pb.ChatMessage.Role.Name(role) for role in ROLES)
-            raise InvalidRequest(f"chat.messages[{index}].role", f"must be one of {accepted}, got {message.role}")
-    return [{"role": ROLES[message.role], "content": message.content} for message in chat.messages]
+        raise InvalidRequest(f"chat.{error.field}", str(error).removeprefix(f"{error.field}: ")) from error
 
 
 def check_tokens(field: str, tokens: Sequence[int], vocab_size: int) -> None:

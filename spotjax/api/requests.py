@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, TypeVar, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from google.protobuf.message import Message as ProtoMessage
 
-from spotjax.api.prompt import ROLES
+from spotjax.api.conversation import chat_messages
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.errors import InvalidRequest
 
-Message = Mapping[str, str]
-"""``role`` (system, user or assistant) and ``content``."""
+Message = Mapping[str, Any]
+"""``role`` (system, user, assistant or tool) and ``content``; more of it in ``conversation.chat_messages``."""
 
 Prompt = str | Sequence[int] | Sequence[Message]
 """Text, token ids, or a conversation."""
@@ -47,19 +47,24 @@ def generate_request(
     model: str | None = None,
     n: int = 1,
     resumable: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> pb.GenerateRequest:
     """The message.
+
+    Args:
+      tools: that the model is told of in a conversation, as OpenAI's interface has them.
 
     Raises:
       InvalidRequest: a value cannot even be put into the message, such as a negative ``top_k``.
     """
     fields: dict[str, object] = {"request_id": request_id, "model": model, "n": n, "resumable": resumable}
+    if tools and (isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping)):
+        raise InvalidRequest("tools", "only a conversation has tools")
     fields["sampling"] = built(pb.Sampling, "sampling.", **sampling)
     if isinstance(prompt, str):
         fields["text"] = prompt
     elif prompt and isinstance(prompt[0], Mapping):
-        turns = [chat_message(turn) for turn in cast(Sequence[Message], prompt)]
-        fields["chat"] = pb.ChatMessages(messages=turns)
+        fields["chat"] = chat_messages(cast(Sequence[Message], prompt), tools)
     else:
         fields["token_ids"] = built(pb.TokenIds, "token_ids.", ids=prompt)
     return built(pb.GenerateRequest, **fields)
@@ -80,17 +85,3 @@ def built(kind: type[Built], path: str = "", /, **fields: object) -> Built:
         except (TypeError, ValueError) as error:
             raise InvalidRequest(f"{path}{name}", str(error)) from error
     return message
-
-
-def chat_message(message: Message) -> pb.ChatMessage:
-    """One message of a conversation.
-
-    Raises:
-      InvalidRequest: it has another role, or other keys than ``role`` and ``content``.
-    """
-    roles = {name: number for number, name in ROLES.items()}
-    if set(message) != {"role", "content"}:
-        raise InvalidRequest("chat.messages", f"a message has role and content, got {', '.join(message) or 'nothing'}")
-    if message["role"] not in roles:
-        raise InvalidRequest("chat.messages.role", f"must be one of {', '.join(roles)}, got {message['role']!r}")
-    return built(pb.ChatMessage, "chat.messages.", role=roles[message["role"]], content=message["content"])

@@ -11,7 +11,7 @@ from spotjax.api.prompt import Tokenizer, check_tokens, prompt_tokens
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
-from spotjax.errors import InvalidRequest
+from spotjax.errors import InvalidRequest, UnknownModel
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Far above any prompt that fits a model; a larger message is refused with RESOURCE_EXHAUSTED before it is read."""
@@ -35,19 +35,26 @@ class ServedModel:
     max_model_len: int
 
 
-async def accepted_request(request: pb.GenerateRequest, model: ServedModel) -> GenerationRequest:
+async def accepted_request(
+    request: pb.GenerateRequest, model: ServedModel, *, to_the_end: bool = False
+) -> GenerationRequest:
     """The request, tokenized, with what the client left open filled in.
+
+    Args:
+      to_the_end: an unset ``max_tokens`` is all that the prompt leaves of ``max_model_len``, instead of 16.
 
     Raises:
       InvalidRequest: a field is out of range; names it and what is accepted.
     """
     if request.HasField("model") and request.model != model.name:
-        raise InvalidRequest("model", f"this server serves {model.name!r}, got {request.model!r}")
+        raise UnknownModel(request.model, model.name)
     if request.HasField("n") and not 1 <= request.n <= MAX_CHOICES:
         raise InvalidRequest("n", f"must be in [1, {MAX_CHOICES}], got {request.n}")
     request_id = checked_request_id(request.request_id) if request.HasField("request_id") else secrets.token_hex(16)
     sampling = accepted_sampling(request.sampling, model.tokenizer.vocab_size)
     prompt = await prompt_tokens(request, model.tokenizer)
+    if to_the_end and not request.sampling.HasField("max_tokens"):
+        sampling = replace(sampling, max_tokens=max(1, model.max_model_len - len(prompt)))
     check_length(str(request.WhichOneof("input")), len(prompt), sampling.max_tokens, model.max_model_len)
     return GenerationRequest(
         request_id=request_id,

@@ -160,6 +160,10 @@ class Controller:
             self._meter.arrived(self._clock(), len(request.prompt), request.n)
         return accepted
 
+    def accepted(self, request_id: str) -> GenerationRequest:
+        """See ``GenerationService.accepted``."""
+        return self._requests.get(request_id).request
+
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``."""
         return self._requests.stream(request_id, offsets)

@@ -27,6 +27,14 @@ class GenerationService(Protocol):
         """
         ...
 
+    def accepted(self, request_id: str) -> GenerationRequest:
+        """A request as it was taken, running or finished.
+
+        Raises:
+          UnknownRequest: no such request is retained.
+        """
+        ...
+
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """Committed output of a request from ``offsets`` on (tokens already seen, per choice; default none).
 

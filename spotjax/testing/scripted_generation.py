@@ -141,6 +141,10 @@ class ScriptedGeneration:
         state = self.requests[request.request_id] = ScriptedRequest(request, script)
         return self._start(self._accept(state))
 
+    def accepted(self, request_id: str) -> GenerationRequest:
+        """The request as it was taken."""
+        return self._find(request_id).request
+
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """Output from ``offsets`` on."""
         state = self._find(request_id)

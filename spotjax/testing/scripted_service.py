@@ -9,6 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
+
+import msgspec
 
 from spotjax.errors import CheckpointError, NoFeasibleShape, NoSpareDevices, UnknownInstance
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus, Saved
@@ -38,9 +41,18 @@ class ByteTokenizer:
         text = bytes(token for token in tokens if token < 256).decode(errors="replace")
         return text.rstrip("\N{REPLACEMENT CHARACTER}")
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """``role: content`` lines, then the assistant's turn."""
-        return "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant: "
+    def token_bytes(self, token: int) -> bytes:
+        """The byte; special tokens have a name."""
+        return bytes([token]) if token < 256 else (b"<start>", b"<end>")[token - 256]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """A line for each tool, ``role: content`` lines with what else messages have, then the assistant's turn."""
+        lines = [f"tool {tool['function']['name']}\n" for tool in tools]
+        for message in messages:
+            calls = [call["function"] for call in message.get("tool_calls", ())]
+            shown = "".join(f" {call['name']}({msgspec.json.encode(call['arguments']).decode()})" for call in calls)
+            lines.append(f"{message['role']}: {message['content']}{shown}\n")
+        return "".join(lines) + "assistant: "
 
 
 class ScriptedService(ScriptedGeneration):

@@ -23,6 +23,7 @@ from spotjax.errors import (
     RequestExists,
     SpotjaxError,
     UnknownInstance,
+    UnknownModel,
     UnknownRequest,
 )
 
@@ -42,6 +43,7 @@ class Kind(NamedTuple):
 INTERNAL = Kind(500, "server_error", "internal_error")
 KINDS: dict[type[SpotjaxError], Kind] = {
     InvalidRequest: Kind(400, "invalid_request_error"),
+    UnknownModel: Kind(404, "not_found_error", "model_not_found"),
     RequestExists: Kind(409, "invalid_request_error", "request_exists"),
     Overloaded: Kind(429, "rate_limit_error", "overloaded"),
     Draining: Kind(503, "service_unavailable_error", "draining"),
