@@ -9,7 +9,10 @@ The tree:
         UnknownModel         the model is not served here
         RequestExists        the id is that of an accepted request
       UnknownRequest         no request of that id is known (never was, or its retention ended)
+      Unauthenticated        a key or token is needed, and there is none, or none that is valid
+      PermissionDenied       the caller is known, and may not do this
       Overloaded             the queue is full; says when to try again
+        RateLimited          the caller has used up what it may use
       Draining               the server takes no new requests
       CommitLogError         the commit log cannot be used: damaged, in use, or another model's
         LogUnavailable       it cannot be written now, so nothing new is accepted
@@ -81,6 +84,14 @@ class UnknownRequest(SpotjaxError):
     """No request of that id is known."""
 
 
+class Unauthenticated(SpotjaxError):
+    """A key or token is needed, and none was shown, or none that is valid."""
+
+
+class PermissionDenied(SpotjaxError):
+    """The caller is known, and may not do this."""
+
+
 class Overloaded(SpotjaxError):
     """The queue is full.
 
@@ -91,6 +102,10 @@ class Overloaded(SpotjaxError):
     def __init__(self, message: str, retry_after: float) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class RateLimited(Overloaded):
+    """The caller has used up what it may use for now; others are served."""
 
 
 class Draining(SpotjaxError):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
+from spotjax.api.access.caller_service import CallerService
+from spotjax.api.access.current import current_caller
+from spotjax.api.access.gate import Gate, OpenGate
+from spotjax.api.access.metering import Meters
 from spotjax.api.errors import Unavailable
 from spotjax.api.validation import ServedModel
 from spotjax.fleet.service import Service
@@ -15,14 +20,32 @@ class Backend:
 
     Attributes:
       draining: the server was told to end, whether there is a service already or not.
+      gate: knows who may call.
+      meters: what callers have used.
     """
 
     service: Service | None = None
     model: ServedModel | None = None
     draining: bool = False
+    gate: Gate = field(default_factory=OpenGate)
+    meters: Meters = field(default_factory=lambda: Meters(time.monotonic))
+
+    def attach(self, service: Service, model: ServedModel) -> None:
+        """From now on this is what is served."""
+        self.service, self.model = service, model
+        service.observe(self.meters)
+
+    def for_caller(self) -> tuple[CallerService, ServedModel]:
+        """The service as the current caller sees it, and the model: for all that generates.
+
+        Raises:
+          Unavailable: the server is starting.
+        """
+        (service, model), caller = self.get(), current_caller()
+        return CallerService(service, caller, self.meters, model.name), model
 
     def get(self) -> tuple[Service, ServedModel]:
-        """Both.
+        """Both, for all that changes and shows the fleet.
 
         Raises:
           Unavailable: the server is starting.

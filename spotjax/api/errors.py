@@ -27,8 +27,11 @@ from spotjax.errors import (
     NoFeasibleShape,
     NoSpareDevices,
     Overloaded,
+    PermissionDenied,
+    RateLimited,
     RequestExists,
     SpotjaxError,
+    Unauthenticated,
     UnknownInstance,
     UnknownRequest,
 )
@@ -52,6 +55,9 @@ STATUS: dict[type[SpotjaxError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     RequestExists: grpc.StatusCode.ALREADY_EXISTS,
     Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    RateLimited: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     Draining: grpc.StatusCode.UNAVAILABLE,
     Unavailable: grpc.StatusCode.UNAVAILABLE,
     LogUnavailable: grpc.StatusCode.UNAVAILABLE,
@@ -123,8 +129,9 @@ def error_from(failure: grpc.RpcError, server: str) -> Exception:
     if name == InvalidRequest.__name__:
         field = trailing.get(FIELD_KEY, "")
         return InvalidRequest(field, details.removeprefix(f"{field}: "))
-    if name == Overloaded.__name__:
-        return Overloaded(details, float(trailing.get(RETRY_KEY, "1")))
+    for refusal in (Overloaded, RateLimited):
+        if name == refusal.__name__:
+            return refusal(details, float(trailing.get(RETRY_KEY, "1")))
     for kind in STATUS:
         if kind.__name__ == name:
             return kind(details)

@@ -10,6 +10,7 @@ import contextlib
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from spotjax.api.access.current import current_caller
 from spotjax.api.backend import Backend
 from spotjax.api.errors import Context, Unavailable, rpc
 from spotjax.api.generation_messages import delta_to
@@ -18,7 +19,7 @@ from spotjax.api.proto.spotjax.v1 import generation_pb2_grpc as pb_grpc
 from spotjax.api.validation import accepted_request, checked_request_id
 from spotjax.engine.generation import Delta
 from spotjax.errors import UnknownRequest
-from spotjax.fleet.service import Service
+from spotjax.fleet.service import GenerationService
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
     @rpc
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Takes a request and streams its output."""
-        service, model = self._backend.get()
+        service, model = self._backend.for_caller()
         accepted = await accepted_request(request, model)
         recorded = asyncio.ensure_future(service.submit(accepted))
         try:
@@ -56,7 +57,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
     @rpc
     async def Resume(self, request: pb.ResumeRequest, context: Context) -> None:
         """Streams the output of an accepted request from where the client says."""
-        service, _ = self._backend.get()
+        service, _ = self._backend.for_caller()
         request_id = checked_request_id(request.request_id)
         stream = service.stream(request_id, tuple(request.offsets))
         await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
@@ -65,13 +66,15 @@ class GenerationServicer(pb_grpc.GenerationServicer):
     @rpc
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """Ends a request."""
-        service, _ = self._backend.get()
+        service, _ = self._backend.for_caller()
         return pb.CancelResponse(cancelled=service.cancel(checked_request_id(request.request_id)))
 
     @rpc
     async def Models(self, request: pb.ModelsRequest, context: Context) -> pb.ModelsResponse:
-        """Lists the one model."""
-        _, model = self._backend.get()
+        """Lists the one model, if the caller may use it."""
+        _, model = self._backend.for_caller()
+        if not current_caller().may_use(model.name):
+            return pb.ModelsResponse()
         vocab_size = model.tokenizer.vocab_size
         served = pb.Model(name=model.name, max_model_len=model.max_model_len, vocab_size=vocab_size)
         return pb.ModelsResponse(models=[served])
@@ -106,7 +109,7 @@ def reason_to_leave(context: Context) -> str:
     return "deadline" if remaining is not None and remaining <= CLOCK_SLACK else "cancelled"
 
 
-def abandon(service: Service, request_id: str, reason: str) -> None:
+def abandon(service: GenerationService, request_id: str, reason: str) -> None:
     """Ends a request that its client does not wait for any more."""
     with contextlib.suppress(UnknownRequest):  # it was not accepted, or it finished and its retention is over
         service.cancel(request_id, reason)

@@ -9,6 +9,8 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from spotjax.api.access.gate import Gate, OpenGate
+from spotjax.api.access.grpc_interceptor import AccessInterceptor
 from spotjax.api.backend import Backend
 from spotjax.api.fleet import FleetServicer
 from spotjax.api.generation import GenerationServicer
@@ -48,6 +50,7 @@ class ApiServer:
         readiness_interval: float = 0.2,
         handlers: Sequence[grpc.GenericRpcHandler] = (),
         credentials: grpc.ServerCredentials | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """A server without a model.
 
@@ -55,13 +58,14 @@ class ApiServer:
           readiness_interval: seconds between two looks at whether the service is ready.
           handlers: of services besides ``spotjax.v1``'s.
           credentials: of the server; without them it takes plaintext only, with them none.
+          gate: knows who may call; by default everybody.
         """
         self._credentials = credentials
-        self.backend = Backend()
+        self.backend = Backend(gate=gate or OpenGate())
         self._interval = readiness_interval
         self._health = health.aio.HealthServicer()
         self._following: asyncio.Task[None] | None = None
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=OPTIONS, interceptors=[AccessInterceptor(self.backend.gate)])
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.backend), self._server)
         fleet_pb2_grpc.add_FleetServicer_to_server(FleetServicer(self.backend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -95,7 +99,7 @@ class ApiServer:
 
     async def attach(self, service: Service, model: ServedModel) -> None:
         """From now on there is something to serve."""
-        self.backend.service, self.backend.model = service, model
+        self.backend.attach(service, model)
         await self._show_readiness()
 
     async def drain(self, seconds: float) -> bool:

@@ -17,6 +17,7 @@ class GenerationRequest:
       sampling: how tokens are chosen.
       n: number of independent sequences to generate from the prompt.
       resumable: goes on when its client disconnects, and can be taken up again by ``Resume``.
+      owner: name of the API key that it was sent with, to whom alone it belongs; empty where there are none.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class GenerationRequest:
     sampling: SamplingParams
     n: int = 1
     resumable: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from spotjax.fleet.recovery import certain, recalled
 from spotjax.fleet.requests import RequestTable
 from spotjax.fleet.save_request import SaveRequests
 from spotjax.fleet.saving import Saves, Saving
+from spotjax.fleet.service import UseObserver
 from spotjax.fleet.status import (
     CapacityStatus,
     FleetEvent,
@@ -175,6 +176,14 @@ class Controller:
             return False
         self._admission.cancel(accepted, FinishReason(reason))
         return True
+
+    def owner_of(self, request_id: str) -> str | None:
+        """See ``GenerationService.owner_of``."""
+        return self._requests.owner_of(request_id)
+
+    def observe(self, observer: UseObserver) -> None:
+        """See ``Service.observe``."""
+        self._requests.observe(observer)
 
     def status(self) -> FleetStatus:
         """See ``FleetService.status``."""

@@ -11,6 +11,7 @@ from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import RequestState
 from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
+from spotjax.fleet.service import UseObserver
 
 
 @dataclass(eq=False)
@@ -61,6 +62,7 @@ class RequestTable:
         self._retain = retain_seconds
         self._requests: dict[str, AcceptedRequest] = {}
         self._unfinished: dict[str, AcceptedRequest] = {}
+        self._observer: UseObserver | None = None
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
@@ -77,6 +79,17 @@ class RequestTable:
             raise UnknownRequest(
                 f"request {request_id!r} is not known; finished requests are kept for {self._retain:g} s"
             ) from None
+
+    def owner_of(self, request_id: str) -> str | None:
+        """See ``fleet.service.GenerationService.owner_of``."""
+        accepted = self._requests.get(request_id)
+        return None if accepted is None else accepted.request.owner
+
+    def observe(self, observer: UseObserver) -> None:
+        """See ``fleet.service.Service.observe``."""
+        self._observer = observer
+        for accepted in self._unfinished.values():
+            observer.began(accepted.request.owner)
 
     def key_of(self, state: RequestState) -> int:
         """Key of the sequence that a state is of."""
@@ -96,6 +109,8 @@ class RequestTable:
         self._requests[accepted.request.request_id] = accepted
         self._unfinished[accepted.request.request_id] = accepted
         self.idle.clear()
+        if self._observer is not None:
+            self._observer.began(accepted.request.owner)
 
     def remove(self, accepted: AcceptedRequest) -> None:
         """The log did not accept it after all."""
@@ -121,7 +136,10 @@ class RequestTable:
         """These are recorded: wakes the streams of the requests whose sequences gained a token or ended."""
         for state in states:
             accepted = self._requests[state.request_id]
-            self.tokens += len(state.tokens) - len(accepted.told[state.choice].tokens)
+            gained = len(state.tokens) - len(accepted.told[state.choice].tokens)
+            self.tokens += gained
+            if self._observer is not None:
+                self._observer.generated(accepted.request.owner, gained)
             accepted.told[state.choice] = state
             ended = state.finish is not None and accepted.finished_at is None
             if ended and all(told.finish for told in accepted.told):
@@ -133,6 +151,8 @@ class RequestTable:
 
     def _settle(self, accepted: AcceptedRequest) -> None:
         del self._unfinished[accepted.request.request_id]
+        if self._observer is not None:
+            self._observer.ended(accepted.request.owner)
         if not self._unfinished:
             self.idle.set()
 

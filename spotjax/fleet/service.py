@@ -9,6 +9,22 @@ from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.fleet.status import FleetEvent, FleetStatus, Reconfiguration, Saved
 
 
+class UseObserver(Protocol):
+    """Wants to know how much the owners of requests use, as it happens. ``owner`` is ``GenerationRequest.owner``."""
+
+    def began(self, owner: str) -> None:
+        """A request of it was taken."""
+        ...
+
+    def generated(self, owner: str, tokens: int) -> None:
+        """Output tokens of it were committed."""
+        ...
+
+    def ended(self, owner: str) -> None:
+        """A request of it has ended, or was not accepted after all."""
+        ...
+
+
 class GenerationService(Protocol):
     """Takes requests and streams their tokens."""
 
@@ -54,6 +70,10 @@ class GenerationService(Protocol):
         Raises:
           UnknownRequest: no such request is retained.
         """
+        ...
+
+    def owner_of(self, request_id: str) -> str | None:
+        """Whose request it is; None if no such request is retained."""
         ...
 
 
@@ -115,6 +135,10 @@ class FleetService(Protocol):
 
 class Service(GenerationService, FleetService, Protocol):
     """Both halves, as one server offers them."""
+
+    def observe(self, observer: UseObserver) -> None:
+        """Tells the observer what requests use from now on, and of those that are running at once."""
+        ...
 
     async def drain(self, seconds: float) -> bool:
         """Takes no new requests and waits for the accepted ones, at most ``seconds``. Returns whether all finished."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from spotjax.engine.generation import Delta, GenerationRequest, Usage
 from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import Draining, InvalidRequest, LogUnavailable, Overloaded, RequestExists, UnknownRequest
+from spotjax.fleet.service import UseObserver
 
 
 def scripted_token(prompt: Sequence[int], seed: int, choice: int, position: int) -> int:
@@ -126,6 +127,7 @@ class ScriptedGeneration:
         self._stopped = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = Signal()
+        self._observer: UseObserver | None = None
         for state in self.requests.values():
             self._start(self._run(state))
 
@@ -139,6 +141,8 @@ class ScriptedGeneration:
             raise Overloaded("the queue is full", retry_after=1.5)
         script = [scripted_tokens(request, choice) for choice in range(request.n)]
         state = self.requests[request.request_id] = ScriptedRequest(request, script)
+        if self._observer is not None:
+            self._observer.began(request.owner)
         return self._start(self._accept(state))
 
     def accepted(self, request_id: str) -> GenerationRequest:
@@ -164,6 +168,18 @@ class ScriptedGeneration:
         state.ended = FinishReason(reason)
         self._changed.fire()
         return True
+
+    def owner_of(self, request_id: str) -> str | None:
+        """Whose request it is."""
+        state = self.requests.get(request_id)
+        return None if state is None else state.request.owner
+
+    def observe(self, observer: UseObserver) -> None:
+        """Tells what requests use."""
+        self._observer = observer
+        for state in self.requests.values():
+            if not state.finished:
+                observer.began(state.request.owner)
 
     async def stop(self) -> None:
         """Ends every stream where it is, as a server does that goes away."""
@@ -200,6 +216,7 @@ class ScriptedGeneration:
             except LogUnavailable:
                 del self.requests[state.request.request_id]
                 state.refused = True
+                self._tell_ended(state)
                 self._changed.fire()
                 raise
         state.recorded = True
@@ -211,8 +228,16 @@ class ScriptedGeneration:
                 await self._delay()
             if not state.finished:
                 state.committed += 1
+                if self._observer is not None:
+                    gained = sum(state.committed <= len(tokens) for tokens, _, _ in state.script)
+                    self._observer.generated(state.request.owner, gained)
                 self._changed.fire()
             await asyncio.sleep(0)
+        self._tell_ended(state)
+
+    def _tell_ended(self, state: ScriptedRequest) -> None:
+        if self._observer is not None:
+            self._observer.ended(state.request.owner)
 
     async def _stream(self, state: ScriptedRequest, offsets: list[int]) -> AsyncIterator[Delta]:
         unfinished = set(range(state.request.n))

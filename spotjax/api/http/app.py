@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spotjax.api.backend import Backend
 from spotjax.api.http import fleet, health
+from spotjax.api.http.access import AccessMiddleware
 from spotjax.api.http.errors import on_bug, on_error, on_refusal
 from spotjax.api.http.origin import OwnPagesOnly
 from spotjax.errors import SpotjaxError
@@ -31,7 +32,7 @@ def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
         exception_handlers={SpotjaxError: on_error, HTTPException: on_refusal, Exception: on_bug},
     )
     app.router.redirect_slashes = False
-    return Guarded(OwnPagesOnly(app, names))
+    return Guarded(OwnPagesOnly(AccessMiddleware(app, backend.gate), names))
 
 
 class Guarded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -20,8 +21,11 @@ from spotjax.errors import (
     NoFeasibleShape,
     NoSpareDevices,
     Overloaded,
+    PermissionDenied,
+    RateLimited,
     RequestExists,
     SpotjaxError,
+    Unauthenticated,
     UnknownInstance,
     UnknownModel,
     UnknownRequest,
@@ -45,6 +49,9 @@ KINDS: dict[type[SpotjaxError], Kind] = {
     InvalidRequest: Kind(400, "invalid_request_error"),
     UnknownModel: Kind(404, "not_found_error", "model_not_found"),
     RequestExists: Kind(409, "invalid_request_error", "request_exists"),
+    Unauthenticated: Kind(401, "authentication_error", "invalid_api_key"),
+    PermissionDenied: Kind(403, "permission_error", "permission_denied"),
+    RateLimited: Kind(429, "rate_limit_error", "rate_limit_exceeded"),
     Overloaded: Kind(429, "rate_limit_error", "overloaded"),
     Draining: Kind(503, "service_unavailable_error", "draining"),
     Unavailable: Kind(503, "service_unavailable_error", "unavailable"),
@@ -78,7 +85,9 @@ def error_response(error: SpotjaxError) -> Response:
     """The whole answer for an error of ours."""
     kind, headers = kind_of(error), {}
     if isinstance(error, Overloaded):
-        headers["retry-after"] = str(max(1, round(error.retry_after)))
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    elif isinstance(error, Unauthenticated):
+        headers["www-authenticate"] = 'Bearer realm="spotjax"'
     elif kind.status == 503:
         headers["retry-after"] = str(RETRY_SECONDS)
     param = error.field if isinstance(error, InvalidRequest) else None

@@ -1,0 +1,1 @@
+"""Who calls, what they may do, how much of it. gRPC's interceptor and the HTTP middleware are thin around this."""

@@ -1,0 +1,65 @@
+"""The service as one caller sees it: within its limits, and with its own requests only."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from dataclasses import replace
+
+from spotjax.api.access.callers import Caller
+from spotjax.api.access.metering import Meters
+from spotjax.engine.generation import Delta, GenerationRequest
+from spotjax.errors import UnknownRequest
+from spotjax.fleet.service import GenerationService
+
+
+class CallerService:
+    """A ``GenerationService`` for one caller; both gRPC and HTTP generate through it.
+
+    Args:
+      service: everybody's.
+      caller: whose requests these are.
+      meters: what callers have used.
+      model: name of the model that is served.
+    """
+
+    def __init__(self, service: GenerationService, caller: Caller, meters: Meters, model: str) -> None:
+        self._service, self._caller, self._meters, self._model = service, caller, meters, model
+
+    def submit(self, request: GenerationRequest) -> Awaitable[None]:
+        """See ``GenerationService.submit``; the request belongs to the caller from here on.
+
+        Raises:
+          PermissionDenied: the caller may not use the model, or a prompt of this size.
+          RateLimited: it has used up what it may use.
+        """
+        caller, prompt_tokens = self._caller, len(request.prompt)
+        caller.require_model(self._model)
+        request = replace(request, owner=caller.name)
+        if self._service.owner_of(request.request_id) is not None:
+            return self._service.submit(request)  # which says that it exists: a client whose call broke learns that
+        self._meters.admit(caller, prompt_tokens)
+        try:
+            return self._service.submit(request)
+        except BaseException:
+            self._meters.give_back(caller, prompt_tokens)
+            raise
+
+    def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
+        """See ``GenerationService.stream``. Others' requests are not known to the caller."""
+        self._require_own(request_id)
+        return self._service.stream(request_id, offsets)
+
+    def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
+        """See ``GenerationService.cancel``. Others' requests are not known to the caller."""
+        self._require_own(request_id)
+        return self._service.cancel(request_id, reason)
+
+    def owner_of(self, request_id: str) -> str | None:
+        """See ``GenerationService.owner_of``; None for others' requests."""
+        owner = self._service.owner_of(request_id)
+        return owner if owner is not None and self._caller.may_follow(owner) else None
+
+    def _require_own(self, request_id: str) -> None:
+        """Says the same of a request that is not there and of one that is another caller's."""
+        if self.owner_of(request_id) is None:
+            raise UnknownRequest(f"no request {request_id!r} of yours is known: it never was, or it ended too long ago")
