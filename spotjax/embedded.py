@@ -126,7 +126,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
     except BaseException:
         await service.close()  # and with it the log, whose lock would outlive it
         raise
-    return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.max_positions)
+    return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.longest)
 
 
 def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devices]:

@@ -104,7 +104,7 @@ class FleetServer:
     def max_model_len(self) -> int:
         """Longest prompt and output together."""
         assert self._limits is not None, "the server has not started"
-        return self._limits.max_positions
+        return self._limits.longest
 
     @property
     def failure(self) -> asyncio.Future[None]:

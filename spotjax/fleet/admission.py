@@ -41,6 +41,11 @@ class ServiceLimits:
     replica: Callable[[int], Limits]
     prefix_cache: bool = False
 
+    @property
+    def longest(self) -> int:
+        """Positions that a sequence can have: there must be pages for them, too."""
+        return min(self.max_positions, (self.pages - 1) * self.page_size)
+
 
 class Admission:
     """The way in.
@@ -133,16 +138,11 @@ class Admission:
                 self.cancel(accepted, FinishReason.CANCELLED)
         return waiting
 
-    @property
-    def _longest(self) -> int:
-        """Positions that a sequence can have."""
-        return min(self._limits.max_positions, (self._limits.pages - 1) * self._limits.page_size)
-
     def _require_room(self, request: GenerationRequest, unfinished: Collection[int]) -> None:
-        if unfinished and _positions(request) > self._longest:
+        if unfinished and _positions(request) > self._limits.longest:
             raise CommitLogError(
                 f"request {request.request_id} of the commit log may take {_positions(request)} positions, the "
-                f"settings allow {self._longest}: start with the max_model_len, kv_pages and page_size of before"
+                f"settings allow {self._limits.longest}: start with the max_model_len, kv_pages and page_size of before"
             )
 
     async def _queue(self, accepted: AcceptedRequest, recorded: Awaitable[None]) -> None:
@@ -164,7 +164,7 @@ class Admission:
         """Refuses what cannot be taken, with the limit."""
         if request.request_id in self._requests:
             raise RequestExists(request.request_id)
-        longest, asked = self._longest, _positions(request)
+        longest, asked = self._limits.longest, _positions(request)
         if asked > longest:
             raise InvalidRequest(
                 "sampling.max_tokens",

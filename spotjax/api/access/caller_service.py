@@ -44,6 +44,11 @@ class CallerService:
             self._meters.give_back(caller, prompt_tokens)
             raise
 
+    def accepted(self, request_id: str) -> GenerationRequest:
+        """See ``GenerationService.accepted``. Others' requests are not known to the caller."""
+        self._require_own(request_id)
+        return self._service.accepted(request_id)
+
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``. Others' requests are not known to the caller."""
         self._require_own(request_id)

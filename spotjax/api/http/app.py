@@ -11,9 +11,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spotjax.api.backend import Backend
-from spotjax.api.http import fleet, health
+from spotjax.api.http import fleet, health, openai
 from spotjax.api.http.access import AccessMiddleware
 from spotjax.api.http.errors import on_bug, on_error, on_refusal
+from spotjax.api.http.event_stream import ClientGone, on_client_gone
 from spotjax.api.http.origin import OwnPagesOnly
 from spotjax.errors import SpotjaxError
 
@@ -28,8 +29,13 @@ def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
       names: under which the server is reached; see ``OwnPagesOnly``.
     """
     app = Starlette(
-        routes=[*health.routes(backend), *fleet.routes(backend)],
-        exception_handlers={SpotjaxError: on_error, HTTPException: on_refusal, Exception: on_bug},
+        routes=[*health.routes(backend), *fleet.routes(backend), *openai.routes(backend)],
+        exception_handlers={
+            SpotjaxError: on_error,
+            HTTPException: on_refusal,
+            ClientGone: on_client_gone,
+            Exception: on_bug,
+        },
     )
     app.router.redirect_slashes = False
     return Guarded(OwnPagesOnly(AccessMiddleware(app, backend.gate), names))

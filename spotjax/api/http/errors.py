@@ -36,6 +36,14 @@ RETRY_SECONDS = 1
 """After which trying again makes sense where the error does not say: the server starts, or another takes its place."""
 
 
+class KeyReused(InvalidRequest):
+    """What was sent before under this name asks for something else."""
+
+
+class RequestCancelled(SpotjaxError):
+    """Somebody ended the request before it was finished."""
+
+
 class Kind(NamedTuple):
     """Status, and ``type`` and ``code`` of OpenAI's schema."""
 
@@ -48,6 +56,8 @@ INTERNAL = Kind(500, "server_error", "internal_error")
 KINDS: dict[type[SpotjaxError], Kind] = {
     InvalidRequest: Kind(400, "invalid_request_error"),
     UnknownModel: Kind(404, "not_found_error", "model_not_found"),
+    KeyReused: Kind(422, "invalid_request_error", "key_reused"),
+    RequestCancelled: Kind(400, "invalid_request_error", "request_cancelled"),
     RequestExists: Kind(409, "invalid_request_error", "request_exists"),
     Unauthenticated: Kind(401, "authentication_error", "invalid_api_key"),
     PermissionDenied: Kind(403, "permission_error", "permission_denied"),
@@ -81,6 +91,11 @@ def body_of(message: str, kind: Kind, param: str | None = None) -> bytes:
     )  # fmt: skip
 
 
+def error_body(error: SpotjaxError) -> bytes:
+    """An error of ours as JSON."""
+    return body_of(str(error), kind_of(error), error.field if isinstance(error, InvalidRequest) else None)
+
+
 def error_response(error: SpotjaxError) -> Response:
     """The whole answer for an error of ours."""
     kind, headers = kind_of(error), {}
@@ -90,8 +105,7 @@ def error_response(error: SpotjaxError) -> Response:
         headers["www-authenticate"] = 'Bearer realm="spotjax"'
     elif kind.status == 503:
         headers["retry-after"] = str(RETRY_SECONDS)
-    param = error.field if isinstance(error, InvalidRequest) else None
-    return Response(body_of(str(error), kind, param), kind.status, headers, JSON)
+    return Response(error_body(error), kind.status, headers, JSON)
 
 
 def refusal(status: int, message: str, headers: Mapping[str, str] | None = None, code: str | None = None) -> Response:
@@ -113,6 +127,9 @@ async def on_refusal(request: Request, error: Exception) -> Response:
     return refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}", error.headers)
 
 
+BUG = body_of("internal error; the server's log has the details", INTERNAL)
+
+
 async def on_bug(request: Request, error: Exception) -> Response:
     """For starlette: what is left. ``app.Guarded`` logs it; the client learns no more than this."""
-    return Response(body_of("internal error; the server's log has the details", INTERNAL), INTERNAL.status, None, JSON)
+    return Response(BUG, INTERNAL.status, None, JSON)

@@ -8,12 +8,23 @@ import socket
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from spotjax.api.http.event_stream import ABORT
 from spotjax.errors import ConfigError
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """For which a connection may be idle: longer than load balancers keep theirs, so that it is they who close."""
+
+
+class Protocol(HttpToolsProtocol):
+    """Connections that an application can end at once: its scopes have ``ABORT`` among their extensions."""
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        super().on_message_begin()
+        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # not one of ASGI's
 
 
 class HttpServer:
@@ -22,7 +33,7 @@ class HttpServer:
     def __init__(self, app: ASGIApp) -> None:
         """A server that does not listen yet."""
         self._config = uvicorn.Config(
-            app, http="httptools", ws="none", lifespan="off", interface="asgi3", backlog=BACKLOG, log_config=None,
+            app, http=Protocol, ws="none", lifespan="off", interface="asgi3", backlog=BACKLOG, log_config=None,
             log_level="critical", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
             proxy_headers=False,
         )  # fmt: skip
@@ -49,9 +60,20 @@ class HttpServer:
             return
         self._ticking.cancel()
         self._ticking = None
-        self._config.timeout_graceful_shutdown = grace or 0  # type: ignore[assignment]  # any number of seconds will do
-        await self._server.shutdown(sockets=[self._socket])
-        await asyncio.gather(*self._server.server_state.tasks, return_exceptions=True)
+        for listening in self._server.servers:
+            listening.close()
+        self._socket.close()
+        state = self._server.server_state
+        for connection in list(state.connections):
+            connection.shutdown()  # at once if idle, else after its answer
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=grace or 0)
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
+        for connection in list(state.connections):
+            if isinstance(connection, Protocol):
+                connection.transport.abort()  # it would wait for a client that does not read
 
 
 async def bound(listen: str) -> socket.socket:
