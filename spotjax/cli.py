@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from spotjax import __version__
 from spotjax.commands import (
+    bench,
     bootstrap,
     capacity,
     checkpoint,
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
         plan,
         profile,
         simulate,
+        bench,
         bootstrap,
     ):
         module.add_commands(commands)

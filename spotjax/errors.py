@@ -35,6 +35,7 @@ The tree:
         ConnectionLost       the other side is gone, silent, or not one to talk to
         TransferRefused      the peer has not, or does not give, what was asked for
         ChecksumMismatch     bytes arrived other than they were sent
+      EndpointFailed         a server that is measured has no complete answer for a request
 
 Messages say what was wrong, with which value, and what to do. The API maps each class to one gRPC status.
 """
@@ -223,3 +224,16 @@ class TransferRefused(TransportError):
 
 class ChecksumMismatch(TransportError):
     """Bytes arrived other than they were sent, several times over."""
+
+
+class EndpointFailed(SpotjaxError):
+    """A server that is measured, ours or another, has no complete answer for a request.
+
+    Attributes:
+      kind: which kind of failure it is, in a few words that are the same each time.
+      said: what was said about it.
+    """
+
+    def __init__(self, kind: str, said: object) -> None:
+        super().__init__(f"{kind}: {said}")
+        self.kind, self.said = kind, str(said)

@@ -134,7 +134,7 @@ def make_requests(arguments: argparse.Namespace, duration: float, seed: int) -> 
 
         trace = open_requests(_existing("--requests", arguments.requests, REQUEST_GENERATORS))
     if arguments.request_window:
-        trace = trace.window(*_window("--request-window", arguments.request_window))
+        trace = trace.window(*parsed_window("--request-window", arguments.request_window))
     if arguments.rate is not None:
         trace = trace.scaled_to(arguments.rate)
     if arguments.max_prompt is not None or arguments.max_output is not None:
@@ -162,7 +162,7 @@ def make_spot(arguments: argparse.Namespace, seed: int) -> SpotTrace:
 
         trace = open_spot(_existing("--spot", arguments.spot, [*SEGMENTS, *SPOT_GENERATORS]))
     if arguments.spot_window:
-        trace = trace.window(*_window("--spot-window", arguments.spot_window))
+        trace = trace.window(*parsed_window("--spot-window", arguments.spot_window))
     if arguments.spot_limit is not None:
         if arguments.spot_limit < 1:
             raise ConfigError(f"--spot-limit must be at least 1, got {arguments.spot_limit}")
@@ -228,7 +228,8 @@ def _parameters(flag: str, name: str, text: str, known: Mapping[str, float | Non
     return given
 
 
-def _window(flag: str, text: str) -> tuple[float, float]:
+def parsed_window(flag: str, text: str) -> tuple[float, float]:
+    """Reads ``START:STOP``; raises ConfigError, which names the flag."""
     start, colon, stop = text.partition(":")
     try:
         seconds = float(start or 0), float(stop or inf)
