@@ -16,6 +16,8 @@ from spotjax.bench.exchange import INTERRUPTED, Exchange, Failure, PlannedReques
 from spotjax.errors import EndpointFailed
 
 Clock = Callable[[], float]
+EARLY = 1e-6
+"""Seconds by which a request may be sent before its time."""
 
 
 class Endpoint(Protocol):
@@ -100,7 +102,7 @@ async def apply_load(
 async def arriving(requests: Sequence[PlannedRequest], now: Clock) -> AsyncIterator[PlannedRequest]:
     """Each request when its time has come; one that is late comes at once."""
     for request in requests:
-        if (wait := request.arrival - now()) > 0:
+        while (wait := request.arrival - now()) > EARLY:  # a loop whose timers count milliseconds wakes up too soon
             await asyncio.sleep(wait)
         yield request
 

@@ -54,7 +54,7 @@ async def test_a_run_shows_its_figures_and_writes_them_with_what_they_depend_on(
     assert 10 <= run["median_ttft_ms"] < run["median_e2el_ms"] and run["p99_tpot_ms"] >= 10
     prompts = {seen.body["prompt"] for seen in server.seen[1:]}
     assert len(prompts) == 7 and not any(prompt in path.read_text() for prompt in prompts)
-    assert [r["sent"] >= r["arrival"] for r in run["requests"]] == [True] * 6
+    assert all(r["sent"] >= r["arrival"] - 1e-5 for r in run["requests"])
     assert len({r["answer"] for r in run["requests"]}) == 1 and run["requests"][0]["output_tokens"] == 2
 
 
