@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -24,10 +24,6 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-STUCK_SECONDS = 30.0
-"""For which a client may read nothing before it is dropped."""
-QUIET_SECONDS = 15.0
-"""After which a stream without events gets a comment, or somebody on the way may take it for dead."""
 ABORT = "spotjax.abort"
 """Among a scope's extensions: ends the connection at once, without waiting for what is unsent."""
 
@@ -82,23 +78,22 @@ class EventStream(Response):
       events: pieces of the body, each one or several events; an error of ours that it raises becomes the last one.
       headers: besides those of event streams.
       leave: called at the end, however that comes.
-      stuck_seconds, quiet_seconds: see ``STUCK_SECONDS`` and ``QUIET_SECONDS``.
+
+    Attributes:
+      stuck_seconds: for which a client may read nothing before it is dropped.
+      quiet_seconds: after which a stream without events gets a comment, or somebody on the way may take it for dead.
     """
 
     media_type = "text/event-stream"
+    stuck_seconds: ClassVar[float] = 30.0
+    quiet_seconds: ClassVar[float] = 15.0
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        headers: Mapping[str, str],
-        leave: Callable[[], None],
-        stuck_seconds: float = STUCK_SECONDS,
-        quiet_seconds: float = QUIET_SECONDS,
+        self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], leave: Callable[[], None]
     ) -> None:
         self.status_code, self.background = 200, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **headers})
         self._events, self._leave = events, leave
-        self._stuck, self._quiet = stuck_seconds, quiet_seconds
         self._sending = 0
         self._moved = 0.0
 
@@ -112,15 +107,15 @@ class EventStream(Response):
             while not streaming.done() and not leaving.done():
                 await asyncio.wait(
                     {streaming, leaving},
-                    timeout=min(self._stuck, self._quiet) / 2,
+                    timeout=min(self.stuck_seconds, self.quiet_seconds) / 2,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 still = time.monotonic() - self._moved
-                if self._sending and still > self._stuck:
-                    log.info("a client that reads nothing is dropped", extra={"seconds": self._stuck})
+                if self._sending and still > self.stuck_seconds:
+                    log.info("a client that reads nothing is dropped", extra={"seconds": self.stuck_seconds})
                     scope.get("extensions", {}).get(ABORT, lambda: None)()
                     return
-                if not self._sending and still > self._quiet and not streaming.done():
+                if not self._sending and still > self.quiet_seconds and not streaming.done():
                     tasks.add(asyncio.ensure_future(self._send(send, b": waiting\n\n")))
         finally:
             await ended(*tasks)

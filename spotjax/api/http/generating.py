@@ -87,6 +87,7 @@ class Generating:
         self._service, self._requests, self._taken_up, self._seeded = service, requests, taken_up, seeded
         self._finished = False
         self._sent: dict[str, asyncio.Future[None]] = {}
+        self._streams: list[AsyncIterator[Delta]] = []
 
     async def accept(self) -> None:
         """Takes the requests in; returns when they are on record. Those that are there already are taken up.
@@ -103,6 +104,11 @@ class Generating:
         except BaseException:
             self.leave()
             raise
+        n = self._requests[0].n
+        self._streams = [
+            self._service.stream(request.request_id, [max(0, t) for t in self.progress.tokens[at * n : (at + 1) * n]])
+            for at, request in enumerate(self._requests)
+        ]
         for request in self._requests:
             log.info("accepted", extra={"request": request.request_id, "prompt_tokens": len(request.prompt)})
 
@@ -135,11 +141,7 @@ class Generating:
         """
         n = self._requests[0].n
         unfinished = set(range(n * len(self._requests)))
-        streams = [
-            self._service.stream(request.request_id, [max(0, t) for t in self.progress.tokens[at * n : (at + 1) * n]])
-            for at, request in enumerate(self._requests)
-        ]
-        async with contextlib.aclosing(merged(streams)) as following:
+        async with contextlib.aclosing(merged(self._streams)) as following:
             async for at, delta in following:
                 if delta.finish is not None:
                     unfinished.discard(at * n + delta.choice)

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from spotjax.api.conversation import ROLES_BACK
 from spotjax.api.http.bodies import Body, ChatBody, CompletionBody, Message
+from spotjax.api.http.progress import FIELD
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.api.requests import built
 from spotjax.errors import InvalidRequest
@@ -17,7 +18,7 @@ from spotjax.errors import InvalidRequest
 MAX_PROMPTS = 128
 """Of one request for completions."""
 
-COMPLETION_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "sampling.": ""}
+COMPLETION_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "sampling.": "", "offsets": FIELD}
 """What fields of ``GenerateRequest`` are called in bodies, by how they begin."""
 
 
@@ -163,7 +164,13 @@ def raw_text(path: str, raw: Any) -> str:
 def chat_names(body: ChatBody) -> dict[str, str]:
     """The same in bodies for chats."""
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return {"sampling.max_tokens": limit, "sampling.logprobs": "top_logprobs", "sampling.": "", "chat.": ""}
+    return {
+        "sampling.max_tokens": limit,
+        "sampling.logprobs": "top_logprobs",
+        "sampling.": "",
+        "chat.": "",
+        "offsets": FIELD,
+    }
 
 
 def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:

@@ -24,7 +24,7 @@ async def web() -> AsyncIterator[Web]:
     server = HttpServer(application(backend))
     address = f"127.0.0.1:{await server.start('127.0.0.1:0')}"
     async with httpx.AsyncClient(base_url=f"http://{address}", timeout=60, verify=PLAIN) as client:
-        yield Web(backend, service, steps, address, client)
+        yield Web(backend, service, server, steps, address, client)
     await service.stop()
     await server.stop()
 

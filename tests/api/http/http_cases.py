@@ -12,10 +12,21 @@ import httpx
 from scripted_server import Steps
 
 from spotjax.api.backend import Backend
+from spotjax.api.http.server import HttpServer
+from spotjax.testing.scripted_generation import scripted_token
 from spotjax.testing.scripted_service import ScriptedService
 
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Knows no authorities, which takes a tenth of a second to read: nothing here is encrypted."""
+
+
+RENDERED = b"user: Hi\nassistant: "
+
+
+def expected(prompt: bytes, count: int, seed: int = 7, choice: int = 0, start: bool = False) -> str:
+    """What the scripted service generates."""
+    tokens = [256] * start + list(prompt)
+    return "".join(chr(scripted_token(tokens, seed, choice, position)) for position in range(count))
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Web:
 
     backend: Backend
     service: ScriptedService
+    server: HttpServer
     steps: Steps
     address: str
     client: httpx.AsyncClient

@@ -9,20 +9,11 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from http_cases import PLAIN, Web
+from http_cases import PLAIN, RENDERED, Web, expected
 from openai import AsyncOpenAI
 from scripted_server import until
 
-from spotjax.testing.scripted_generation import scripted_token
-
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
-RENDERED = b"user: Hi\nassistant: "
-
-
-def expected(prompt: bytes, count: int, seed: int = 7, choice: int = 0, start: bool = False) -> str:
-    """What the scripted service generates."""
-    tokens = [256] * start + list(prompt)
-    return "".join(chr(scripted_token(tokens, seed, choice, position)) for position in range(count))
 
 
 @pytest.fixture
