@@ -21,7 +21,7 @@ ANY_CALLER = ("/spotjax.v1.Generation/Models",)
 ANY_CALLER_SERVICES = ("grpc.reflection.v1alpha.ServerReflection",)
 """gRPC that takes a caller, whatever it may do."""
 
-OPEN_PATHS = ("/health", "/ready", "/version")
+OPEN_PATHS = ("/", "/health", "/ready", "/version")
 OPEN_PREFIXES = ("/ui",)
 """HTTP that anybody may ask for: probes, and the page's own files, which ask for a key themselves."""
 

@@ -10,8 +10,9 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from spotjax.api.access.gate import OpenGate
 from spotjax.api.backend import Backend
-from spotjax.api.http import fleet, health, openai
+from spotjax.api.http import fleet, health, openai, ui
 from spotjax.api.http.access import AccessMiddleware
 from spotjax.api.http.errors import on_bug, on_error, on_refusal
 from spotjax.api.http.event_stream import ClientGone, on_client_gone
@@ -29,7 +30,7 @@ def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
       names: under which the server is reached; see ``OwnPagesOnly``.
     """
     app = Starlette(
-        routes=[*health.routes(backend), *fleet.routes(backend), *openai.routes(backend)],
+        routes=[*health.routes(backend), *fleet.routes(backend), *openai.routes(backend), *ui.routes()],
         exception_handlers={
             SpotjaxError: on_error,
             HTTPException: on_refusal,
@@ -38,7 +39,8 @@ def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return Guarded(OwnPagesOnly(AccessMiddleware(app, backend.gate), names))
+    without_keys = isinstance(backend.gate, OpenGate)
+    return Guarded(OwnPagesOnly(AccessMiddleware(app, backend.gate), names if without_keys else None))
 
 
 class Guarded:

@@ -6,30 +6,29 @@ decided before, in ``api.access``; that no other site's page calls it, in ``orig
 
 from __future__ import annotations
 
-import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
+from spotjax.api.access.callers import Right
+from spotjax.api.access.current import current_caller
 from spotjax.api.backend import Backend
 from spotjax.api.fleet import require_add, require_instance, require_preempt
 from spotjax.api.http.errors import JSON
+from spotjax.api.http.event_stream import EventStream, event
 from spotjax.api.plain import plain
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
 from spotjax.errors import InvalidRequest
 from spotjax.fleet.service import FleetService
-from spotjax.fleet.status import FleetEvent, Reconfiguration
+from spotjax.fleet.status import Reconfiguration
 
-QUIET_SECONDS = 15.0
-"""A stream of events says that it is there after so long without one: proxies close what is silent."""
 RETRY_MILLISECONDS = 1000
 """After which a browser's ``EventSource`` tries again."""
-HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 class Preempt(msgspec.Struct, forbid_unknown_fields=True):
@@ -62,10 +61,15 @@ def routes(backend: Backend) -> list[Route]:
         service, _ = backend.get()
         return json_response(service.status())
 
+    async def caller(request: Request) -> Response:
+        one = current_caller()
+        rights = sorted(right for right in Right if one.may(right))
+        return json_response({"name": one.name, "role": one.role, "rights": rights})
+
     async def events(request: Request) -> Response:
         service, _ = backend.get()
         seen = seen_of(request.headers.get("last-event-id"), run)
-        return StreamingResponse(event_stream(service, run, seen), headers=HEADERS, media_type="text/event-stream")
+        return EventStream(event_pieces(service, run, seen), {"cache-control": "no-store"}, lambda: None)
 
     async def preempt(request: Request) -> Response:
         asked = await asked_for(request, Preempt)
@@ -88,6 +92,7 @@ def routes(backend: Backend) -> list[Route]:
 
     return [
         Route("/fleet/status", status),
+        Route("/fleet/caller", caller),
         Route("/fleet/events", events),
         Route("/fleet/preempt", preempt, methods=["POST"]),
         Route("/fleet/release", release, methods=["POST"]),
@@ -121,33 +126,16 @@ def seen_of(last_event_id: str | None, run: str) -> int:
     return int(number) if of == run and number.isascii() and number.isdecimal() and len(number) < 19 else 0
 
 
-async def event_stream(service: FleetService, run: str, seen: int) -> AsyncIterator[bytes]:
-    """Events as server-sent events, whose ids let a client that comes back go on where it was.
+async def event_pieces(service: FleetService, run: str, seen: int) -> AsyncGenerator[bytes, None]:
+    """Events with ids by which a client that comes back goes on where it was.
 
-    A client that reads too slowly holds no memory here: it loses the oldest, which their numbers tell.
+    One that reads too slowly holds no memory here: it loses the oldest, which their numbers tell.
     """
     yield f"retry: {RETRY_MILLISECONDS}\n\n".encode()
     events = service.watch(seen)
-    coming = asyncio.ensure_future(anext(events))
     try:
-        while True:
-            await asyncio.wait((coming,), timeout=QUIET_SECONDS)
-            if not coming.done():
-                yield b": nothing new\n\n"
-                continue
-            try:
-                event = coming.result()
-            except StopAsyncIteration:
-                return
-            yield framed(event, run)
-            coming = asyncio.ensure_future(anext(events))
+        async for one in events:
+            yield event(f"{run}-{one.number}", msgspec.json.encode(plain(one)))
     finally:
-        coming.cancel()
-        await asyncio.gather(coming, return_exceptions=True)
         if isinstance(events, AsyncGenerator):
             await events.aclose()
-
-
-def framed(event: FleetEvent, run: str) -> bytes:
-    """One event as it goes over the wire."""
-    return b"id: %s-%d\ndata: %s\n\n" % (run.encode(), event.number, msgspec.json.encode(plain(event)))
