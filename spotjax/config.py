@@ -388,6 +388,15 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     tls_authority: Annotated[
         str, Meta(description="PEM file with the authority that signed everybody's certificates", extra=EVERYWHERE)
     ] = ""
+    traces: Annotated[
+        str,
+        Meta(
+            pattern=r"^(https?://[^/\s]+)?$",
+            description="http://HOST:PORT, or https://, that spans of requests and migrations are sent to by OTLP over "
+            "gRPC; needs the extra otel; empty: nowhere",
+            extra=SERVING,
+        ),
+    ] = ""
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         Meta(description="least severity that is logged", extra=EVERYWHERE),

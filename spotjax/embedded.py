@@ -20,6 +20,7 @@ from spotjax.errors import ConfigError
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.observer import Observer
 from spotjax.fleet.saving import Saves
 from spotjax.meshes.instance import Instance
 from spotjax.models.catalog import Model, open_model
@@ -72,8 +73,8 @@ class EmbeddedServer:
         await self.service.close()
 
 
-async def start(config: ServeConfig) -> EmbeddedServer:
-    """Loads the model and forms the first mesh.
+async def start(config: ServeConfig, observer: Observer | None = None) -> EmbeddedServer:
+    """Loads the model and forms the first mesh; ``observer`` is told what happens.
 
     Raises:
       ConfigError: settings do not go together.
@@ -83,10 +84,12 @@ async def start(config: ServeConfig) -> EmbeddedServer:
     """
     devices = local_instances(config.embedded_instances, config.devices_per_instance)
     model = await asyncio.to_thread(open_model, config.model, config.quantization)
-    return await serve_model(config, model, devices)
+    return await serve_model(config, model, devices, observer)
 
 
-async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, Devices]) -> EmbeddedServer:
+async def serve_model(
+    config: ServeConfig, model: Model, devices: Mapping[str, Devices], observer: Observer | None = None
+) -> EmbeddedServer:
     """The same with a model and devices at hand."""
     dtype = resolve_dtype(config.dtype, next(iter(devices.values()))[0].platform)
     spec = replace(model.checkpoint.spec, dtype_bytes=dtype.itemsize)
@@ -115,6 +118,7 @@ async def serve_model(config: ServeConfig, model: Model, devices: Mapping[str, D
         files=CheckpointFiles(
             spec.config, dtype.name, served, model.tokenizer, directory_of(commits), spec.quantization
         ),
+        observer=observer,
     )  # fmt: skip
     started = time.monotonic()
     try:

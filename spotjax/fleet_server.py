@@ -29,6 +29,7 @@ from spotjax.fleet.door import Door
 from spotjax.fleet.leases import Leases
 from spotjax.fleet.membership import Membership
 from spotjax.fleet.notices.telling import word_of
+from spotjax.fleet.observer import Observer
 from spotjax.fleet.recovery_policies import POLICIES
 from spotjax.fleet.remote import RemoteCluster
 from spotjax.fleet.saving import Saves, still_certain
@@ -42,6 +43,7 @@ from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
 from spotjax.protocol.steps import ResultHeader
 from spotjax.sizing import foreseeable_degrees, planning_for, resolve_dtype, resolve_limits, virtual_memory
+from spotjax.telemetry.instances import InstanceReport
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
 from spotjax.transport.security import Tls
@@ -65,11 +67,19 @@ class FleetServer:
     """
 
     def __init__(
-        self, config: ServeConfig, model: Model, log: CommitLog, saves: Saves, address: str, newest: Save | None = None
+        self,
+        config: ServeConfig,
+        model: Model,
+        log: CommitLog,
+        saves: Saves,
+        address: str,
+        newest: Save | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.tokenizer: Tokenizer = model.tokenizer
         self.model_name = model.name
         self._config, self._model, self._log, self._saves, self._newest = config, model, log, saves, newest
+        self._observer = observer
         self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
         tls = None
         if config.tls_certificate:
@@ -110,6 +120,13 @@ class FleetServer:
     def failure(self) -> asyncio.Future[None]:
         """Fails with the error that the controller cannot go on from, if there ever is one."""
         return self.service.failure
+
+    def reports(self) -> dict[str, InstanceReport]:
+        """What workers say of themselves, and when they were heard last."""
+        return {
+            session.instance: InstanceReport(session.vitals, self._sessions.silence(session.instance))
+            for session in self._sessions.all()
+        }
 
     async def open(self, door: Door) -> None:
         """Takes workers in, starts those of its own, and forms the first mesh.
@@ -259,6 +276,7 @@ class FleetServer:
             ),
             self._capacity.meter if self._capacity is not None else None,
             self._capacity.status if self._capacity is not None else None,
+            self._observer,
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,
@@ -304,8 +322,8 @@ class FleetServer:
             self._failed_to_start.set_exception(problem)
 
 
-async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetServer:
-    """Opens the model and serves it on workers as they join.
+async def start(config: ServeConfig, server: ApiServer, address: str, observer: Observer | None = None) -> FleetServer:
+    """Opens the model and serves it on workers as they join; ``observer`` is told what happens.
 
     Raises:
       ConfigError: settings do not go together.
@@ -322,7 +340,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str) -> FleetSe
         before = await asyncio.to_thread(newest, config.checkpoint, commits.identity) if config.checkpoint else None
         save = await asyncio.to_thread(still_certain, before, commits) if before else None
         saves = Saves(config.checkpoint, commits.identity, save.path if save is not None else "")
-        fleet = FleetServer(config, model, commits, saves, address, save)
+        fleet = FleetServer(config, model, commits, saves, address, save, observer)
     except BaseException:
         await commits.close()  # or its lock would outlive it
         raise

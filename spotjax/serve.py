@@ -25,6 +25,7 @@ from spotjax.fleet.service import Service
 from spotjax.fleet.status import FleetStatus
 from spotjax.machine_notices import MachineEnd
 from spotjax.telemetry import logs
+from spotjax.telemetry.server_telemetry import ServerTelemetry
 from spotjax.transport import loop
 from spotjax.transport.credentials import server_credentials
 
@@ -67,14 +68,15 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
         return await process.run(config)
     signals = Signals()
     server = ApiServer(credentials=credentials(config))
+    telemetry = ServerTelemetry(server.backend.status, config.traces)
     address = f"{host_of(config.address)}:{await server.start(config.address)}"
     log.info("listening", extra={"address": address})
-    http = HttpServer(application(server.backend, http_names(config)))
+    http = HttpServer(application(server.backend, http_names(config), telemetry.registry))
     try:
         if config.http != "off":
             port = await http.start(config.http)
             log.info("serving HTTP", extra={"address": f"{host_of(config.http)}:{port}"})
-        loading = asyncio.create_task(start(config, server, address))
+        loading = asyncio.create_task(start(config, server, address, telemetry))
         if not await finishes_before(loading, signals.first):
             return 0
         started = loading.result()
@@ -101,6 +103,7 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
             await started.close()
     finally:
         await asyncio.gather(server.stop(), http.stop())
+        await telemetry.close()
 
 
 async def until_drained_for(config: ServeConfig, signals: Signals, failure: asyncio.Future[None]) -> float:
@@ -128,17 +131,18 @@ def _say_why(beside: asyncio.Task[None]) -> None:
         log.error("nothing more is shown: %s", problem, exc_info=problem)
 
 
-async def start(config: ServeConfig, server: ApiServer, address: str) -> Any:
+async def start(config: ServeConfig, server: ApiServer, address: str, telemetry: ServerTelemetry) -> Any:
     """Begins to serve the model. Returns the embedded server, or the fleet's."""
     started: Any
     if mode(config) == "controller":
         from spotjax import fleet_server
 
-        started = await fleet_server.start(config, server, address)
+        started = await fleet_server.start(config, server, address, telemetry.recorder)
+        telemetry.instances = started.reports
     else:
         from spotjax import embedded  # imports jax, which a controller must not
 
-        started = await embedded.start(config)
+        started = await embedded.start(config, telemetry.recorder)
     model = ServedModel(started.model_name, started.tokenizer, started.max_model_len)
     await server.attach(started.service, model)
     print(f"spotjax is serving {model.name} on {address} ({mesh_of(started.service.status())})", flush=True)

@@ -12,6 +12,7 @@ from spotjax.api.access.metering import Meters
 from spotjax.api.errors import Unavailable
 from spotjax.api.validation import ServedModel
 from spotjax.fleet.service import Service
+from spotjax.fleet.status import FleetStatus
 
 
 @dataclass(slots=True)
@@ -53,6 +54,10 @@ class Backend:
         if self.service is None or self.model is None:
             raise Unavailable("the server is starting, its model is still being loaded")
         return self.service, self.model
+
+    def status(self) -> FleetStatus | None:
+        """The service as it is; None while the server starts."""
+        return None if self.service is None else self.service.status()
 
     @property
     def ready(self) -> bool:

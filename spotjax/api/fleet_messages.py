@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
+from spotjax.engine.observer import Work
 from spotjax.fleet.notices.intervals import NoticeRecord
 from spotjax.fleet.status import (
     CapacityStatus,
@@ -44,7 +45,10 @@ STATUS_FIELDS = (
     "tokens_committed",
     "reconfigurations",
     "uptime_seconds",
+    "epoch",
+    "log_problem",
 )
+WORK_FIELDS = ("prefilled", "queried", "reused", "recomputed", "preempted")
 REPLICA_FIELDS = (
     "data",
     "running",
@@ -151,6 +155,7 @@ CAPACITY_FIELDS = (
     "spent_today",
     "most_per_day",
     "on_demand_per_hour",
+    "spent",
 )
 MACHINE_FIELDS = ("name", "type", "zone", "price", "state", "standing")
 
@@ -200,6 +205,7 @@ def status_to(status: FleetStatus) -> pb.FleetStatus:
         notices=[
             pb.NoticeRecord(**{name: getattr(record, name) for name in NOTICE_FIELDS}) for record in status.notices
         ],
+        work=pb.Work(**{name: getattr(status.work, name) for name in WORK_FIELDS}),
     )
 
 
@@ -216,6 +222,7 @@ def status_from(message: pb.FleetStatus) -> FleetStatus:
         notices=tuple(
             NoticeRecord(**{name: getattr(record, name) for name in NOTICE_FIELDS}) for record in message.notices
         ),
+        work=Work(**{name: getattr(message.work, name) for name in WORK_FIELDS}),
     )
 
 

@@ -20,6 +20,7 @@ from spotjax.api.validation import accepted_request, checked_request_id
 from spotjax.engine.generation import Delta
 from spotjax.errors import UnknownRequest
 from spotjax.fleet.service import GenerationService
+from spotjax.telemetry.trace_context import HEADER, set_traceparent
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class GenerationServicer(pb_grpc.GenerationServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Takes a request and streams its output."""
         service, model = self._backend.for_caller()
+        set_traceparent(traceparent_of(context))
         accepted = await accepted_request(request, model)
         recorded = asyncio.ensure_future(service.submit(accepted))
         try:
@@ -101,6 +103,12 @@ async def forward(stream: AsyncIterator[Delta], context: Context, unfinished: se
             await stream.aclose()
     if unfinished:
         raise Unavailable("the server stopped before the request finished; take it up again with Resume")
+
+
+def traceparent_of(context: Context) -> str:
+    """What the call's metadata has under that key; empty if it has nothing, or not one value."""
+    values = [value for key, value in context.invocation_metadata() or () if key == HEADER]
+    return values[0] if len(values) == 1 and isinstance(values[0], str) else ""
 
 
 def reason_to_leave(context: Context) -> str:

@@ -12,6 +12,7 @@ from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
 from spotjax.errors import InvalidRequest, UnknownModel
+from spotjax.telemetry.trace_context import current_traceparent
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Far above any prompt that fits a model; a larger message is refused with RESOURCE_EXHAUSTED before it is read."""
@@ -62,6 +63,7 @@ async def accepted_request(
         sampling=sampling,
         n=request.n if request.HasField("n") else 1,
         resumable=request.resumable,
+        traceparent=current_traceparent(),
     )
 
 

@@ -18,6 +18,7 @@ class GenerationRequest:
       n: number of independent sequences to generate from the prompt.
       resumable: goes on when its client disconnects, and can be taken up again by ``Resume``.
       owner: name of the API key that it was sent with, to whom alone it belongs; empty where there are none.
+      traceparent: W3C trace context that it was sent with; empty for none.
     """
 
     request_id: str
@@ -26,6 +27,7 @@ class GenerationRequest:
     n: int = 1
     resumable: bool = False
     owner: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True)

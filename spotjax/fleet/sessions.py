@@ -65,6 +65,7 @@ class WorkerSession:
       registration: what it said of itself.
       offer: what it holds, once it is ready.
       compiled: functions that it compiled so far while somebody could have waited.
+      vitals: what it said last of how it is; None before it does.
       over: done, with the reason, when the stream is of no use any more.
     """
 
@@ -72,6 +73,7 @@ class WorkerSession:
         self.registration = registration
         self.offer: control.Ready | None = None
         self.compiled = 0
+        self.vitals: control.Vitals | None = None
         self.over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self.outgoing: asyncio.Queue[control.FromController | None] = asyncio.Queue()
         """Ends with None."""
@@ -180,6 +182,10 @@ class Sessions:
         """A sign of life."""
         self._leases.beat(beat.instance, beat.incarnation, self._clock())
 
+    def silence(self, instance: str) -> float:
+        """Seconds since the last sign of life of an instance that is registered; less before its first."""
+        return max(0.0, self._leases.seconds - self._leases.remaining(instance, self._clock()))
+
     def end(self, instance: str, why: str) -> None:
         """Ends the session of an instance, if there is one."""
         session = self._current.pop(instance, None)
@@ -284,6 +290,8 @@ class Sessions:
                     session.answered(message)
                 case control.Noticed() | control.NoticeWithdrawn():
                     self._watcher.noticed(session, message)
+                case control.Vitals():
+                    session.vitals = message
                 case control.StepLost():
                     self._watcher.step_lost(session, message.instance, message.message)
                 case _:

@@ -23,7 +23,7 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
 
 METHOD = "/spotjax.v1.Workers/Join"
-VERSION = 4
+VERSION = 5
 """Both sides must speak the same."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """What the controller's port takes of anybody."""
@@ -217,7 +217,61 @@ class StepLost(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-FromWorker = Register | Ready | Done | Failed | Noticed | NoticeWithdrawn | StepLost
+class StageWork(msgspec.Struct, frozen=True, array_like=True):
+    """What a worker's stage has done since the worker has had it.
+
+    Attributes:
+      replica, stage: its place in the mesh.
+      steps: that it ran.
+      seconds: of these together, each from its dispatch, or from the end of the one before, to its result.
+    """
+
+    replica: int
+    stage: int
+    steps: int
+    seconds: float
+
+
+class DeviceMemory(msgspec.Struct, frozen=True, array_like=True):
+    """Memory of a device whose backend tells.
+
+    Attributes:
+      device: its number in the instance.
+      used, limit: bytes.
+    """
+
+    device: int
+    used: int
+    limit: int
+
+
+class Vitals(msgspec.Struct, frozen=True, tag=True):
+    """How a worker is, every few seconds, for operators to see. What is counted is since its process began.
+
+    Attributes:
+      stages: those that it has.
+      devices: those whose backend tells of memory.
+      sent, received: bytes on connections with other processes of the fleet, bulk reads included.
+      moved, loaded: bytes that commands brought here, see ``reshard.transfer.Traffic``.
+      backup: bytes of copies of others' KV.
+      resident: bytes of host memory.
+      cpu_seconds: of processor time.
+      compiled: functions compiled while somebody could have waited.
+    """
+
+    stages: tuple[StageWork, ...] = ()
+    devices: tuple[DeviceMemory, ...] = ()
+    sent: int = 0
+    received: int = 0
+    moved: int = 0
+    loaded: int = 0
+    backup: int = 0
+    resident: int = 0
+    cpu_seconds: float = 0.0
+    compiled: int = 0
+
+
+FromWorker = Register | Ready | Done | Failed | Noticed | NoticeWithdrawn | StepLost | Vitals
 
 
 # -- controller to worker

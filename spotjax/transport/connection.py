@@ -29,6 +29,7 @@ class Connection(asyncio.BufferedProtocol):
     Attributes:
       peer: ``HOST:PORT`` of the other side.
       closed: done when the connection is gone.
+      sent, received: bytes ever, those handed to the transport and those it has given.
       welcomed: whether the other side accepted the connection, once known; the calling side waits for it.
     """
 
@@ -52,8 +53,8 @@ class Connection(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._writable = asyncio.Event()
         self._writable.set()
-        self._received = 0  # bytes, ever
-        self._sent = 0  # bytes handed to the transport, ever
+        self.received = 0
+        self.sent = 0
         self._watch: asyncio.TimerHandle | None = None
         self._watched: tuple[int | None, int | None] = (None, None)
 
@@ -73,7 +74,7 @@ class Connection(asyncio.BufferedProtocol):
         if transport.get_write_buffer_size() + size > self._limits.backlog:
             self.abort(f"more than {self._limits.backlog} bytes wait to be sent")
             raise ConnectionLost(f"{self.peer} reads too slowly: more than {self._limits.backlog} bytes wait for it")
-        self._sent += len(start) + size
+        self.sent += len(start) + size
         if size <= COALESCE:
             transport.write(b"".join((start, *views)))
         else:
@@ -136,7 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         return self._reader.buffer()
 
     def buffer_updated(self, count: int) -> None:
-        self._received += count
+        self.received += count
         try:
             self._reader.advance(count)
         except TransportError as error:
@@ -179,8 +180,8 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes received if a frame is incomplete, bytes sent if somebody waits for that."""
         assert self._transport is not None
         waiting = not self._writable.is_set() or self._transport.is_closing()
-        sent = self._sent - self._transport.get_write_buffer_size() if waiting else None
-        return self._received if self._reader.partial else None, sent
+        sent = self.sent - self._transport.get_write_buffer_size() if waiting else None
+        return self.received if self._reader.partial else None, sent
 
     def _guard(self) -> None:
         """Gives the peer up unless there is progress within the limit."""

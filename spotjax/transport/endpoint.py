@@ -55,11 +55,20 @@ class Endpoint:
         self._provider = BulkProvider(provide, tls, self._limits.stall)
         self._reader = BulkReader(tls)
         self._connections: set[Connection] = set()
+        self._past_traffic = (0, 0)
         self._outgoing: dict[str, Connection] = {}
         self._dialling: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._listeners: set[socket.socket] = set()
         self._greeting: set[asyncio.Task[None]] = set()
         self._closed = False
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes (sent, received) ever, without what TLS adds; of bulk reads their answers."""
+        sent, received = self._past_traffic
+        for connection in self._connections:
+            sent, received = sent + connection.sent, received + connection.received
+        return sent + self._provider.sent, received + self._reader.received
 
     async def listen(self, address: str) -> int:
         """Takes connections on ``HOST:PORT``, port 0 for a free one. Returns the port.
@@ -225,5 +234,7 @@ class Endpoint:
 
     def _gone(self, connection: Connection, peer: str) -> None:
         self._connections.discard(connection)
+        sent, received = self._past_traffic
+        self._past_traffic = sent + connection.sent, received + connection.received
         if self._outgoing.get(peer) is connection:
             del self._outgoing[peer]

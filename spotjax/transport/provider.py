@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ class BulkProvider:
         """``stall``: seconds without progress after which a reader is given up."""
         self._provide, self._tls, self._stall = provide, tls, stall
         self._threads = ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="spotjax-provide")
+        self.sent, self._counting = 0, threading.Lock()
+        """Bytes of answers."""
         self._streams: dict[BulkStream, asyncio.Future[None]] = {}
 
     def serve(self, sock: socket.socket, peer: str) -> None:
@@ -98,6 +101,8 @@ class BulkProvider:
             stream.send(Chunk(hashed(())))
         for group in chunks(views, read.offset):
             stream.send(Chunk(hashed(group)), group)
+        with self._counting:
+            self.sent += read.length - read.offset
 
     def _provided(self, read: Read) -> list[memoryview]:
         if self._provide is None:

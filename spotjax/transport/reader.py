@@ -66,6 +66,8 @@ class BulkReader:
         self._idle: defaultdict[str, list[tuple[float, BulkStream]]] = defaultdict(list)
         self._busy: set[BulkStream] = set()
         self._closed = False
+        self.received = 0
+        """Bytes of answers."""
 
     async def fetch(self, address: str, what: bytes, into: memoryview, timeout: float) -> None:
         """Fills ``into`` with the peer's answer to ``what``.
@@ -110,6 +112,8 @@ class BulkReader:
             else:
                 self._keep(address, stream)
                 return
+            finally:
+                self.received += transfer.done - before
 
     @staticmethod
     def _named(error: TransportError, address: str, transfer: Transfer) -> TransportError:

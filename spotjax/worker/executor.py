@@ -10,7 +10,8 @@ pipeline that is not installed belongs to another epoch and is dropped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +20,7 @@ import jax
 import msgspec
 import numpy as np
 
+from spotjax.protocol.control import StageWork
 from spotjax.protocol.steps import ResultHeader, StepHeader, read_step, result_payload, step_payload
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
@@ -26,6 +28,7 @@ from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
 from spotjax.worker.ledger import StageLedger
+from spotjax.worker.stage_times import StageTimes
 from spotjax.worker.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class Role:
       last: there is none after it.
       next: the instance of the next stage; this one's own name if that is here; the controller after the last.
       ledger: is told what steps write; None where that is not kept.
+      replica: the pipeline's place in the mesh.
     """
 
     stage: Stage
@@ -58,13 +62,15 @@ class Role:
     last: bool
     next: str
     ledger: StageLedger | None = None
+    replica: int = 0
 
 
 @dataclass(frozen=True)
 class _Post:
-    """A role, the thread that fills it, and the one that waits for what comes of it."""
+    """A role, the thread that fills it, the one that waits for what comes of it, and how long that takes."""
 
     role: Role
+    times: StageTimes = field(default_factory=StageTimes)
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="stage"))
     reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="result"))
 
@@ -99,6 +105,12 @@ class StageExecutor:
             if key not in self._posts:
                 post.thread.shutdown(wait=False, cancel_futures=True)
                 post.reader.shutdown(wait=False, cancel_futures=True)
+
+    def work(self) -> Iterator[StageWork]:
+        """What the stages have done whose results this process waits for."""
+        for (_, stage), post in self._posts.items():
+            if post.times.steps:
+                yield StageWork(post.role.replica, stage, post.times.steps, post.times.seconds)
 
     def close(self) -> None:
         """Gives up all roles; waits for steps under way."""
@@ -139,7 +151,7 @@ class StageExecutor:
 
     def _step(self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
         """Dispatches it; what it comes to is waited for in another thread."""
-        role, stage = post.role, post.role.stage
+        role, stage, begun = post.role, post.role.stage, time.monotonic()
         ready = header.ready and self._has(stage, header.want)
         rows: np.ndarray | jax.Array = packed.rows
         if header.follows is not None:
@@ -152,7 +164,7 @@ class StageExecutor:
         if role.last:
             out = self._draw(stage, header, packed, out)
         if self._hands_on(stage):
-            hand_on = partial(self._hand_on, role, header, packed, out, ready)
+            hand_on = partial(self._hand_on, post, header, packed, out, ready, begun)
             post.reader.submit(self._watched, "the result of step", header, hand_on)
 
     def _draw(self, stage: Stage, header: StepHeader, packed: PackedStep, logits: jax.Array) -> jax.Array:
@@ -165,10 +177,14 @@ class StageExecutor:
         self._drawn[header.pipeline].keep(header.step, tokens)
         return result
 
-    def _hand_on(self, role: Role, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool) -> None:
+    def _hand_on(
+        self, post: _Post, header: StepHeader, packed: PackedStep, out: jax.Array, ready: bool, begun: float
+    ) -> None:
         """What becomes of a step's output on one stage; waits for it."""
+        role = post.role
         if role.last:
             result = np.asarray(out)
+            post.times.add(begun, time.monotonic())
             rows, columns = result.shape
             answer = ResultHeader(header.pipeline, header.step, rows, columns, ready)
             self._send(CONTROLLER, answer, result_payload(result))
@@ -177,7 +193,9 @@ class StageExecutor:
         if role.next == self._name:
             self._submit(onward, packed, out)
         else:
-            self._send(role.next, onward, step_payload(packed, np.asarray(out.addressable_shards[0].data)))
+            hidden = np.asarray(out.addressable_shards[0].data)
+            post.times.add(begun, time.monotonic())
+            self._send(role.next, onward, step_payload(packed, hidden))
 
     def _hands_on(self, stage: Stage) -> bool:
         """Whether it is this process that hands on what the stage computes."""

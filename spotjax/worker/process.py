@@ -43,6 +43,8 @@ from spotjax.worker.heartbeat_process import BEATS_PER_LEASE, TlsFiles
 from spotjax.worker.links import Links
 from spotjax.worker.peers import RemotePeers
 from spotjax.worker.session import End, Session
+from spotjax.worker.vitals import SECONDS as VITALS_SECONDS
+from spotjax.worker.vitals import vitals
 from spotjax.worker.watchdog import Watchdog
 from spotjax.worker.worker import Worker
 
@@ -184,12 +186,25 @@ class WorkerProcess:
             channel = grpc.aio.insecure_channel(self._config.join, options=control.OPTIONS)
         async with channel:
             self._session = Session(channel, registration, self._prepare, self._news)
+            telling = asyncio.create_task(self._tell_vitals(self._session))
             try:
                 return await self._session.run()
             finally:
+                telling.cancel()
                 if self._session.ready:
                     self._member_at = self._loop.time()
                 self._session = None
+
+    async def _tell_vitals(self, session: Session) -> None:
+        """Says again and again how this worker is. Nothing depends on it: what goes wrong is told, and no more."""
+        try:
+            while True:
+                if session.ready and self._worker is not None:
+                    how = await asyncio.to_thread(vitals, self._worker, self._devices, self._endpoint.traffic)
+                    await session.tell(how)
+                await asyncio.sleep(VITALS_SECONDS)
+        except Exception:
+            log.exception("operators see nothing more of this worker until it joins again")
 
     async def _prepare(self, welcome: control.Welcome) -> Worker:
         """Makes a worker for what the controller serves, or takes the one that there is."""

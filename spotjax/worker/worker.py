@@ -57,6 +57,7 @@ class Worker:
     Attributes:
       setup: what it serves.
       executor: runs its stages.
+      traffic: bytes that commands have brought here.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Worker:
         store: ParameterStore | None,
         memory: StoreMemory | None,
     ) -> None:
-        self.setup, self.executor = setup, executor
+        self.setup, self.executor, self.traffic = setup, executor, Traffic()
         self._name, self._host, self._peers, self._links = name, host, peers, links
         self._store, self._memory = store, memory
         c = host.model.spec.config
@@ -155,7 +156,7 @@ class Worker:
         )
         placement = self._host.placement
         kept = control.PlacementMessage.of(placement) if placement is not None and self._kv.ledgers else None
-        return control.Ready(held, self._compiled, kept, not self._kv.copies.store.empty)
+        return control.Ready(held, self.compiled, kept, not self._kv.copies.store.empty)
 
     async def carry_out(self, command: control.Command) -> control.Done:
         """One command.
@@ -182,16 +183,19 @@ class Worker:
                 await asyncio.to_thread(self.clear)
             case control.Reunite():
                 remains = await asyncio.to_thread(self._reunite, command)
-                return control.Done(command.id, remains=remains, compiled=self._compiled)
+                return control.Done(command.id, remains=remains, compiled=self.compiled)
             case control.SaveKv():
                 saved, left_out = await asyncio.to_thread(self._kv.save, command)
-                return control.Done(command.id, saved, compiled=self._compiled, left_out=left_out)
+                return control.Done(command.id, saved, compiled=self.compiled, left_out=left_out)
             case control.SaveParameters():
                 traffic = Traffic(moved=await asyncio.to_thread(self._save_parameters, command.path))
             case control.Coverage():
                 positions = await asyncio.to_thread(self._kv.coverage, command)
-                return control.Done(command.id, positions=positions, compiled=self._compiled)
-        return control.Done(command.id, traffic.moved, traffic.loaded, self._compiled)
+                return control.Done(command.id, positions=positions, compiled=self.compiled)
+        if not isinstance(command, control.SaveParameters):
+            self.traffic.moved += traffic.moved
+            self.traffic.loaded += traffic.loaded
+        return control.Done(command.id, traffic.moved, traffic.loaded, self.compiled)
 
     def provide(self, what: bytes) -> Sequence[Buffer]:
         """Answers a bulk read of another worker; called in threads.
@@ -210,6 +214,11 @@ class Worker:
         if placement is None or placement.epoch != wanted.epoch:
             raise SliceUnavailable(f"KV of epoch {wanted.epoch} is not here any more")
         return [self._host.read_pages(wanted.replica, wanted.layers, wanted.pages).data]
+
+    @property
+    def backup_bytes(self) -> int:
+        """Memory that copies of other workers' KV take."""
+        return self._kv.copies.store.nbytes
 
     def forget(self, sequences: Sequence[int]) -> None:
         """These sequences have ended: their copies are of no use any more."""
@@ -264,7 +273,8 @@ class Worker:
             self._store.remove() if for_good else self._store.close()
 
     @property
-    def _compiled(self) -> int:
+    def compiled(self) -> int:
+        """Functions compiled so far while somebody could have waited."""
         return self._host.model.executables.compiled
 
     def _prepare(self, command: control.Prepare) -> Traffic:
@@ -293,7 +303,7 @@ class Worker:
         for (data, number), stage in stages.items():
             onward = CONTROLLER if number == last else placement.group(data, number + 1)[0].instance
             ledger = self._kv.ledgers.get((data, number))
-            roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, ledger)
+            roles[command.pipelines[data], number] = Role(stage, number, number == last, onward, ledger, data)
             if onward != self._name:
                 onwards.add(onward)
         self.executor.install(roles)

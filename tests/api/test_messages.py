@@ -19,6 +19,7 @@ from spotjax.api.fleet_messages import (
 from spotjax.api.generation_messages import delta_from, delta_to
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
 from spotjax.engine.generation import Delta, Usage
+from spotjax.engine.observer import Work
 from spotjax.engine.request import FinishReason, Logprobs
 from spotjax.errors import PlanError, SpotjaxError
 from spotjax.fleet.notices.intervals import NoticeRecord
@@ -77,7 +78,7 @@ events = st.builds(
 machines = st.builds(MachineStatus, names, names, names, price_classes, number, names, names)
 capacities = st.builds(
     CapacityStatus, names, count, names, names, number, number, number, number,
-    st.lists(machines, max_size=2).map(tuple), st.lists(events, max_size=2).map(tuple), number,
+    st.lists(machines, max_size=2).map(tuple), st.lists(events, max_size=2).map(tuple), number, number,
 )  # fmt: skip
 records = st.builds(NoticeRecord, names, count, count, count, count, number, number)
 statuses = st.builds(
@@ -94,6 +95,9 @@ statuses = st.builds(
     uptime_seconds=number,
     notices=st.lists(records, max_size=2).map(tuple),
     capacity=st.none() | capacities,
+    epoch=count,
+    log_problem=names,
+    work=st.builds(Work, count, count, count, count, count),
 )
 reports = st.builds(
     Reconfiguration,

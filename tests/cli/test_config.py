@@ -46,7 +46,7 @@ EMBEDDED = {
     "attention": "xla", "cpu_kernels": "native", "compilation_cache": "off", "log_level": "debug", "log_format": "json",
     "leave": "late", "durability": "interval", "commit_log": "/logs",
     "notices": "gce,aws", "notice_seconds": 115.0, "notice_file": "/run/notice", "notice_command": "watch it",
-    "metadata_url": "http://127.0.0.1:80",
+    "metadata_url": "http://127.0.0.1:80", "traces": "http://127.0.0.1:4317",
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
@@ -124,7 +124,7 @@ def test_unknown_names_are_refused_with_the_nearest_known_one(tmp_path: Path) ->
         ("mesh", "2x2"), ("mesh", "0x1x1"), ("listen", "8470"), ("listen", "host:"), ("http", "on"),
         ("http", ""), ("http_names", "a,"), ("http_names", "a:80"), ("dtype", "float16"),
         ("prefix_cache", "maybe"), ("retain_seconds", "-1"), ("fuse", "maybe"), ("log_level", "loud"),
-        ("log_format", "xml"), ("model", ""),
+        ("log_format", "xml"), ("traces", "127.0.0.1:4317"), ("model", ""),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_by_name(tmp_path: Path, name: str, value: str) -> None:

@@ -23,7 +23,7 @@ PROGRAM = """
 import asyncio, sys, types
 from types import SimpleNamespace
 
-async def start(config):
+async def start(config, observer=None):
     from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
     failure = asyncio.get_running_loop().create_future()
     {before}
@@ -33,10 +33,10 @@ async def start(config):
         print("closed", flush=True)
     return SimpleNamespace(
         service=service, tokenizer=ByteTokenizer(), model_name=config.model, max_model_len=64, close=close,
-        failure=failure,
+        failure=failure, reports=dict,
     )
 
-async def start_fleet(config, server, address):
+async def start_fleet(config, server, address, observer):
     assert isinstance(server, ApiServer) and address.startswith("127.0.0.1:")
     print("a controller", flush=True)
     return await start(config)

@@ -22,6 +22,7 @@ from spotjax.fleet.change import Planning, Recovery
 from spotjax.fleet.checkpoint_files import CheckpointFiles
 from spotjax.fleet.controller import Controller
 from spotjax.fleet.membership import Membership
+from spotjax.fleet.observer import Observer
 from spotjax.fleet.saving import Saves
 from spotjax.meshes.instance import DeviceRef, Instance, InstanceState, InstanceType
 from spotjax.meshes.placement import Placement
@@ -268,6 +269,7 @@ def make_service(
     saves: Saves | None = None,
     files: CheckpointFiles | None = None,
     recovery: Recovery = "spotjax",
+    observer: Observer | None = None,
 ) -> Service:
     """A service that is not started, of which the first ``alive`` instances are ready."""
     members = Membership(machines)
@@ -286,7 +288,7 @@ def make_service(
     demand = Demand(batch=max_batch, prompt=8, output=8, page_size=PAGE_SIZE, kv_pages=pages - 1, step_tokens=8)
     controller = Controller(
         "pure", Planning(SPEC, demand, recovery=recovery), members, cluster, log, LETTERS, LETTERS.end_tokens, limits,
-        asyncio.get_running_loop().time, lambda: 1e9, supply, leave, saves, files,
+        asyncio.get_running_loop().time, lambda: 1e9, supply, leave, saves, files, observer=observer,
     )  # fmt: skip
     logging.getLogger("spotjax.fleet.events").setLevel(logging.WARNING)
     return Service(controller, cluster, log, members)

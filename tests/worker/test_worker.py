@@ -56,7 +56,7 @@ async def test_what_comes_from_somebody_who_is_gone_names_whom(case: Case) -> No
 async def test_giving_up_the_mesh_keeps_parameters_and_ends_what_is_sent_on(case: Case) -> None:
     await case.adopt(two_replicas(), ("1.0", "1.1"))
     held = case.worker.ready().held
-    assert await case.worker.carry_out(control.Clear(9)) == control.Done(9, compiled=case.worker._compiled)
+    assert await case.worker.carry_out(control.Clear(9)) == control.Done(9, compiled=case.worker.compiled)
     assert not case.host.stages and case.host.placement is None
     assert not case.worker.executor._posts and not case.links.onward
     assert case.worker.ready().held == held

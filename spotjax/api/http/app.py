@@ -6,31 +6,40 @@ import asyncio
 import logging
 from collections.abc import Collection
 
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spotjax.api.access.gate import OpenGate
 from spotjax.api.backend import Backend
-from spotjax.api.http import fleet, health, openai, ui
+from spotjax.api.http import fleet, health, metrics, openai, ui
 from spotjax.api.http.access import AccessMiddleware
 from spotjax.api.http.errors import on_bug, on_error, on_refusal
 from spotjax.api.http.event_stream import ClientGone, on_client_gone
 from spotjax.api.http.origin import OwnPagesOnly
+from spotjax.api.http.traced import Traced
 from spotjax.errors import SpotjaxError
 
 log = logging.getLogger(__name__)
 
 
-def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
+def application(backend: Backend, names: Collection[str] = (), registry: CollectorRegistry | None = None) -> ASGIApp:
     """The application of a server.
 
     Args:
       backend: what it serves, which may come later.
       names: under which the server is reached; see ``OwnPagesOnly``.
+      registry: what ``/metrics`` shows; by default nothing.
     """
     app = Starlette(
-        routes=[*health.routes(backend), *fleet.routes(backend), *openai.routes(backend), *ui.routes()],
+        routes=[
+            *health.routes(backend),
+            *fleet.routes(backend),
+            *openai.routes(backend),
+            *ui.routes(),
+            *metrics.routes(registry or CollectorRegistry()),
+        ],
         exception_handlers={
             SpotjaxError: on_error,
             HTTPException: on_refusal,
@@ -40,7 +49,7 @@ def application(backend: Backend, names: Collection[str] = ()) -> ASGIApp:
     )
     app.router.redirect_slashes = False
     without_keys = isinstance(backend.gate, OpenGate)
-    return Guarded(OwnPagesOnly(AccessMiddleware(app, backend.gate), names if without_keys else None))
+    return Guarded(OwnPagesOnly(AccessMiddleware(Traced(app), backend.gate), names if without_keys else None))
 
 
 class Guarded:

@@ -94,7 +94,7 @@ class Saved(_message.Message):
     def __init__(self, directory: _Optional[str] = ..., parameter_bytes: _Optional[int] = ..., requests: _Optional[int] = ..., sequences: _Optional[int] = ..., positions: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., left_out: _Optional[_Iterable[str]] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class FleetStatus(_message.Message):
-    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds", "notices", "capacity")
+    __slots__ = ("model", "ready", "draining", "placement", "instances", "replicas", "queued", "requests_running", "requests_finished", "tokens_committed", "reconfigurations", "uptime_seconds", "notices", "capacity", "epoch", "log_problem", "work")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
@@ -109,6 +109,9 @@ class FleetStatus(_message.Message):
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NOTICES_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    LOG_PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
     model: str
     ready: bool
     draining: bool
@@ -123,10 +126,27 @@ class FleetStatus(_message.Message):
     uptime_seconds: float
     notices: _containers.RepeatedCompositeFieldContainer[NoticeRecord]
     capacity: CapacityStatus
-    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ..., capacity: _Optional[_Union[CapacityStatus, _Mapping]] = ...) -> None: ...
+    epoch: int
+    log_problem: str
+    work: Work
+    def __init__(self, model: _Optional[str] = ..., ready: _Optional[bool] = ..., draining: _Optional[bool] = ..., placement: _Optional[_Union[Placement, _Mapping]] = ..., instances: _Optional[_Iterable[_Union[InstanceStatus, _Mapping]]] = ..., replicas: _Optional[_Iterable[_Union[ReplicaStatus, _Mapping]]] = ..., queued: _Optional[int] = ..., requests_running: _Optional[int] = ..., requests_finished: _Optional[int] = ..., tokens_committed: _Optional[int] = ..., reconfigurations: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., notices: _Optional[_Iterable[_Union[NoticeRecord, _Mapping]]] = ..., capacity: _Optional[_Union[CapacityStatus, _Mapping]] = ..., epoch: _Optional[int] = ..., log_problem: _Optional[str] = ..., work: _Optional[_Union[Work, _Mapping]] = ...) -> None: ...
+
+class Work(_message.Message):
+    __slots__ = ("prefilled", "queried", "reused", "recomputed", "preempted")
+    PREFILLED_FIELD_NUMBER: _ClassVar[int]
+    QUERIED_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTED_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    prefilled: int
+    queried: int
+    reused: int
+    recomputed: int
+    preempted: int
+    def __init__(self, prefilled: _Optional[int] = ..., queried: _Optional[int] = ..., reused: _Optional[int] = ..., recomputed: _Optional[int] = ..., preempted: _Optional[int] = ...) -> None: ...
 
 class CapacityStatus(_message.Message):
-    __slots__ = ("provider", "wanted", "why", "waiting", "cost_per_hour", "most_per_hour", "spent_today", "most_per_day", "machines", "actions", "on_demand_per_hour")
+    __slots__ = ("provider", "wanted", "why", "waiting", "cost_per_hour", "most_per_hour", "spent_today", "most_per_day", "machines", "actions", "on_demand_per_hour", "spent")
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     WANTED_FIELD_NUMBER: _ClassVar[int]
     WHY_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +158,7 @@ class CapacityStatus(_message.Message):
     MACHINES_FIELD_NUMBER: _ClassVar[int]
     ACTIONS_FIELD_NUMBER: _ClassVar[int]
     ON_DEMAND_PER_HOUR_FIELD_NUMBER: _ClassVar[int]
+    SPENT_FIELD_NUMBER: _ClassVar[int]
     provider: str
     wanted: int
     why: str
@@ -149,7 +170,8 @@ class CapacityStatus(_message.Message):
     machines: _containers.RepeatedCompositeFieldContainer[MachineStatus]
     actions: _containers.RepeatedCompositeFieldContainer[FleetEvent]
     on_demand_per_hour: float
-    def __init__(self, provider: _Optional[str] = ..., wanted: _Optional[int] = ..., why: _Optional[str] = ..., waiting: _Optional[str] = ..., cost_per_hour: _Optional[float] = ..., most_per_hour: _Optional[float] = ..., spent_today: _Optional[float] = ..., most_per_day: _Optional[float] = ..., machines: _Optional[_Iterable[_Union[MachineStatus, _Mapping]]] = ..., actions: _Optional[_Iterable[_Union[FleetEvent, _Mapping]]] = ..., on_demand_per_hour: _Optional[float] = ...) -> None: ...
+    spent: float
+    def __init__(self, provider: _Optional[str] = ..., wanted: _Optional[int] = ..., why: _Optional[str] = ..., waiting: _Optional[str] = ..., cost_per_hour: _Optional[float] = ..., most_per_hour: _Optional[float] = ..., spent_today: _Optional[float] = ..., most_per_day: _Optional[float] = ..., machines: _Optional[_Iterable[_Union[MachineStatus, _Mapping]]] = ..., actions: _Optional[_Iterable[_Union[FleetEvent, _Mapping]]] = ..., on_demand_per_hour: _Optional[float] = ..., spent: _Optional[float] = ...) -> None: ...
 
 class MachineStatus(_message.Message):
     __slots__ = ("name", "type", "zone", "price_class", "price", "state", "standing")
