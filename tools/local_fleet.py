@@ -37,6 +37,7 @@ class LocalFleet(Service):
       credentials: of the client, for a controller with TLS.
       patience: of the client, in seconds, for a controller that dies; workers do not notice whether it is another.
       disk: if given, the commit log is on it.
+      http: where the controller serves HTTP.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class LocalFleet(Service):
         credentials: grpc.ChannelCredentials | None = None,
         patience: float = 0.0,
         disk: SmallDisk | None = None,
+        http: str = "off",
     ) -> None:
         host = network.address if network else "127.0.0.1"
         listening = ("--data-listen", f"{host}:0", *arguments)
         commit_log = disk.directory / "commits" if disk else None
-        super().__init__(directory, listening, names, host, credentials, patience, commit_log)
+        super().__init__(directory, listening, names, host, credentials, patience, commit_log, http)
         self.workers: dict[str, Process] = {}
         self.arguments_of: dict[str, tuple[str, ...]] = {}
         """Arguments of single workers, by name."""

@@ -76,6 +76,7 @@ class Service:
     Attributes:
       client: of the server.
       commit_log: directory of the commit log.
+      http: as given.
       lives: of the server process, the current one last.
       events: everything that the service said happened.
       history: what was done and what happened, for people, by monotonic seconds.
@@ -96,7 +97,7 @@ class Service:
         self.commit_log, self.patience = commit_log or directory / "commits", patience
         self.events: list[FleetEvent] = []
         self.history: list[tuple[float, str]] = []
-        self.address = f"{host}:{free_port(host)}"
+        self.address, self.http = f"{host}:{free_port(host)}", http
         self.command = (
             *SERVE,
             "--listen",

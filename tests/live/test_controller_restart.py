@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, load_on, more_tokens, worker_flags
@@ -19,7 +21,7 @@ from spotjax.tools.chaos_run import run
 from spotjax.tools.chaos_schedule import Event
 from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import LocalFleet
-from spotjax.tools.processes import Process
+from spotjax.tools.processes import Process, free_port
 from spotjax.tools.request_mix import Output
 from spotjax.tools.service import POLL_SECONDS, SERVE, running
 from spotjax.tools.small_disk import DiskUnavailable, SmallDisk
@@ -46,7 +48,8 @@ async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
             disk = stack.enter_context(SmallDisk(directory / "disk"))
         workers = worker_flags(programs)
         flags = (*CONTROLLER, "--mesh", "1x2x2")
-        fleet = LocalFleet(directory, NAMES[:2], flags, workers, patience=PATIENCE_SECONDS, disk=disk)
+        http = f"127.0.0.1:{free_port('127.0.0.1')}"
+        fleet = LocalFleet(directory, NAMES[:2], flags, workers, patience=PATIENCE_SECONDS, disk=disk, http=http)
         async with running(fleet):
             yield fleet
 
@@ -95,6 +98,44 @@ async def test_on_a_full_disk_new_requests_are_refused_and_all_others_wait(
             await asyncio.sleep(POLL_SECONDS)
         assert [delta.offset async for delta in client.generate("To be", max_tokens=4, request_id="refused")]
     await eventually("all ended", lambda: not any(one.unfinished for one in inspect_log(fleet.commit_log).requests))
+
+
+async def test_a_stream_over_http_goes_on_after_a_preemption_and_another_controller(fleet: LocalFleet) -> None:
+    asked = {"prompt": "ROMEO:\n", "max_tokens": 240, "temperature": 0.8, "seed": 3, "ignore_eos": True}
+    calm = "".join([delta.text async for delta in fleet.client.generate(**asked)])  # type: ignore[arg-type]
+    text, lives, harms = "", len(fleet.lives), [100, 400]
+    async with asyncio.timeout(120):
+        async for event_id, piece in followed(f"http://{fleet.http}", asked):
+            assert event_id
+            text += piece
+            if harms and len(text) >= harms[0]:
+                if harms.pop(0) == 100:
+                    await fleet.kill(["instance-1"])
+                    await fleet.bring(["instance-1"])
+                else:
+                    await fleet.kill_server()
+                    fleet.start_server()
+    assert text == calm and not harms and len(fleet.lives) == lives + 1
+    await fleet.until_ready()
+
+
+async def followed(url: str, asked: Mapping[str, object]) -> AsyncIterator[tuple[str, str]]:
+    """Ids and texts of the events of a completion, over as many connections as it takes."""
+    headers = {"idempotency-key": "speech"}
+    async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+        while True:
+            with contextlib.suppress(httpx.TransportError):  # the controller died, or is not there yet
+                async with client.stream(
+                    "POST", "/v1/completions", json={**asked, "stream": True}, headers=headers
+                ) as s:
+                    async for line in s.aiter_lines():
+                        if line.startswith("id: "):
+                            headers["last-event-id"] = line[4:]
+                        if line == "data: [DONE]":
+                            return
+                        if s.status_code == 200 and line.startswith('data: {"id"'):
+                            yield headers["last-event-id"], json.loads(line[6:])["choices"][0]["text"]
+            await asyncio.sleep(POLL_SECONDS)
 
 
 async def test_whenever_the_controller_dies_no_request_is_lost(fleet: LocalFleet) -> None:
