@@ -10,31 +10,38 @@ from collections.abc import AsyncIterator
 import pytest
 from documents import DOCUMENTS, blocks
 
+from spotjax.api.http.app import application
+from spotjax.api.http.server import HttpServer
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 
 SHOWN = "127.0.0.1:8470"
+SHOWN_HTTP = "127.0.0.1:8471"
 EXAMPLES = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_text(), "python")]
 
 
 @pytest.fixture
-async def address() -> AsyncIterator[str]:
-    """Where the server is."""
+async def addresses() -> AsyncIterator[dict[str, str]]:
+    """Where the server is, by where documents have it."""
     service = ScriptedService()
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
-    await server.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
-    yield f"127.0.0.1:{port}"
+    await server.attach(service, ServedModel("tiny", ByteTokenizer(), max_model_len=512))
+    http = HttpServer(application(server.backend))
+    yield {SHOWN: f"127.0.0.1:{port}", SHOWN_HTTP: f"127.0.0.1:{await http.start('127.0.0.1:0')}"}
     await service.stop()
+    await http.stop()
     await server.stop()
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)), ids=lambda number: f"{EXAMPLES[number][0]}-{number}")
-async def test_the_example_runs_and_prints_something_unless_it_asserts(address: str, number: int) -> None:
+async def test_the_example_runs_and_prints_something_unless_it_asserts(addresses: dict[str, str], number: int) -> None:
     _, code = EXAMPLES[number]
-    assert SHOWN in code
+    assert SHOWN in code or SHOWN_HTTP in code
+    for shown, real in addresses.items():
+        code = code.replace(shown, real)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        await asyncio.to_thread(exec, code.replace(SHOWN, address), {"__name__": "__main__"})
+        await asyncio.to_thread(exec, code, {"__name__": "__main__"})
     assert printed.getvalue() or "assert " in code
