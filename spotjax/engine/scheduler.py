@@ -23,6 +23,9 @@ from spotjax.engine.prefix_reuse import PrefixReuse
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.sequence import Flight, Sequence
 
+MOST_PREFILLS = 4
+"""Prefill steps in a row while others could decode: longer than these take, no running sequence waits for new ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -65,7 +68,8 @@ class Scheduler:
         self._blocked: tuple[int, int] | None = None
         """The first in the queue that did not fit, and what the pages had gained when it did not."""
         self._step = 0
-        self._prefilled_last = False
+        self._prefills = 0
+        """Prefill steps since the last decode step."""
 
     @property
     def load(self) -> int:
@@ -95,14 +99,15 @@ class Scheduler:
           ahead: whether sequences with steps in flight take part, those that need to know which token they drew apart.
 
         Prefill and decode steps alternate when both have work, so that a long prompt delays running sequences by one
-        prefill step at a time and new sequences still start soon.
+        prefill step at a time and new sequences still start soon. Where many prompts come at once, see ``_starting``.
         """
         self._admit()
         self.reuse.exchange(self._ready(ahead=False))
-        kinds = (self._decode, self._prefill) if self._prefilled_last else (self._prefill, self._decode)
+        decode_first = self._prefills and not (self._prefills < MOST_PREFILLS and self._starting())
+        kinds = (self._decode, self._prefill) if decode_first else (self._prefill, self._decode)
         for kind in kinds:
             if spans := kind(ahead):
-                self._prefilled_last = kind == self._prefill
+                self._prefills = self._prefills + 1 if kind == self._prefill else 0
                 self._step += 1
                 return self._take_off(spans)
         return None
@@ -215,6 +220,14 @@ class Scheduler:
             self.reuse.asked(sequence)
             self.running[sequence.key] = sequence
             self.entered.append(sequence)
+
+    def _starting(self) -> bool:
+        """Whether more sequences are one prefill step from their next token than decode.
+
+        A decode step takes nearly as long for a few rows as for many, so it is better run when these have joined.
+        """
+        near = sum(1 < sequence.missing <= self.limits.prefill_tokens for sequence in self.running.values())
+        return near > sum(sequence.missing <= 1 for sequence in self.running.values())
 
     def _prefill(self, ahead: bool) -> list[Span]:
         """Spans of sequences that miss more than one position, as many as fit one step.

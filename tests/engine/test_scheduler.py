@@ -13,7 +13,7 @@ from pure_model import END, Letters, Pages, Steps, is_prefix, next_token, undist
 from spotjax.engine.batch import Batch, Span, ahead
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.request import FinishReason, RequestState, SamplingParams
-from spotjax.engine.scheduler import Limits, Scheduler
+from spotjax.engine.scheduler import MOST_PREFILLS, Limits, Scheduler
 from spotjax.engine.sequence import Sequence
 from spotjax.engine.text import advance
 
@@ -56,7 +56,7 @@ class Bench:
     in_flight: list[Batch] = field(default_factory=list)
     computed: dict[int, int] = field(default_factory=dict)
     ended: dict[int, Sequence] = field(default_factory=dict)
-    prefilled_last: bool = False
+    prefills: int = 0
     ahead: bool = False
     reused: int = 0
 
@@ -93,14 +93,22 @@ class Bench:
         assert self.ahead or flying.isdisjoint(keys), "a sequence is in two steps at once"
         self.check_spans(batch, running)
         is_prefill = len(batch.spans[0].tokens) > 1
-        if is_prefill and self.prefilled_last:
-            assert not decodable, "two prefill steps while others could decode"
-        if not is_prefill and not self.prefilled_last:
+        if is_prefill and self.prefills and decodable:
+            assert self.prefills < MOST_PREFILLS, "decoding waits too long for prompts"
+            assert self.starting(batch), "more wait for a decode step than for prefill steps"
+        if not is_prefill and not self.prefills:
             prompts = [s for s in idle if s.key in scheduler.running and not s.in_flight and s.missing > 1]
             assert all(self.is_being_computed(s) for s in prompts), "two decode steps while a prompt waits"
-        self.prefilled_last = is_prefill
+        self.prefills = self.prefills + 1 if is_prefill else 0
         self.in_flight.append(batch)
         return batch
+
+    def starting(self, batch: Batch) -> bool:
+        """Whether more sequences were near their next token than decoded, before this prefill step was scheduled."""
+        taken = {span.sequence: len(span.tokens) - span.samples for span in batch.spans}
+        missing = [s.missing + taken.get(s.key, 0) for s in self.scheduler.running.values()]
+        near = sum(1 < length <= self.scheduler.limits.prefill_tokens for length in missing)
+        return near > sum(length <= 1 for length in missing)
 
     def fits(self, waiting: Sequence) -> bool:
         """Whether there is room for a sequence with what is cached of it."""
@@ -332,6 +340,38 @@ def test_a_long_prompt_lets_running_sequences_decode_in_between() -> None:
         kinds.append([(span.sequence, len(span.tokens)) for span in batch.spans])
         bench.complete()
     assert kinds == [[(0, 1)], [(1, 4)], [(0, 1)], [(1, 4)], [(0, 1)]]
+
+
+def test_many_prompts_at_once_start_before_the_first_of_them_goes_on() -> None:
+    scheduler = make_scheduler(max_batch=20, rows=2)
+    bench = Bench(scheduler)
+    for key in range(20):
+        scheduler.add(sequence(key, prompt=4, max_tokens=30))
+    kinds = ""
+    for _ in range(11):
+        batch = bench.schedule()
+        assert batch is not None
+        kinds += "prefill " if len(batch.spans[0].tokens) > 1 else f"{len(batch.spans)} "
+        bench.complete()
+    assert kinds == 4 * "prefill " + "8 prefill 10 prefill 12 prefill 14 "
+
+
+def test_few_prompts_take_turns_with_the_many_that_decode() -> None:
+    scheduler = make_scheduler(max_batch=9, rows=1)
+    bench = Bench(scheduler)
+    for key in range(5):
+        scheduler.add(sequence(key, prompt=1, max_tokens=30))
+    bench.schedule()
+    bench.complete()
+    for key in range(5, 9):
+        scheduler.add(sequence(key, prompt=4, max_tokens=30))
+    lengths = []
+    for _ in range(6):
+        batch = bench.schedule()
+        assert batch is not None
+        lengths.append(len(batch.spans[0].tokens))
+        bench.complete()
+    assert lengths == [4, 1, 4, 1, 4, 1]
 
 
 def test_short_prompts_share_a_prefill_step() -> None:
