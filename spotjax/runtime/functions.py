@@ -76,10 +76,11 @@ class StageFunctions:
         Returns: hidden vectors (B, T, D) and the layers' extended pages.
         """
         rotation = {kind: rotations(self._config, self._kinds[kind], step.positions) for kind in set(kinds)}
+        products = self._products.without_padding(step.length)
         extended = []
         for kind, arrays, kv in zip(kinds, layers, pages, strict=True):
             store, whole = self._attention.store(kv, step), with_scales(arrays, self._dtype)
-            hidden = bind(self._graphs[kind], whole)(hidden, rotation[kind], store, self._shard, self._products)
+            hidden = bind(self._graphs[kind], whole)(hidden, rotation[kind], store, self._shard, products)
             extended.append(store.pages)
         return hidden, tuple(extended)
 
@@ -87,4 +88,5 @@ class StageFunctions:
         """Logits (B, V) float32 at the last valid position of every row."""
         last = jnp.maximum(rows[:, 1] - 1, 0)
         vectors = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        return logits(self._config, with_scales(outputs, self._dtype), vectors, self._shard, self._products)
+        products = self._products.without_padding(rows[:, 1])
+        return logits(self._config, with_scales(outputs, self._dtype), vectors, self._shard, products)

@@ -1,4 +1,4 @@
-"""The native kernel against numpy in float64, in threads, and in compiled programs on meshes."""
+"""The native kernels against numpy in float64, in threads, and in compiled programs on meshes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.native.choice import native_kernels
 from spotjax.runtime.native.library import NativeUnavailable
-from spotjax.runtime.native.products import MOST_ROWS, NativeProducts
+from spotjax.runtime.native.products import MOST_SCORED, NativeProducts
 
 KINDS = ("float32", "bfloat16", "int8 and float32", "int8 and bfloat16")
+FEW = 32
+"""Rows up to which they are bound by reading the matrix; more have a kernel of their own."""
 CASE = "llama-gqa-linear-bias"
 
 
@@ -79,7 +81,7 @@ def check(kind: str, rows: int, shape: tuple[int, int], transposed: bool) -> Non
 
 
 @settings(max_examples=25, derandomize=True)
-@given(st.sampled_from(KINDS), st.integers(1, MOST_ROWS + 1), st.integers(1, 400), st.integers(1, 200), st.booleans())
+@given(st.sampled_from(KINDS), st.integers(1, 3 * FEW), st.integers(1, 400), st.integers(1, 200), st.booleans())
 def test_products_of_any_shape_are_those_of_float64(
     kind: str, rows: int, depth: int, width: int, transposed: bool
 ) -> None:
@@ -88,26 +90,58 @@ def test_products_of_any_shape_are_those_of_float64(
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["depth-first", "width-first"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("rows", "shape"), [(1, (1537, 577)), (7, (130, 8209)), (32, (2048, 65))])
+@pytest.mark.parametrize(
+    ("rows", "shape"), [(1, (1537, 577)), (7, (130, 8209)), (32, (2048, 65)), (100, (1050, 700)), (600, (20, 40))]
+)
 def test_large_matrices_are_divided_without_a_gap(
     kind: str, rows: int, shape: tuple[int, int], transposed: bool
 ) -> None:
     check(kind, rows, shape, transposed)
 
 
+def product(x: jax.Array, matrix: Matrix, transposed: bool = False) -> np.ndarray:
+    """That of one kernel."""
+    found = kernel().score(x, matrix, transposed=True) if transposed else kernel().project(x, [matrix])[0]
+    return np.asarray(found)
+
+
 @pytest.mark.parametrize("transposed", [False, True], ids=["depth-first", "width-first"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_what_else_is_in_the_batch(kind: str, transposed: bool) -> None:
-    x, matrix = operands(kind, MOST_ROWS, (700, 333), transposed)
+    rows = MOST_SCORED if transposed else 5 * FEW
+    x, matrix = operands(kind, rows, (700, 333), transposed)
+    whole = product(x, matrix, transposed)
+    for first, last in ((0, 1), (5, 8), (8, 15), (15, FEW), (15, 60), (40, 46), (20, rows)):
+        some = x[first:last]
+        if len(some):
+            np.testing.assert_array_equal(product(some, matrix, transposed), whole[first:last])
 
-    def product(rows: jax.Array) -> np.ndarray:
-        return np.asarray(
-            kernel().score(rows, matrix, transposed=True) if transposed else kernel().project(rows, [matrix])[0]
-        )
 
-    whole = product(x)
-    for first, last in ((0, 1), (5, 8), (8, 15), (15, MOST_ROWS)):
-        np.testing.assert_array_equal(product(x[first:last]), whole[first:last])
+@pytest.mark.parametrize("shape", [(1100, 8200), (9000, 70), (3, 70)], ids=str)
+def test_few_rows_give_the_same_bits_as_many_however_a_matrix_is_divided(shape: tuple[int, int]) -> None:
+    x, matrix = operands("float32", 40, shape, False)
+    whole = product(x, matrix)
+    for first in range(0, 40, 20):
+        np.testing.assert_array_equal(product(x[first : first + 20], matrix), whole[first : first + 20])
+
+
+@settings(max_examples=15, derandomize=True, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(1, 40), st.sampled_from(KINDS))
+def test_padding_gives_zeros_and_changes_nothing_else(lengths: list[int], span: int, kind: str) -> None:
+    x, matrix = operands(kind, len(lengths) * span, (150, 70), False)
+    rows = x.reshape(len(lengths), span, -1)
+    valid = np.arange(span)[None] < np.array(lengths)[:, None]
+    bounded = kernel().without_padding(jnp.asarray(lengths, jnp.int32))
+    found = np.asarray(bounded.project(rows, [matrix])[0])
+    whole = product(x, matrix).reshape(found.shape)
+    np.testing.assert_array_equal(found, np.where(valid[..., None], whole, np.zeros((), whole.dtype)))
+
+
+def test_what_is_padding_is_not_looked_at() -> None:
+    x, matrix = operands("float32", 120, (150, 70), False)
+    rows = x.reshape(2, 60, 150).at[0, 50:].set(jnp.nan).at[1, 7:].set(jnp.inf)
+    found = kernel().without_padding(jnp.asarray([50, 7], jnp.int32)).project(rows, [matrix])[0]
+    assert np.isfinite(np.asarray(found)).all()
 
 
 def test_several_kernels_at_once_give_what_each_gives_alone() -> None:
@@ -123,7 +157,6 @@ def test_several_kernels_at_once_give_what_each_gives_alone() -> None:
 def test_what_the_kernel_does_not_serve_is_left_to_xla() -> None:
     matrix = jnp.ones((8, 4), jnp.float32)
     for x, weights in [
-        (jnp.ones((MOST_ROWS + 1, 8), jnp.float32), matrix),
         (jnp.ones((0, 8), jnp.float32), matrix),
         (jnp.ones((2, 8), jnp.float16), matrix.astype(jnp.float16)),
     ]:

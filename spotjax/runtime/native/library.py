@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from spotjax.runtime.program_cache import cache_home, cpu_features, locked
 
 SOURCES = ("attention.cc", "products.cc")
-HEADERS = ("vectors.h", "work.h")
+HEADERS = ("few_rows.h", "many_rows.h", "product.h", "vectors.h", "work.h")
 SERVED = (jnp.float32, jnp.bfloat16)
 """Types of activations that the library computes with."""
 COMPILERS = ("c++", "g++", "clang++")

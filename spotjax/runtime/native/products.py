@@ -1,9 +1,9 @@
-"""Products of a few rows with large matrices by the library's kernel, in programs for CPUs; all others by XLA."""
+"""Products by the library's kernels, in programs for CPUs; what they do not serve by XLA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import jax
@@ -13,8 +13,8 @@ from spotjax.models.projection import Products
 from spotjax.models.quantized import Matrix, Quantized
 from spotjax.runtime.native.library import SERVED
 
-MOST_ROWS = 32
-"""Up to so many rows the kernel is faster than XLA; more are bound by arithmetic, which XLA's products are made for."""
+MOST_SCORED = 32
+"""Rows up to which a tied head's kernel is faster than XLA."""
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,20 @@ class NativeProducts(Products):
 
     Attributes:
       target: name of the kernel among XLA's custom calls.
+      lengths: (B,) int32: of each B-th part of the rows so many, the first, are computed; None for all.
     """
 
     target: str
+    lengths: jax.Array | None = field(default=None, repr=False)
+
+    def without_padding(self, lengths: jax.Array) -> Products:
+        """Padding takes no time, and gives zeros."""
+        return replace(self, lengths=lengths)
 
     def project(self, x: jax.Array, kernels: Sequence[Matrix], inputs: int = 1) -> list[jax.Array]:
         """One call for all kernels, so that threads begin and end together once."""
         rows, width = x.shape[: x.ndim - inputs], prod(x.shape[x.ndim - inputs :])
-        if not self._fits(x, prod(rows), kernels):
+        if not self._serves(x, prod(rows), kernels):
             return super().project(x, kernels, inputs)
         flat = [_reshaped(kernel, (width, -1)) for kernel in kernels]
         results = self._call(x.reshape(-1, width), flat, transposed=False)
@@ -38,20 +44,21 @@ class NativeProducts(Products):
 
     def score(self, x: jax.Array, head: Matrix, *, transposed: bool) -> jax.Array:
         """Reads the head as it lies. The kernel's results are of the type of x, so in bfloat16 they were rounded."""
-        if not self._fits(x, len(x), [head]):
+        if not self._serves(x, len(x), [head]) or (transposed and len(x) > MOST_SCORED):
             return super().score(x, head, transposed=transposed)
         return self._call(x, [head], transposed=transposed)[0].astype(jnp.float32)
 
-    def _fits(self, x: jax.Array, rows: int, kernels: Sequence[Matrix]) -> bool:
+    def _serves(self, x: jax.Array, rows: int, kernels: Sequence[Matrix]) -> bool:
         held = {jnp.dtype(jnp.int8 if isinstance(kernel, Quantized) else kernel.dtype) for kernel in kernels}
-        return 0 < rows <= MOST_ROWS and x.dtype in SERVED and held in ({x.dtype}, {jnp.dtype(jnp.int8)})
+        return rows > 0 and x.dtype in SERVED and held in ({x.dtype}, {jnp.dtype(jnp.int8)})
 
     def _call(self, x: jax.Array, kernels: Sequence[Matrix], *, transposed: bool) -> list[jax.Array]:
         values = [kernel.values if isinstance(kernel, Quantized) else kernel for kernel in kernels]
         scales = [kernel.scale.reshape(-1) for kernel in kernels if isinstance(kernel, Quantized)]
         widths = [array.shape[0 if transposed else 1] for array in values]
         results = [jax.ShapeDtypeStruct((len(x), width), x.dtype) for width in widths]
-        return list(jax.ffi.ffi_call(self.target, results)(x, *values, *scales, transposed=transposed))
+        lengths = jnp.full(1, len(x), jnp.int32) if self.lengths is None else self.lengths
+        return list(jax.ffi.ffi_call(self.target, results)(x, lengths, *values, *scales, transposed=transposed))
 
 
 def _reshaped(kernel: Matrix, shape: tuple[int, ...]) -> Matrix:
