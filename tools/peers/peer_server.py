@@ -24,7 +24,7 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
         "--model": directory, "--listen": address, "--http": "off",
         "--instances": 1, "--devices-per-instance": 1, "--mesh": "1x1x1",
         "--commit-log": tempfile.mkdtemp(prefix="spotjax-peer-"), "--max-batch": settings["batch"],
-        "--max-model-len": settings["context"], "--prefill-tokens": settings["prompt"],
+        "--max-model-len": settings["context"],
     }  # fmt: skip
     words = [str(word) for flag in flags.items() for word in flag] + ["--no-prefix-cache"]  # prompts are repeated
     _servers.append(subprocess.Popen([sys.executable, "-m", "spotjax.serve", *words]))

@@ -17,8 +17,7 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
     """See the package."""
     config = ServeConfig(
         model=directory, instances=1, devices_per_instance=1, mesh="1x1x1", max_batch=settings["batch"],
-        max_model_len=settings["context"], prefill_tokens=2 * settings["prompt"], durability="none",
-        prefix_cache=False,  # prompts are repeated
+        max_model_len=settings["context"], durability="none", prefix_cache=False,  # prompts are repeated
     )  # fmt: skip
     devices = embedded.local_instances(1, 1)
     loop = asyncio.new_event_loop()
