@@ -22,6 +22,7 @@ from spotjax.api.calls import (
     DEFAULT_SERVER,
     OPTIONS,
     SAVE_SECONDS,
+    authorization,
     deadline_after,
     names_request,
     seconds_until,
@@ -45,11 +46,13 @@ class AsyncSpotjaxClient:
         server: str = DEFAULT_SERVER,
         patience: float = DEFAULT_PATIENCE,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Connects at the first call; arguments are those of ``SpotjaxClient``."""
         self.server = server
         self._patience = Patience(patience).seconds
         self._met = False
+        self._metadata = authorization(api_key)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(server, options=OPTIONS)
         else:
@@ -133,7 +136,7 @@ class AsyncSpotjaxClient:
 
     async def watch(self, follow: bool = True) -> AsyncGenerator[FleetEvent, None]:
         """Recent events, then, to ``follow``, new ones until the server stops."""
-        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow))
+        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow), metadata=self._metadata)
         try:
             async for message in call:
                 yield event_from(message)
@@ -166,7 +169,7 @@ class AsyncSpotjaxClient:
 
     async def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout)
+            return await method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise error_from(failure, self.server) from None
 
@@ -186,7 +189,7 @@ class AsyncSpotjaxClient:
         await self._meet(timeout)
         while True:
             method, request = pursuit.next_call()
-            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline))
+            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline), metadata=self._metadata)
             try:
                 if names_request(await call.initial_metadata()):
                     pursuit.opened()

@@ -19,6 +19,7 @@ from spotjax.commands import (
     fleet,
     generate,
     health,
+    keys,
     plan,
     profile,
     serve,
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     for module in (
         serve,
         health,
+        keys,
         generate,
         fleet,
         capacity,

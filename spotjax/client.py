@@ -30,6 +30,7 @@ from spotjax.api.calls import (
     DEFAULT_SERVER,
     OPTIONS,
     SAVE_SECONDS,
+    authorization,
     deadline_after,
     names_request,
     seconds_until,
@@ -53,6 +54,7 @@ class SpotjaxClient:
         server: str = DEFAULT_SERVER,
         patience: float = DEFAULT_PATIENCE,
         credentials: grpc.ChannelCredentials | None = None,
+        api_key: str | None = None,
     ) -> None:
         """Connects at the first call.
 
@@ -61,13 +63,15 @@ class SpotjaxClient:
           patience: for how many seconds in a row a server that it has met may be away before a stream gives up; 0
             never tries again.
           credentials: for a server with TLS, see ``spotjax.transport.credentials``; without them it is plaintext.
+          api_key: for a server that wants one; None takes that of the variable ``SPOTJAX_API_KEY``, if there is one.
 
         Raises:
-          ConfigError: patience is negative.
+          ConfigError: patience is negative, or the key is none.
         """
         self.server = server
         self._patience = Patience(patience).seconds
         self._met = False
+        self._metadata = authorization(api_key)
         if credentials is None:
             self._channel = grpc.insecure_channel(server, options=OPTIONS)
         else:
@@ -148,7 +152,7 @@ class SpotjaxClient:
 
     def watch(self, follow: bool = True) -> Generator[FleetEvent, None, None]:
         """Recent events, then, to ``follow``, new ones until the server stops."""
-        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow))
+        call = self._fleet.Watch(fleet_pb2.WatchRequest(recent_only=not follow), metadata=self._metadata)
         try:
             yield from map(event_from, call)
         except grpc.RpcError as failure:
@@ -178,7 +182,7 @@ class SpotjaxClient:
 
     def _call(self, method: Any, request: Any, timeout: float | None = None) -> Any:
         try:
-            return method(request, timeout=timeout)
+            return method(request, timeout=timeout, metadata=self._metadata)
         except grpc.RpcError as failure:
             raise error_from(failure, self.server) from None
 
@@ -198,7 +202,7 @@ class SpotjaxClient:
         self._meet(timeout)
         while True:
             method, request = pursuit.next_call()
-            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline))
+            call = getattr(self._generation, method)(request, timeout=seconds_until(deadline), metadata=self._metadata)
             try:
                 if names_request(call.initial_metadata()):
                     pursuit.opened()

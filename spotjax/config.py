@@ -380,14 +380,49 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     zone: Annotated[
         str, Meta(pattern=f"^({NAME})?$", description="where the machine is, such as europe-west4-a", extra=WORKER)
     ] = ""
-    tls_certificate: Annotated[
+    api_keys: Annotated[
         str,
-        Meta(description="PEM file with this process's certificate: mutual TLS on all connections", extra=EVERYWHERE),
+        Meta(
+            description="file of API keys that spotjax keys makes: who may call, what they may do and how much; empty: "
+            "everybody who can connect may do everything",
+            extra=SERVING,
+        ),
+    ] = ""
+    join_token: Annotated[
+        str,
+        Meta(
+            description="file with the token that spotjax keys join-token makes, the same for the controller and all "
+            "workers: nobody joins or reads their data without; empty: none",
+            extra=FLEET,
+        ),
+    ] = ""
+    tls_certificate: Annotated[
+        str, Meta(description="PEM file with this process's certificate: TLS on all connections", extra=EVERYWHERE)
     ] = ""
     tls_key: Annotated[str, Meta(description="PEM file with its private key", extra=EVERYWHERE)] = ""
     tls_authority: Annotated[
-        str, Meta(description="PEM file with the authority that signed everybody's certificates", extra=EVERYWHERE)
+        str,
+        Meta(
+            description="PEM file with the authority that signed everybody's certificates: mutual TLS; only a server "
+            "without workers does without",
+            extra=EVERYWHERE,
+        ),
     ] = ""
+    client_certificates: Annotated[
+        bool,
+        Meta(
+            description="with tls_authority, take only clients with a certificate of it; workers always need one for "
+            "the data that they exchange",
+            extra=SERVING,
+        ),
+    ] = True
+    insecure: Annotated[
+        bool,
+        Meta(
+            description="listen where others can connect even if they need neither keys, tokens nor certificates",
+            extra=EVERYWHERE,
+        ),
+    ] = False
     traces: Annotated[
         str,
         Meta(
@@ -446,9 +481,12 @@ def refuse_contradictions(config: ServeConfig) -> None:
         value, where = getattr(config, setting.name), where_of(setting.name)
         if value != setting.default and not roles.intersection(where):
             raise ConfigError(f"{setting.name} ({value}) has no meaning {reason}; it is {SHOWN[where]}")
-    if any(getattr(config, name) for name in TLS) and (missing := [n for n in TLS if not getattr(config, n)]):
-        there = [name for name in TLS if name not in missing]
-        raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs all of {', '.join(TLS)}")
+    needed = TLS[:2] if chosen == "embedded" else TLS
+    if any(getattr(config, name) for name in TLS) and (missing := [n for n in needed if not getattr(config, n)]):
+        there = [name for name in TLS if getattr(config, name)]
+        raise ConfigError(f"{' and '.join(there)} without {' and '.join(missing)}: TLS needs {', '.join(needed)}")
+    if not config.client_certificates and not config.tls_authority:
+        raise ConfigError("client_certificates is off, which has no meaning without tls_authority")
     if config.listen.endswith(":0") and config.durability != "none" and not config.commit_log:
         raise ConfigError(
             f"listen ({config.listen}) is another port at every start, so a commit log cannot be named after it: give "

@@ -46,6 +46,7 @@ from spotjax.sizing import foreseeable_degrees, planning_for, resolve_dtype, res
 from spotjax.telemetry.instances import InstanceReport
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
+from spotjax.transport.join_token import JoinToken
 from spotjax.transport.security import Tls
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ class FleetServer:
         tls = None
         if config.tls_certificate:
             tls = Tls.from_files(config.tls_certificate, config.tls_key, config.tls_authority)
-        self._endpoint = Endpoint(Beat | ResultHeader, self._receive, tls=tls)
+        token = JoinToken.from_file(config.join_token) if config.join_token else None
+        self._endpoint = Endpoint(Beat | ResultHeader, self._receive, tls=tls, token=token)
         self._workers = LocalWorkers(config, address, on_exit=self._worker_ended) if config.workers else None
         self._address, self._data_port = address, 0
         self._capacity: CapacityLoop | None = None
@@ -331,7 +333,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str, observer: 
       CommitLogError: the commit log cannot be used.
     """
     assert mode(config) == "controller", "not the settings of a controller"
-    door = Door()
+    door = Door(JoinToken.from_file(config.join_token) if config.join_token else None)
     server.add_handlers([door.handler()])
     model = await asyncio.to_thread(open_model, config.model, config.quantization)
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))

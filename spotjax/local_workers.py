@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 HANDED_ON = (
     "devices_per_instance", "instance_memory_bytes", "attention", "cpu_kernels", "compilation_cache",
     "parameter_store", "read_bandwidth", "grace_seconds", "notices", "notice_seconds", "notice_file", "notice_command",
-    "metadata_url", "tls_certificate", "tls_key", "tls_authority", "log_level", "log_format",
+    "metadata_url", "join_token", "insecure", "tls_certificate", "tls_key", "tls_authority", "log_level", "log_format",
 )  # fmt: skip
 """Settings that the children get; the others they have from their controller, or have no use for."""
 STOP_SECONDS = 10.0

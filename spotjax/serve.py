@@ -6,21 +6,28 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import signal
+import ssl
 import sys
+import time
 from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 
 from spotjax import local_workers
+from spotjax.api.access.callers import Role
+from spotjax.api.access.gate import Gate, OpenGate
+from spotjax.api.access.key_file import KeyRecord, hash_of
+from spotjax.api.access.keyed_gate import KeyedGate
 from spotjax.api.http.app import application
 from spotjax.api.http.server import HttpServer
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
 from spotjax.config import ServeConfig, mode
+from spotjax.exposure import host_of, is_loopback, refuse_exposure
 from spotjax.fleet.service import Service
 from spotjax.fleet.status import FleetStatus
 from spotjax.machine_notices import MachineEnd
@@ -28,6 +35,8 @@ from spotjax.telemetry import logs
 from spotjax.telemetry.server_telemetry import ServerTelemetry
 from spotjax.transport import loop
 from spotjax.transport.credentials import server_credentials
+from spotjax.transport.join_token import STATUS_KEY, JoinToken
+from spotjax.transport.security import renewing_context
 
 log = logging.getLogger("spotjax.serve")
 Beside = Callable[[Service], Coroutine[Any, Any, None]]
@@ -61,17 +70,19 @@ async def serve(config: ServeConfig, beside: Beside | None = None) -> int:
       ConfigError: an address cannot be bound, or the settings do not go together.
       CheckpointError: the model cannot be loaded.
     """
-    warn_of_reach(config)
+    for concern in [*refuse_exposure(config), *unreachable(config)]:
+        log.warning("%s", concern)
     if mode(config) == "worker":
         from spotjax.worker import process  # imports jax
 
         return await process.run(config)
     signals = Signals()
-    server = ApiServer(credentials=credentials(config))
+    server = ApiServer(credentials=credentials(config), gate=gate_of(config))
     telemetry = ServerTelemetry(server.backend.status, config.traces)
     address = f"{host_of(config.address)}:{await server.start(config.address)}"
     log.info("listening", extra={"address": address})
-    http = HttpServer(application(server.backend, http_names(config), telemetry.registry))
+    names = None if config.api_keys else http_names(config)
+    http = HttpServer(application(server.backend, names, telemetry.registry), https(config))
     try:
         if config.http != "off":
             port = await http.start(config.http)
@@ -183,19 +194,42 @@ async def finishes_before(task: asyncio.Task[Any], event: asyncio.Event) -> bool
 
 
 def credentials(config: ServeConfig) -> grpc.ServerCredentials | None:
-    """Mutual TLS if the settings name certificates."""
+    """TLS if the settings name a certificate; mutual, if they name an authority for those of clients."""
     if not config.tls_certificate:
         return None
-    return server_credentials(config.tls_certificate, config.tls_key, config.tls_authority)
+    authority = config.tls_authority if config.client_certificates else ""
+    return server_credentials(config.tls_certificate, config.tls_key, authority)
 
 
-def warn_of_reach(config: ServeConfig) -> None:
-    """Logs a warning if too many can reach this process, or too few."""
+def https(config: ServeConfig) -> ssl.SSLContext | None:
+    """The same for HTTP."""
+    if not config.tls_certificate:
+        return None
+    authority = config.tls_authority if config.client_certificates else ""
+    return renewing_context(config.tls_certificate, config.tls_key, authority)
+
+
+def gate_of(config: ServeConfig) -> Gate:
+    """Who lets callers in.
+
+    Raises:
+      ConfigError: the file of API keys cannot be used.
+    """
+    if not config.api_keys:
+        return OpenGate()
+    others = {}
+    if config.join_token:  # workers ask whether they are in the fleet
+        token = JoinToken.from_file(config.join_token)
+        others["@workers"] = KeyRecord(hash=hash_of(token.key_for(STATUS_KEY)), role=Role.VIEWER)
+    return KeyedGate(Path(config.api_keys), time.monotonic, others=others)
+
+
+def unreachable(config: ServeConfig) -> list[str]:
+    """That too few can reach this process, if so."""
     local = is_loopback(config.join or config.address)
-    if not local and not config.tls_certificate:
-        log.warning("anybody who can reach these connections can use them: give --tls-certificate and its like")
     if mode(config) != "embedded" and not local and not config.workers and is_loopback(config.data_listen):
-        log.warning("workers on other machines cannot reach data_listen", extra={"data_listen": config.data_listen})
+        return [f"workers on other machines cannot reach data_listen ({config.data_listen})"]
+    return []
 
 
 def mesh_of(status: FleetStatus) -> str:
@@ -209,20 +243,6 @@ def mesh_of(status: FleetStatus) -> str:
 def http_names(config: ServeConfig) -> list[str]:
     """Names under which HTTP is reached: those that the settings give."""
     return [host_of(config.http), *filter(None, config.http_names.split(","))]
-
-
-def host_of(listen: str) -> str:
-    """The host part of ``HOST:PORT``."""
-    return listen.rpartition(":")[0]
-
-
-def is_loopback(listen: str) -> bool:
-    """Whether only this machine can reach the address."""
-    host = host_of(listen).strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 if __name__ == "__main__":

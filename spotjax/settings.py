@@ -21,9 +21,10 @@ from spotjax.errors import ConfigError
 
 PREFIX = "SPOTJAX_"
 PARENT = "SPOTJAX_PARENT"
-OTHER_VARIABLES = frozenset({"SPOTJAX_CACHE", PARENT, "SPOTJAX_FLEET", "SPOTJAX_TYPE"})
+API_KEY = "SPOTJAX_API_KEY"
+OTHER_VARIABLES = frozenset({"SPOTJAX_CACHE", PARENT, "SPOTJAX_FLEET", "SPOTJAX_TYPE", API_KEY})
 """Variables that are no settings of a server: the directory for fetched models, the process that a worker dies with,
-and what programs that rent machines are told besides settings of a worker."""
+what programs that rent machines are told besides settings of a worker, and a client's API key."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

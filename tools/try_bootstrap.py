@@ -24,6 +24,7 @@ import httpx
 import msgspec
 
 import spotjax.models
+from spotjax.api.access.key_file import TOKEN_MARK, new_secret, write_private
 from spotjax.bootstrap.options import BootstrapOptions
 from spotjax.bootstrap.script import script
 from spotjax.client import SpotjaxClient
@@ -101,6 +102,8 @@ def attempt(directory: Path, programs: Path, patient: float = SECONDS) -> Trial:
     machine = BareMachine(directory, programs)
     wheel = build_wheel(directory)
     (machine.root / "srv").mkdir()
+    token = machine.root / "srv/join-token"
+    write_private(token, new_secret(TOKEN_MARK), replace=False)
     shutil.copy(wheel, machine.root / "srv")
     # with the memory that virtual devices have by default, one machine is too few for the model
     settings: dict[str, str | int | float | bool] = {
@@ -109,11 +112,22 @@ def attempt(directory: Path, programs: Path, patient: float = SECONDS) -> Trial:
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     options = BootstrapOptions(
         join=address, accelerator="cpu", wheel=f"/srv/{wheel.name}", python=str(machine.python), system_packages=True,
-        find_links="/srv", data_port=free_port("127.0.0.1"), grace_seconds=1.0,
+        find_links="/srv", join_token="/srv/join-token", data_port=free_port("127.0.0.1"), grace_seconds=1.0,
         settings=settings,
     )  # fmt: skip
     (machine.root / "boot.sh").write_text(script("gce", options))
-    command = ("serve", "--listen", address, "--http", "off", "--durability", "none", *FEW_SHAPES)
+    command = (
+        "serve",
+        "--listen",
+        address,
+        "--http",
+        "off",
+        "--durability",
+        "none",
+        *FEW_SHAPES,
+        "--join-token",
+        str(token),
+    )
     controller = Process("controller", (sys.executable, "-m", "spotjax", *command), directory)
     try:
         with _metadata() as metadata, machine:

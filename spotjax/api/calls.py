@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from spotjax.api.generation import REQUEST_ID_KEY
 from spotjax.api.validation import MAX_MESSAGE_BYTES
+from spotjax.errors import ConfigError
+from spotjax.settings import API_KEY
 
 DEFAULT_SERVER = "127.0.0.1:8470"
 SAVE_SECONDS = 60.0
@@ -24,6 +27,22 @@ OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
 )
+
+
+def authorization(api_key: str | None, environment: Mapping[str, str] = os.environ) -> tuple[tuple[str, str], ...]:
+    """Metadata of every call: who calls. Without a key it is that of the variable ``SPOTJAX_API_KEY``, if there is one.
+
+    Raises:
+      ConfigError: it is no key.
+    """
+    key = environment.get(API_KEY, "") if api_key is None else api_key
+    if not key:
+        return ()
+    if not (key.isascii() and key.isprintable() and " " not in key):
+        raise ConfigError(
+            f"an API key has no spaces and only printable ASCII characters; look at --api-key or {API_KEY}"
+        )
+    return (("authorization", f"Bearer {key}"),)
 
 
 def names_request(initial_metadata: Iterable[Any] | None) -> bool:

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "spotjax-request-id"
 
+SLOW_READER_SECONDS = 60.0
+"""For a client to take what was written to it. Until then what it has not read waits with the request, which it keeps
+from being forgotten; nothing is buffered for it beyond the window of its connection."""
+
 CLOCK_SLACK = 0.25
 """A disconnect so many seconds before the deadline is the deadline: the client's own timer runs ahead of ours."""
 
@@ -89,15 +93,21 @@ async def forward(stream: AsyncIterator[Delta], context: Context, unfinished: se
       unfinished: choices that the client waits for; those that turn up in the stream are added.
 
     Raises:
-      Unavailable: the stream ended before each choice had a finish reason, because the service stopped.
+      Unavailable: the stream ended before each choice had a finish reason, because the service stopped; or the client
+        takes nothing of what is written.
     """
     try:
         async for delta in stream:
-            await context.write(delta_to(delta))
+            async with asyncio.timeout(SLOW_READER_SECONDS):
+                await context.write(delta_to(delta))
             if delta.finish is None:
                 unfinished.add(delta.choice)
             else:
                 unfinished.discard(delta.choice)
+    except TimeoutError as error:
+        raise Unavailable(
+            f"the client took nothing for {SLOW_READER_SECONDS:g} s; take the request up again with Resume"
+        ) from error
     finally:
         if isinstance(stream, AsyncGenerator):
             await stream.aclose()

@@ -26,12 +26,22 @@ SERVICES = tuple(
 LIVENESS = ("", "liveness")
 READINESS = ("readiness", SERVICES[0])
 
+MAX_METADATA_BYTES = 16 * 2**10
+MAX_CALLS = 1024
+"""At once, on one connection."""
+MAX_CONNECTIONS = 4096
+
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.keepalive_time_ms", 30_000),  # a client whose machine died must not keep its request running
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # clients may ask as often whether we live
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_CALLS),
+    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
+    ("grpc.server_handshake_timeout_ms", 10_000),  # for whoever connects and says nothing
 )
 
 

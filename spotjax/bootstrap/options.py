@@ -21,7 +21,7 @@ IMAGE = r"[a-z0-9]([\w.:/-]*\w)?(@sha256:[0-9a-f]{64})?"
 PRINTABLE = r"[^\x00-\x1f\x7f]*"
 DECIDED = {
     "join", "name", "zone", "price_class", "grace_seconds", "data_listen", "advertise", "slice_hosts", "slice_host",
-    "slice_coordinator", *TLS,
+    "slice_coordinator", "join_token", *TLS,
 }  # fmt: skip
 """Settings of a worker that follow from other options, or that the machine finds out."""
 INSTALLATION = ("version", "wheel", "index_url", "find_links", "constraints", "system_packages", "python")
@@ -79,6 +79,9 @@ class BootstrapOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     user: Annotated[
         str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,30}\Z", description="system user to make and to run the worker as")
     ] = "spotjax"
+    join_token: Annotated[
+        str, Meta(pattern=rf"^{PRINTABLE}\Z", description="where the machine gets the fleet's join token")
+    ] = ""
     tls_certificate: Annotated[
         str, Meta(pattern=rf"^{PRINTABLE}\Z", description="where the machine gets the worker's certificate")
     ] = ""
@@ -123,11 +126,16 @@ def checked(platform: Platform, options: BootstrapOptions) -> BootstrapOptions:
         raise ConfigError(f"find_links ({options.find_links}) installs without an index, so index_url has no meaning")
     if options.wheel and not options.wheel.endswith(".whl"):
         raise ConfigError(f"wheel ({options.wheel}) must be a file NAME.whl")
-    for name in ("wheel", "constraints", *TLS):
+    for name in ("wheel", "constraints", "join_token", *TLS):
         if platform != "slurm" and getattr(options, name):
             place(getattr(options, name), name)
     if any(getattr(options, name) for name in TLS) and (missing := [n for n in TLS if not getattr(options, n)]):
         raise ConfigError(f"TLS needs all of {', '.join(TLS)}; {' and '.join(missing)} is missing")
+    if not (options.join_token or options.tls_certificate or options.settings.get("insecure")):
+        raise ConfigError(
+            "join_token must say where machines get the fleet's join token, which spotjax keys join-token makes, such "
+            "as from a secret store; or they get certificates (tls_certificate), or the setting insecure"
+        )
     _check_settings(options.settings)
     return options
 

@@ -58,17 +58,19 @@ def stop_seconds(options: BootstrapOptions) -> int:
     return math.ceil(options.grace_seconds) + STOP_MARGIN
 
 
-def settings_file(options: BootstrapOptions, tls: dict[str, str], **more: Any) -> str:
+def settings_file(options: BootstrapOptions, trust: dict[str, str], **more: Any) -> str:
     """What of ``worker.toml`` is the same on all machines, without a newline at its end."""
     times = {"grace_seconds": float(options.grace_seconds), "abandoned_seconds": ABANDONED_SECONDS}
-    settings = {"join": options.join, **more, **times, **tls, **options.settings}
+    settings = {"join": options.join, **more, **times, **trust, **options.settings}
     return "\n".join(f"{name} = {toml(value)}" for name, value in settings.items())
 
 
 def _machine_values(platform: Platform, options: BootstrapOptions) -> dict[str, Any]:
     kind = accelerator(platform, options)
-    tls = {name: f"{DIRECTORY}/{name.removeprefix('tls_')}.pem" for name in TLS if options.tls_certificate}
-    fetched = _fetched(options, tls)
+    trust = {name: f"{DIRECTORY}/{name.removeprefix('tls_')}.pem" for name in TLS if options.tls_certificate}
+    if options.join_token:
+        trust["join_token"] = f"{DIRECTORY}/join-token"
+    fetched = _fetched(options, trust)
     accesses = {file.access for file in fetched}
     for access in accesses:
         if platform != "aws" and access.startswith("aws"):
@@ -96,22 +98,22 @@ def _machine_values(platform: Platform, options: BootstrapOptions) -> dict[str, 
         "pip": Verbatim(shlex.join(pip)),
         "installed": hashlib.sha256(repr((pip, options.system_packages, options.python)).encode()).hexdigest()[:16],
         "accelerator": kind,
-        "settings": settings_file(options, tls),
+        "settings": settings_file(options, trust),
         "data_port": options.data_port,
         "unit": _unit(options, kind),
-        "tls_flags": Verbatim(shlex.join([f"--{n.replace('_', '-')}={path}" for n, path in tls.items()])),
     }
 
 
-def _fetched(options: BootstrapOptions, tls: dict[str, str]) -> list[Fetched]:
+def _fetched(options: BootstrapOptions, trust: dict[str, str]) -> list[Fetched]:
     files = []
     for name in ("wheel", "constraints"):
         if text := getattr(options, name):
             there = place(text, name)
             files.append(Fetched(there.access, there.location, _target(name, text), "644"))
-    for name, target in tls.items():
+    for name, target in trust.items():
         there = place(getattr(options, name), name)
-        files.append(Fetched(there.access, there.location, target, "400" if name == "tls_key" else "644"))
+        secret = name in ("tls_key", "join_token")
+        files.append(Fetched(there.access, there.location, target, "400" if secret else "644"))
     return files
 
 
@@ -161,8 +163,8 @@ def _unit(options: BootstrapOptions, kind: str) -> str:
 
 
 def _batch_values(options: BootstrapOptions) -> dict[str, Any]:
-    tls = {name: getattr(options, name) for name in TLS if options.tls_certificate}
-    for name, path in tls.items():
+    trust = {name: path for name in (*TLS, "join_token") if (path := getattr(options, name))}
+    for name, path in trust.items():
         if not path.startswith("/"):
             raise ConfigError(f"{name} is {path!r}; on slurm it must be a path that all nodes see")
     price_class = "spot" if options.price_class == "auto" else options.price_class
@@ -171,6 +173,6 @@ def _batch_values(options: BootstrapOptions) -> dict[str, Any]:
         "version": options.version,
         "zone": options.zone,
         "python": options.python,
-        "settings": settings_file(options, tls, **listen),
+        "settings": settings_file(options, trust, **listen),
         "stop_seconds": stop_seconds(options),
     }

@@ -35,9 +35,18 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--server", metavar="HOST:PORT", default=DEFAULT_LISTEN, help=f"server to ask (default: {DEFAULT_LISTEN})"
     )
-    parser.add_argument("--tls-certificate", metavar="FILE", help="for a server with TLS: PEM file of a certificate")
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="for a server that wants one (default: SPOTJAX_API_KEY, which others cannot see)",
+    )
+    parser.add_argument(
+        "--tls-authority", metavar="FILE", help="for a server with TLS: PEM file of its authority; system: any of those"
+    )
+    parser.add_argument(
+        "--tls-certificate", metavar="FILE", help="for a server with mutual TLS: PEM file, with the rest"
+    )
     parser.add_argument("--tls-key", metavar="FILE", help="PEM file with its private key")
-    parser.add_argument("--tls-authority", metavar="FILE", help="PEM file with the authority of all certificates")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, one value a line")
 
 
@@ -51,11 +60,12 @@ def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
     from spotjax.client import SpotjaxClient
 
     patience = getattr(arguments, "patience", DEFAULT_PATIENCE)
-    files = [getattr(arguments, name) for name in TLS]
-    if not any(files):
-        return SpotjaxClient(arguments.server, patience)
-    if not all(files):
-        raise ConfigError("TLS needs all of --tls-certificate, --tls-key and --tls-authority")
+    certificate, key, authority = (getattr(arguments, name) or "" for name in TLS)
+    if not (certificate or key or authority):
+        return SpotjaxClient(arguments.server, patience, api_key=arguments.api_key)
+    if not authority or bool(certificate) != bool(key):
+        raise ConfigError("TLS needs --tls-authority, and mutual TLS --tls-certificate and --tls-key as well")
     from spotjax.transport.credentials import channel_credentials
 
-    return SpotjaxClient(arguments.server, patience, credentials=channel_credentials(*files))
+    credentials = channel_credentials(certificate, key, "" if authority == "system" else authority)
+    return SpotjaxClient(arguments.server, patience, credentials, arguments.api_key)

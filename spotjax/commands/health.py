@@ -70,5 +70,16 @@ def client_of(config: ServeConfig) -> SpotjaxClient:
     if is_any(address):
         address = f"localhost:{address.rpartition(':')[2]}"
     files = (config.tls_certificate, config.tls_key, config.tls_authority)
+    if config.tls_certificate and not config.tls_authority:
+        files = ("", "", config.tls_certificate)  # its own certificate is the one to expect
     credentials = channel_credentials(*files) if config.tls_certificate else None
-    return SpotjaxClient(address, patience=0, credentials=credentials)
+    return SpotjaxClient(address, patience=0, credentials=credentials, api_key=watching_key(config))
+
+
+def watching_key(config: ServeConfig) -> str | None:
+    """The key by which a worker may ask its controller for the fleet's status: it follows from the join token."""
+    if mode(config) != "worker" or not config.join_token:
+        return None
+    from spotjax.transport.join_token import STATUS_KEY, JoinToken
+
+    return JoinToken.from_file(config.join_token).key_for(STATUS_KEY)

@@ -177,10 +177,6 @@ class Controller:
         self._admission.cancel(accepted, FinishReason(reason))
         return True
 
-    def owner_of(self, request_id: str) -> str | None:
-        """See ``GenerationService.owner_of``."""
-        return self._requests.owner_of(request_id)
-
     def observe(self, observer: UseObserver) -> None:
         """See ``Service.observe``."""
         self._requests.observe(observer)

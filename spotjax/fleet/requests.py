@@ -13,6 +13,9 @@ from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.errors import InvalidRequest, UnknownRequest
 from spotjax.fleet.service import UseObserver
 
+DELTA_TOKENS = 1024
+"""In one delta: what a reader has to catch up on comes in several, which stay below what a message may have."""
+
 
 @dataclass(eq=False)
 class AcceptedRequest:
@@ -79,11 +82,6 @@ class RequestTable:
             raise UnknownRequest(
                 f"request {request_id!r} is not known; finished requests are kept for {self._retain:g} s"
             ) from None
-
-    def owner_of(self, request_id: str) -> str | None:
-        """See ``fleet.service.GenerationService.owner_of``."""
-        accepted = self._requests.get(request_id)
-        return None if accepted is None else accepted.request.owner
 
     def observe(self, observer: UseObserver) -> None:
         """See ``fleet.service.Service.observe``."""
@@ -190,11 +188,13 @@ class RequestTable:
                     state = accepted.told[choice]
                     if state.finish is not None and len(state.tokens) < seen[choice]:
                         raise InvalidRequest("offsets", f"the choice ended after {len(state.tokens)} tokens this time")
-                    if len(state.tokens) > seen[choice] or state.finish is not None:
-                        yield _delta(state, seen[choice])
-                        seen[choice] = len(state.tokens)
-                    if state.finish is not None:
-                        open_choices.discard(choice)
+                    while len(state.tokens) > seen[choice] or state.finish is not None:
+                        delta = _delta(state, seen[choice])
+                        yield delta
+                        seen[choice] += len(delta.tokens)
+                        if delta.finish is not None:
+                            open_choices.discard(choice)
+                            break
                 if open_choices:
                     await changed.wait()
                 if accepted.refused:
@@ -205,8 +205,14 @@ class RequestTable:
 
 
 def _delta(state: RequestState, offset: int) -> Delta:
-    """What of a sequence lies beyond ``offset`` tokens."""
+    """What of a sequence lies beyond ``offset`` tokens, or the first part of it."""
     text_start = state.text_ends[offset - 1] if offset else 0
+    end = offset + DELTA_TOKENS
+    if len(state.tokens) > end:
+        tokens, logprobs = state.tokens[offset:end], state.logprobs[offset:end]
+        return Delta(
+            state.request_id, state.choice, offset, tokens, state.text[text_start : state.text_ends[end - 1]], logprobs
+        )
     usage = Usage(len(state.prompt), len(state.tokens)) if state.finish is not None else None
     return Delta(
         state.request_id,

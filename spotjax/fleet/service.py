@@ -72,10 +72,6 @@ class GenerationService(Protocol):
         """
         ...
 
-    def owner_of(self, request_id: str) -> str | None:
-        """Whose request it is; None if no such request is retained."""
-        ...
-
 
 class FleetService(Protocol):
     """Shows and changes the fleet."""

@@ -23,8 +23,10 @@ from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
 
 METHOD = "/spotjax.v1.Workers/Join"
-VERSION = 5
+VERSION = 6
 """Both sides must speak the same."""
+NONCE_KEY, PROOF_KEY = "spotjax-nonce", "spotjax-proof"
+"""Metadata in which worker and controller, and the controller alone, prove that they have the join token; in hex."""
 MAX_MESSAGE_BYTES = 4 * 2**20
 """What the controller's port takes of anybody."""
 OPTIONS = (
@@ -105,6 +107,16 @@ class StageRemains(msgspec.Struct, frozen=True, array_like=True):
 
 
 # -- worker to controller
+
+
+class Proof(msgspec.Struct, frozen=True, tag=True):
+    """That the worker has the fleet's join token, where there is one; before anything else.
+
+    Attributes:
+      proof: see ``transport.join_token``; over the numbers in the metadata of both sides.
+    """
+
+    proof: bytes
 
 
 class Register(msgspec.Struct, frozen=True, tag=True):
@@ -271,7 +283,7 @@ class Vitals(msgspec.Struct, frozen=True, tag=True):
     compiled: int = 0
 
 
-FromWorker = Register | Ready | Done | Failed | Noticed | NoticeWithdrawn | StepLost | Vitals
+FromWorker = Proof | Register | Ready | Done | Failed | Noticed | NoticeWithdrawn | StepLost | Vitals
 
 
 # -- controller to worker

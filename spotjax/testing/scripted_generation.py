@@ -169,11 +169,6 @@ class ScriptedGeneration:
         self._changed.fire()
         return True
 
-    def owner_of(self, request_id: str) -> str | None:
-        """Whose request it is."""
-        state = self.requests.get(request_id)
-        return None if state is None else state.request.owner
-
     def observe(self, observer: UseObserver) -> None:
         """Tells what requests use."""
         self._observer = observer

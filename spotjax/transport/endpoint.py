@@ -18,10 +18,11 @@ import msgspec
 from spotjax.errors import ConnectionLost, TransportError
 from spotjax.transport.connection import Connection
 from spotjax.transport.framing import GREETING, Limits, Purpose, greeting, read_greeting
+from spotjax.transport.join_token import CalledHandshake, JoinToken
 from spotjax.transport.provider import BulkProvider, Provide
 from spotjax.transport.reader import BulkReader
 from spotjax.transport.security import Tls
-from spotjax.transport.sockets import dial, peer_of, split_address, tune
+from spotjax.transport.sockets import dial, peer_of, receive_exactly, split_address, tune
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ Receive = Callable[[Connection, Any, memoryview], None]
 multiple of 64 bytes and belongs to the receiver. If it raises, the connection is closed."""
 
 GREETING_SECONDS = 10.0
-"""For greeting and TLS handshake of a connection that somebody makes with us."""
+"""For greeting, proofs and TLS handshake of a connection that somebody makes with us."""
 CLOSE_SECONDS = 1.0
 """For what waits to be sent when the endpoint closes."""
 ACCEPT_PAUSE_SECONDS = 0.2
@@ -47,13 +48,17 @@ class Endpoint:
         *,
         provide: Provide | None = None,
         tls: Tls | None = None,
+        token: JoinToken | None = None,
         limits: Limits | None = None,
     ) -> None:
-        """An endpoint whose frames have headers of type ``headers``: a tagged msgspec struct or a union of them."""
+        """An endpoint whose frames have headers of type ``headers``: a tagged msgspec struct or a union of them.
+
+        With a token it takes and makes no connection whose other side has not proved that it has the same.
+        """
         self._decoder = msgspec.msgpack.Decoder(headers)
-        self._receive, self._tls, self._limits = receive, tls, limits or Limits()
+        self._receive, self._tls, self._token, self._limits = receive, tls, token, limits or Limits()
         self._provider = BulkProvider(provide, tls, self._limits.stall)
-        self._reader = BulkReader(tls)
+        self._reader = BulkReader(tls, token)
         self._connections: set[Connection] = set()
         self._past_traffic = (0, 0)
         self._outgoing: dict[str, Connection] = {}
@@ -168,10 +173,7 @@ class Endpoint:
         try:
             async with asyncio.timeout(GREETING_SECONDS):
                 tune(sock)
-                purpose, secure = read_greeting(await self._first_bytes(sock))
-                if secure != (self._tls is not None):
-                    speaks, wants = ("TLS", "plaintext") if secure else ("plaintext", "TLS")
-                    raise TransportError(f"it speaks {speaks}, this endpoint {wants}; set TLS on both sides or on none")
+                purpose = await self._let_in(sock)
                 if purpose is Purpose.BULK:
                     self._provider.serve(sock, peer)
                 else:
@@ -183,21 +185,28 @@ class Endpoint:
             log.warning("connection from %s refused: %s", peer, error)
             sock.close()
 
-    @staticmethod
-    async def _first_bytes(sock: socket.socket) -> bytes:
-        """The greeting, and not a byte more: TLS may follow."""
-        loop, data = asyncio.get_running_loop(), b""
-        while len(data) < GREETING.size:
-            more = await loop.sock_recv(sock, GREETING.size - len(data))
-            if not more:
-                raise TransportError(f"it hung up after {len(data)} bytes")
-            data += more
-        return data
+    async def _let_in(self, sock: socket.socket) -> Purpose:
+        """What a connection is for, if it is from one of ours. Raises TransportError for any other."""
+        first = await receive_exactly(sock, GREETING.size)
+        purpose, secure, proven = read_greeting(first)
+        if secure != (self._tls is not None):
+            speaks, wants = ("TLS", "plaintext") if secure else ("plaintext", "TLS")
+            raise TransportError(f"it speaks {speaks}, this endpoint {wants}; set TLS on both sides or on none")
+        if proven != (self._token is not None):
+            has, wants = ("has a join token", "none") if proven else ("has no join token", "one")
+            raise TransportError(f"it {has}, this endpoint wants {wants}; set join_token on both sides or on none")
+        if self._token is not None:
+            handshake = CalledHandshake(self._token, first)
+            answer = handshake.answer(await receive_exactly(sock, handshake.HELLO))
+            await asyncio.get_running_loop().sock_sendall(sock, answer)
+            handshake.require(await receive_exactly(sock, handshake.PROOF))
+        return purpose
 
     # -- both sides
 
     async def _dial(self, address: str) -> Connection:
-        sock = await dial(address, greeting(Purpose.MESSAGES, self._tls is not None))
+        first = greeting(Purpose.MESSAGES, self._tls is not None, self._token is not None)
+        sock = await dial(address, first, self._token)
         try:
             connection = await self._adopt(sock, address, called=False)
         except OSError as error:

@@ -1,7 +1,8 @@
 """How frames look on the wire: a fixed prefix, a msgpack header, a raw payload. Pure: no sockets, no clocks.
 
-Every connection begins with a greeting of four bytes in the clear, which says what the connection is for and whether
-TLS follows; the side that was called answers with a welcome, a frame without a header.
+Every connection begins with a greeting of four bytes in the clear, which says what the connection is for, whether both
+sides prove next that they have the join token, and whether TLS follows; the side that was called answers with a
+welcome, a frame without a header.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from spotjax.errors import TransportError
 from spotjax.transport.memory import aligned
@@ -24,7 +25,7 @@ MARK = b"SJX1"
 GREETING = struct.Struct("<2sBB")
 GREETING_MARK = b"SJ"
 VERSION = 1
-TLS_FLAG = 0x80
+TLS_FLAG, TOKEN_FLAG = 0x80, 0x40
 INTAKE = 64 * 1024
 """Bytes of the buffer in which headers, and payloads smaller than it, arrive."""
 
@@ -34,6 +35,14 @@ class Purpose(IntEnum):
 
     MESSAGES = 1
     BULK = 2
+
+
+class Greeting(NamedTuple):
+    """What a connection is for, whether TLS follows, and whether proofs of the join token come before that."""
+
+    purpose: Purpose
+    secure: bool
+    proven: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +62,14 @@ class Limits:
     stall: float = 10.0
 
 
-def greeting(purpose: Purpose, secure: bool) -> bytes:
+def greeting(purpose: Purpose, secure: bool, proven: bool = False) -> bytes:
     """The first bytes that the calling side sends."""
-    return GREETING.pack(GREETING_MARK, VERSION, purpose | (TLS_FLAG if secure else 0))
+    flags = (TLS_FLAG if secure else 0) | (TOKEN_FLAG if proven else 0)
+    return GREETING.pack(GREETING_MARK, VERSION, purpose | flags)
 
 
-def read_greeting(data: bytes) -> tuple[Purpose, bool]:
-    """What a connection is for and whether TLS follows.
+def read_greeting(data: bytes) -> Greeting:
+    """What the calling side says.
 
     Raises:
       TransportError: these are not the first bytes of a Spotjax connection.
@@ -70,7 +80,7 @@ def read_greeting(data: bytes) -> tuple[Purpose, bool]:
     if version != VERSION:
         raise TransportError(f"the peer speaks version {version} of the transport, this process {VERSION}")
     try:
-        return Purpose(flags & ~TLS_FLAG), bool(flags & TLS_FLAG)
+        return Greeting(Purpose(flags & ~TLS_FLAG & ~TOKEN_FLAG), bool(flags & TLS_FLAG), bool(flags & TOKEN_FLAG))
     except ValueError:
         raise TransportError(f"greeting {data!r} asks for an unknown kind of connection") from None
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from spotjax.errors import ChecksumMismatch, ConnectionLost, TransferRefused, TransportError
 from spotjax.transport.bulk import BulkStream, Chunk, Read, Refused
 from spotjax.transport.framing import Purpose, greeting
+from spotjax.transport.join_token import JoinToken
 from spotjax.transport.security import Tls
 from spotjax.transport.sockets import dial
 
@@ -59,8 +60,8 @@ class Transfer:
 class BulkReader:
     """Reads from all peers."""
 
-    def __init__(self, tls: Tls | None) -> None:
-        self._tls = tls
+    def __init__(self, tls: Tls | None, token: JoinToken | None) -> None:
+        self._tls, self._token = tls, token
         self._threads = ThreadPoolExecutor(READS, thread_name_prefix="spotjax-fetch")
         self._room = asyncio.Semaphore(READS)
         self._idle: defaultdict[str, list[tuple[float, BulkStream]]] = defaultdict(list)
@@ -150,7 +151,8 @@ class BulkReader:
             raise ConnectionLost("this endpoint is closed")
         try:
             async with asyncio.timeout(timeout):
-                sock = await dial(address, greeting(Purpose.BULK, self._tls is not None))
+                first = greeting(Purpose.BULK, self._tls is not None, self._token is not None)
+                sock = await dial(address, first, self._token)
         except TimeoutError as error:
             raise ConnectionLost(f"no connection within {timeout:g} s") from error
         return BulkStream(sock, timeout)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 
-from spotjax.errors import ConnectionLost
+from spotjax.errors import ConnectionLost, TransportError
+from spotjax.transport.join_token import CallerHandshake, JoinToken
 
 KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3}
 """Seconds, seconds, probes: a machine that vanished from an idle connection is noticed in about 11 s."""
@@ -49,11 +50,43 @@ def tune(sock: socket.socket) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-async def dial(address: str, greeting: bytes) -> socket.socket:
-    """A tuned, non-blocking socket that is connected to ``address`` and has sent ``greeting``.
+async def receive_exactly(sock: socket.socket, count: int) -> bytes:
+    """So many bytes, and not one more: something else may follow.
 
     Raises:
-      ConnectionLost: nobody answers there.
+      TransportError: the other side hung up before.
+      OSError: the connection broke.
+    """
+    loop, data = asyncio.get_running_loop(), b""
+    while len(data) < count:
+        more = await loop.sock_recv(sock, count - len(data))
+        if not more:
+            raise TransportError(f"it hung up after {len(data)} bytes")
+        data += more
+    return data
+
+
+async def prove(sock: socket.socket, token: JoinToken, greeting: bytes) -> None:
+    """Shows the side that was called that we have the token, and has it show the same.
+
+    Raises:
+      ConnectionLost: it has not, or wants none.
+    """
+    loop, handshake = asyncio.get_running_loop(), CallerHandshake(token, greeting)
+    try:
+        await loop.sock_sendall(sock, handshake.hello)
+        await loop.sock_sendall(sock, handshake.answer(await receive_exactly(sock, handshake.ANSWER)))
+    except (TransportError, OSError) as error:
+        raise ConnectionLost(f"no proof of the join token came back: {error}; is it the same on both sides?") from error
+
+
+async def dial(address: str, greeting: bytes, token: JoinToken | None = None) -> socket.socket:
+    """A tuned, non-blocking socket that is connected to ``address`` and has sent ``greeting``.
+
+    With a token, both sides have proved that they have it.
+
+    Raises:
+      ConnectionLost: nobody answers there, or not with the token.
     """
     loop = asyncio.get_running_loop()
     host, port = split_address(address)
@@ -69,6 +102,8 @@ async def dial(address: str, greeting: bytes) -> socket.socket:
             tune(sock)
             await loop.sock_connect(sock, name)
             await loop.sock_sendall(sock, greeting)
+            if token is not None:
+                await prove(sock, token, greeting)
             return sock
         except OSError as error:
             sock.close()

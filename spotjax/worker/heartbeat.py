@@ -35,7 +35,13 @@ class Heartbeat:
     """The heartbeat process of this worker, replaced whenever it ends before ``close``."""
 
     def __init__(
-        self, controller: str, instance: str, incarnation: str, interval: float, tls: TlsFiles | None = None
+        self,
+        controller: str,
+        instance: str,
+        incarnation: str,
+        interval: float,
+        tls: TlsFiles | None = None,
+        join_token: str = "",
     ) -> None:
         """Prepares only.
 
@@ -44,6 +50,7 @@ class Heartbeat:
           instance, incarnation: what the beats say.
           interval: seconds between beats; the lease is BEATS_PER_LEASE times as long.
           tls: files for mutual TLS; None for plain TCP.
+          join_token: file with the fleet's token; empty for none.
 
         Raises:
           ValueError: the address or the interval is none.
@@ -55,11 +62,12 @@ class Heartbeat:
             host=host,
             port=port,
             instance=instance,
-            greeting=greeting(Purpose.MESSAGES, secure=tls is not None),
+            greeting=greeting(Purpose.MESSAGES, secure=tls is not None, proven=bool(join_token)),
             beat=frame_of(Beat(instance, incarnation)),
             interval=interval,
             parent=os.getpid(),
             tls=tls,
+            join_token=join_token,
         )
         self._process: subprocess.Popen[str] | None = None
         self._supervisor: threading.Thread | None = None

@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 
 import msgspec
 
-from spotjax.errors import ConfigError
+from spotjax.errors import ConfigError, TransportError
 
 BEATS_PER_LEASE = 8
 PF_EXITING, PF_SIGNALED = 0x4, 0x400
@@ -46,6 +46,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
       interval: seconds between beats.
       parent: process id of the worker.
       tls: files for mutual TLS; None for plain TCP.
+      join_token: file with the fleet's token; empty for none.
     """
 
     host: str
@@ -56,6 +57,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     interval: float
     parent: int
     tls: TlsFiles | None
+    join_token: str = ""
 
 
 def main(argument: str) -> NoReturn:
@@ -136,6 +138,8 @@ def connect(settings: Settings) -> socket.socket:
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # give a dead path up within a lease instead of in a quarter of an hour
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * patience(settings)))
         connection.sendall(settings.greeting)
+        if settings.join_token:
+            prove(connection, settings)
         if settings.tls is None:
             return connection
         from spotjax.transport.security import Tls  # here, because ssl is a third of this process's memory
@@ -144,6 +148,29 @@ def connect(settings: Settings) -> socket.socket:
     except BaseException:
         connection.close()
         raise
+
+
+def prove(connection: socket.socket, settings: Settings) -> None:
+    """Shows the controller that we have the fleet's token, and has it show the same.
+
+    Raises:
+      OSError: it has not, or wants none.
+      ConfigError: the file is of no use; it is read anew every time.
+    """
+    from spotjax.transport.join_token import CallerHandshake, JoinToken
+
+    handshake = CallerHandshake(JoinToken.from_file(settings.join_token), settings.greeting)
+    connection.sendall(handshake.hello)
+    answer = b""
+    while len(answer) < handshake.ANSWER:
+        more = connection.recv(handshake.ANSWER - len(answer))
+        if not more:
+            raise ConnectionResetError("the controller closed the connection: is its join token the same?")
+        answer += more
+    try:
+        connection.sendall(handshake.answer(answer))
+    except TransportError as error:
+        raise ConnectionResetError(str(error)) from error
 
 
 def wait(connection: socket.socket, seconds: float) -> None:

@@ -34,6 +34,7 @@ from spotjax.runtime.program_cache import cache_directory
 from spotjax.transport.connection import Connection
 from spotjax.transport.credentials import channel_credentials
 from spotjax.transport.endpoint import Endpoint
+from spotjax.transport.join_token import JoinToken
 from spotjax.transport.security import Tls
 from spotjax.worker.backup_store import BackupStore
 from spotjax.worker.copies import Copies
@@ -90,6 +91,8 @@ class WorkerProcess:
         self._incarnation = uuid.uuid4().hex
         files = (config.tls_certificate, config.tls_key, config.tls_authority)
         self._tls_files = TlsFiles(*files) if config.tls_certificate else None
+        self._trust = (self._tls_files, config.join_token)
+        self._token = JoinToken.from_file(config.join_token) if config.join_token else None
         self._worker: Worker | None = None
         self._copies = Copies(BackupStore())
         self._session: Session | None = None
@@ -109,7 +112,7 @@ class WorkerProcess:
         self._loop = asyncio.get_running_loop()
         self._devices = self._take_devices()
         tls = Tls.from_files(*self._tls_files) if self._tls_files is not None else None
-        self._endpoint = Endpoint(self.FRAMES, self._receive, provide=self._provide, tls=tls)
+        self._endpoint = Endpoint(self.FRAMES, self._receive, provide=self._provide, tls=tls, token=self._token)
         port = await self._endpoint.listen(self._config.data_listen)
         self._address = f"{self._config.advertise or self._config.data_listen.rpartition(':')[0]}:{port}"
         self._watchdog.start()
@@ -185,7 +188,7 @@ class WorkerProcess:
         else:
             channel = grpc.aio.insecure_channel(self._config.join, options=control.OPTIONS)
         async with channel:
-            self._session = Session(channel, registration, self._prepare, self._news)
+            self._session = Session(channel, registration, self._prepare, self._news, self._token)
             telling = asyncio.create_task(self._tell_vitals(self._session))
             try:
                 return await self._session.run()
@@ -236,7 +239,7 @@ class WorkerProcess:
             return
         if self._heartbeat is not None:
             await asyncio.to_thread(self._heartbeat.close)
-        self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, self._tls_files)
+        self._heartbeat = Heartbeat(controller, self._name, self._incarnation, interval, *self._trust)
         await asyncio.to_thread(self._heartbeat.start)
         self._beating = controller, interval
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections.abc import Awaitable, Callable, Iterable
 from enum import Enum, auto
 from typing import Any
 
 import grpc
 
-from spotjax.errors import ConnectionLost, PeerUnreachable, SpotjaxError
+from spotjax.errors import ConnectionLost, PeerUnreachable, SpotjaxError, TransportError
 from spotjax.protocol import control
+from spotjax.transport.join_token import NONCE_BYTES, JoinToken
 from spotjax.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,9 @@ Prepare = Callable[[control.Welcome], Awaitable[Worker]]
 
 MISTAKES = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNAUTHENTICATED)
 """Ends of a stream that come again until somebody changes something."""
+
+LAST_WORD_SECONDS = 1.0
+"""For a controller that turns us away to say why."""
 
 
 class End(Enum):
@@ -45,6 +50,7 @@ class Session:
       registration: who we are.
       prepare: called once we are welcome.
       news: what to tell a controller, beside what we have, once we are ready.
+      token: of the fleet, that both sides prove to have, if there is one.
     """
 
     def __init__(
@@ -53,13 +59,15 @@ class Session:
         registration: control.Register,
         prepare: Prepare,
         news: Callable[[], Iterable[control.FromWorker]] = tuple,
+        token: JoinToken | None = None,
     ) -> None:
-        self._registration, self._prepare, self._news = registration, prepare, news
+        self._registration, self._prepare, self._news, self._token = registration, prepare, news, token
+        self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._stream: Any = channel.stream_stream(
             control.METHOD,
             request_serializer=control.encode,
             response_deserializer=control.decode_from_controller,
-        )()
+        )(metadata=None if token is None else ((control.NONCE_KEY, self._nonce.hex()),))
         self._worker: Worker | None = None
         self._writing = asyncio.Lock()
         self._carrying_out: asyncio.Task[None] | None = None
@@ -75,6 +83,9 @@ class Session:
         """Stays until the end. What the worker has then is kept for another controller."""
         following = asyncio.create_task(self._follow())
         try:
+            if self._token is not None and not await self._prove(self._token):
+                await asyncio.wait({following}, timeout=LAST_WORD_SECONDS)  # it may have said what is wrong
+                return following.result() if following.done() else End.LOST
             await self.tell(self._registration)
             await asyncio.wait({following, self._unfit}, return_when=asyncio.FIRST_COMPLETED)
             return self._unfit.result() if self._unfit.done() else following.result()
@@ -95,6 +106,20 @@ class Session:
                 await asyncio.gather(self._carrying_out, return_exceptions=True)
             if self._worker is not None:
                 await asyncio.to_thread(self._worker.pause)
+
+    async def _prove(self, token: JoinToken) -> bool:
+        """Shows that we have the token; False for a controller that has not."""
+        theirs = {key: str(value) for key, value in await self._stream.initial_metadata() or ()}
+        nonce, proof = (bytes.fromhex(theirs.get(key, "")) for key in (control.NONCE_KEY, control.PROOF_KEY))
+        purpose = control.METHOD.encode()
+        try:
+            token.require(proof, "called", purpose, self._nonce, nonce)
+        except TransportError as problem:
+            if proof:
+                log.error("the controller does not prove that it has our join token: %s", problem)
+            return False
+        await self.tell(control.Proof(token.proof("caller", purpose, self._nonce, nonce)))
+        return True
 
     async def tell(self, message: control.FromWorker) -> None:
         """Sends a message; one that the stream does not take any more is lost with the stream."""

@@ -45,7 +45,7 @@ class FollowerProcess(SliceProcess):
         await super().open()
         leader = self._hosts.addresses[0]
         interval = LEASE_SECONDS / BEATS_PER_LEASE
-        self._heartbeat = Heartbeat(leader, self._name, str(self._hosts.number), interval, self._tls_files)
+        self._heartbeat = Heartbeat(leader, self._name, str(self._hosts.number), interval, *self._trust)
         await asyncio.to_thread(self._heartbeat.start)
         self._leader = await self._endpoint.connect(leader, CONNECT_SECONDS)
         self._leader.closed.add_done_callback(lambda _: self._leader_gone())

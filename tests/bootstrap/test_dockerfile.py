@@ -88,7 +88,7 @@ def test_what_is_copied_is_a_whole_project(tmp_path: Path) -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); import spotjax, spotjax.meshes.shape, spotjax.tools.load;"
         "from spotjax.models import catalog; from spotjax import cli;"
         "assert all(m.__file__.startswith(sys.argv[1]) for m in (spotjax, spotjax.meshes.shape, catalog));"
-        "cli.main(['bootstrap', 'slurm', '--join', 'a:1'])"
+        "cli.main(['bootstrap', 'slurm', '--join', 'a:1', '--join-token', '/t'])"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", program, str(installed)], capture_output=True, text=True, check=True

@@ -23,6 +23,7 @@ from spotjax.errors import ConfigError
 from spotjax.settings import from_file
 
 JOIN = "controller.internal:8470"
+TOKEN = "/srv/join-token"
 MACHINES: tuple[Platform, ...] = ("gce", "tpu", "aws")
 PLACES = {
     "gce": ("", "/etc/a b.pem", "https://host/x", "gs://bucket/x y", "secret:projects/p/secrets/s"),
@@ -56,13 +57,14 @@ def options_of(platform: Platform, chosen: dict[str, Any]) -> BootstrapOptions |
         given |= {"tls_certificate": tls, "tls_key": tls, "tls_authority": tls}
     if "image" in given and (given["system_packages"] or given["python"]):
         return None  # refused
-    return BootstrapOptions(join=JOIN, **given)
+    return BootstrapOptions(join=JOIN, join_token=TOKEN, **given)
 
 
 def test_shellcheck_has_nothing_to_say_of_any_two_options_together(tmp_path: Path) -> None:
-    texts = [script("slurm", BootstrapOptions(join=JOIN, zone=zone, python=path)) for zone, path in product(
-        ("", "a"), ("", "/shared/bin/python")
-    )]  # fmt: skip
+    texts = [
+        script("slurm", BootstrapOptions(join=JOIN, join_token=TOKEN, zone=zone, python=path))
+        for zone, path in product(("", "a"), ("", "/shared/bin/python"))
+    ]
     for platform in MACHINES:
         choices = CHOICES if platform == "gce" else OTHER
         for chosen in pairwise(choices | {"tls": PLACES[platform]}):
@@ -100,12 +102,13 @@ value = printable | hostile | st.builds(str.__add__, printable, hostile)
 def test_whatever_a_setting_is_the_worker_reads_the_same(
     tmp_path_factory: pytest.TempPathFactory, text: str, join: str
 ) -> None:
-    options = BootstrapOptions(join=join, settings={"compilation_cache": text})
+    options = BootstrapOptions(join=join, join_token=TOKEN, settings={"compilation_cache": text})
     before = "put() { cat; }; name=spot-a zone=z price_class=spot any=0.0.0.0 address=10.0.0.2"
     file = tmp_path_factory.mktemp("worker") / "worker.toml"
-    file.write_bytes(run_part(script("gce", options), "put 644 root /etc/spotjax/worker.toml", 9, before))
+    file.write_bytes(run_part(script("gce", options), "put 644 root /etc/spotjax/worker.toml", 10, before))
     assert from_file(file) == {
         "join": join, "grace_seconds": 25.0, "abandoned_seconds": 3600.0, "compilation_cache": text, "name": "spot-a",
+        "join_token": "/etc/spotjax/join-token",
         "zone": "z", "price_class": "spot", "data_listen": "0.0.0.0:8472", "advertise": "10.0.0.2",
     }  # fmt: skip
 
@@ -113,7 +116,7 @@ def test_whatever_a_setting_is_the_worker_reads_the_same(
 @settings(max_examples=25, deadline=None)
 @given(links=value, path=value)
 def test_whatever_a_path_is_pip_and_cp_get_it_as_it_is(links: str, path: str) -> None:
-    text = script("gce", BootstrapOptions(join=JOIN, find_links=links, constraints="/" + path))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, find_links=links, constraints="/" + path))
     shown = """ { shift; printf '%s\\0' "$@"; }; state=/nowhere"""
     pip = run_part(text, "  timeout 1800", 1, f"timeout(){shown}").split(b"\0")
     assert pip[pip.index(b"--find-links") + 1].decode() == links
@@ -125,11 +128,11 @@ def test_whatever_a_path_is_pip_and_cp_get_it_as_it_is(links: str, path: str) ->
 def test_names_of_machines_zones_and_users_are_refused_rather_than_quoted(hostile_name: str) -> None:
     for option in ("name", "zone", "user"):
         with pytest.raises(ConfigError, match=option):
-            script("gce", BootstrapOptions(join=JOIN, **{option: hostile_name}))
+            script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, **{option: hostile_name}))
 
 
 def test_a_name_from_metadata_that_is_none_ends_the_script() -> None:
-    text = script("gce", BootstrapOptions(join=JOIN))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN))
     definition = text[text.index("fits() {") : text.index("metadata() {")]
     for name in ("a b", 'a"\nb = "', "$(id)", ""):
         with pytest.raises(subprocess.CalledProcessError):
@@ -165,12 +168,12 @@ def test_a_name_from_metadata_that_is_none_ends_the_script() -> None:
 )
 def test_what_does_not_go_together_is_refused_by_name(platform: Platform, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        script(platform, BootstrapOptions(**({"join": JOIN} | options)))
+        script(platform, BootstrapOptions(**({"join": JOIN, "join_token": TOKEN} | options)))
 
 
 def test_a_script_has_places_of_secrets_and_no_secret() -> None:
     secrets = {"tls_certificate": "/c", "tls_key": "secret:projects/p/secrets/s", "tls_authority": "gs://b/a"}
-    text = script("gce", BootstrapOptions(join=JOIN, **secrets))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, **secrets))
     assert "https://secretmanager.googleapis.com/v1/projects/p/secrets/s/versions/latest:access" in text
     assert "/etc/spotjax/key.pem 400 spotjax" in text
     assert "set -x" not in text
@@ -178,7 +181,7 @@ def test_a_script_has_places_of_secrets_and_no_secret() -> None:
 
 def test_a_secret_is_fetched_with_the_machines_own_rights_and_said_to_nobody(tmp_path: Path) -> None:
     tls = dict.fromkeys(("tls_certificate", "tls_key", "tls_authority"), "secret:projects/p/secrets/s")
-    text = script("gce", BootstrapOptions(join=JOIN, **tls))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, **tls))
     functions = text[text.index("put() {") : text.index("fits() {")] + text[text.index("fetch_from() {") :]
     functions = functions[: functions.index("\nretry fetch")]
     sent, target = tmp_path / "sent", tmp_path / "key.pem"
@@ -198,7 +201,7 @@ def test_a_secret_is_fetched_with_the_machines_own_rights_and_said_to_nobody(tmp
 
 
 def test_what_cannot_be_fetched_leaves_the_file_of_before(tmp_path: Path) -> None:
-    text = script("gce", BootstrapOptions(join=JOIN, constraints="https://host/c"))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, constraints="https://host/c"))
     functions = text[text.index("put() {") : text.index("fits() {")] + text[text.index("fetch_from() {") :]
     functions = functions[: functions.index("\nretry fetch")]
     (tmp_path / "c").write_text("before")
@@ -210,7 +213,7 @@ def test_what_cannot_be_fetched_leaves_the_file_of_before(tmp_path: Path) -> Non
 
 
 def test_the_unit_outlasts_the_grace_and_systemd_takes_it(tmp_path: Path) -> None:
-    text = script("gce", BootstrapOptions(join=JOIN, grace_seconds=110.5, accelerator="cpu"))
+    text = script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, grace_seconds=110.5, accelerator="cpu"))
     unit = text[text.index("[Unit]") : text.index("WantedBy=multi-user.target")]
     assert "TimeoutStopSec=116\n" in unit and "Restart=on-failure\n" in unit and "SuccessAction=poweroff\n" in unit
     if shutil.which("systemd-analyze"):
@@ -218,7 +221,7 @@ def test_the_unit_outlasts_the_grace_and_systemd_takes_it(tmp_path: Path) -> Non
         file.write_text(unit.replace("/opt/spotjax/venv/bin/spotjax", "/bin/true"))
         verified = subprocess.run(["systemd-analyze", "verify", "--man=no", file], capture_output=True, text=True)
         assert str(file.name) not in verified.stderr, verified.stderr
-    assert "SuccessAction" not in script("gce", BootstrapOptions(join=JOIN, join_minutes=0))
+    assert "SuccessAction" not in script("gce", BootstrapOptions(join=JOIN, join_token=TOKEN, join_minutes=0))
 
 
 def test_places_keep_the_name_of_a_file() -> None:
@@ -229,4 +232,4 @@ def test_places_keep_the_name_of_a_file() -> None:
 
 def test_every_platform_has_a_script_with_defaults() -> None:
     for platform in get_args(Platform):
-        assert JOIN in script(platform, BootstrapOptions(join=JOIN))
+        assert JOIN in script(platform, BootstrapOptions(join=JOIN, join_token=TOKEN))

@@ -47,6 +47,8 @@ EMBEDDED = {
     "leave": "late", "durability": "interval", "commit_log": "/logs",
     "notices": "gce,aws", "notice_seconds": 115.0, "notice_file": "/run/notice", "notice_command": "watch it",
     "metadata_url": "http://127.0.0.1:80", "traces": "http://127.0.0.1:4317",
+    "api_keys": "keys.toml", "client_certificates": False, "insecure": True,
+    "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
 }  # fmt: skip
 CONTROLLER = {
     "workers": 3, "data_listen": "0.0.0.0:1", "advertise": "10.0.0.1", "lease_seconds": 1.5, "kv_backup": False,
@@ -58,7 +60,7 @@ WORKER = {
     "join": "[::1]:2", "name": "vm-1", "parameter_store": "off", "grace_seconds": 3.5, "price_class": "on_demand",
     "read_bandwidth": 7, "acknowledge_notices": True, "abandoned_seconds": 60.0,
     "zone": "europe-west4-a", "slice_hosts": 4, "slice_host": 3, "slice_coordinator": "10.0.0.7:8476",
-    "tls_certificate": "c", "tls_key": "k", "tls_authority": "a",
+    "tls_certificate": "c", "tls_key": "k", "tls_authority": "a", "join_token": "token",
 }  # fmt: skip
 
 
@@ -220,8 +222,14 @@ def test_what_is_not_given_means_four_instances_on_the_default_address() -> None
         (["--listen", "h:1", "--cpu-kernels", "native"], "cpu_kernels", "listen"),
         (["--name", "n"], "name", "embedded"),
         (["--lease-seconds", "5"], "lease_seconds", "embedded"),
-        (["--tls-key", "k"], "tls_key", "tls_certificate and tls_authority"),
-        (["--tls-key", "k", "--tls-certificate", "c"], "tls_certificate and tls_key", "tls_authority"),
+        (["--tls-key", "k"], "tls_key", "tls_certificate"),
+        (
+            ["--workers", "1", "--tls-key", "k", "--tls-certificate", "c"],
+            "tls_certificate and tls_key",
+            "tls_authority",
+        ),
+        (["--no-client-certificates"], "client_certificates", "tls_authority"),
+        (["--join-token", "t"], "join_token", "embedded"),
         (["--join", "h:1", "--data-listen", "0.0.0.0:0"], "data_listen", "advertise"),
         (["--join", "h:1", "--durability", "none"], "durability", "join"),
         (["--join", "h:1", "--commit-log", "/logs"], "commit_log", "join"),

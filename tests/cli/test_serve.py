@@ -17,7 +17,6 @@ import pytest
 
 from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
-from spotjax.serve import is_loopback
 
 PROGRAM = """
 import asyncio, sys, types
@@ -248,15 +247,13 @@ async def test_wrong_settings_exit_with_2() -> None:
         assert await process.wait() == 2
 
 
-async def test_an_address_beyond_this_machine_is_warned_about() -> None:
-    async with server("--log-format", "json", where=EVERYWHERE) as process:
-        found = await line_with(process.stderr, r"anybody who can reach")
+async def test_an_address_beyond_this_machine_needs_credentials_or_a_word_and_is_warned_about() -> None:
+    async with server(where=EVERYWHERE) as process:
+        await line_with(process.stderr, r"^spotjax: listen \(0.0.0.0:0\) lets anybody .*api_keys.*insecure")
+        assert await process.wait() == 2
+    async with server("--insecure", "--log-format", "json", where=EVERYWHERE) as process:
+        found = await line_with(process.stderr, r"lets anybody send requests")
         assert '"level":"warning"' in found.string
-
-
-def test_loopback_is_recognised() -> None:
-    assert all(map(is_loopback, ("127.0.0.1:1", "127.3.3.3:1", "[::1]:1", "localhost:1")))
-    assert not any(map(is_loopback, ("0.0.0.0:1", "[::]:1", "10.0.0.1:1", "example.com:1")))
 
 
 async def test_a_failed_engine_ends_the_server_with_an_error() -> None:

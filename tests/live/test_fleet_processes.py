@@ -14,6 +14,7 @@ import pytest
 from certificates import certificates
 from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, worker_flags
 
+from spotjax import cli
 from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.tools.load import answers
@@ -54,22 +55,28 @@ async def test_children_are_killed_and_added_and_end_with_nothing_left(programs:
         assert fleet.left() == [] and not list(store.rglob("*"))
 
 
-async def test_with_tls_everything_works_and_plaintext_is_refused(programs: Path, tmp_path: Path) -> None:
+async def test_with_tls_and_a_join_token_all_works_and_who_lacks_one_is_refused(programs: Path, tmp_path: Path) -> None:
     files = certificates(tmp_path)
     names, credentials = NAMES[:2], channel_credentials(*files)
     plain = worker_flags(programs)
-    fleet = LocalFleet(tmp_path, names, (*CONTROLLER, *files.flags), (*plain, *files.flags), credentials=credentials)
+    assert cli.main(["keys", "join-token", str(tmp_path / "token")]) == 0
+    trust = (*files.flags, "--join-token", str(tmp_path / "token"))
+    fleet = LocalFleet(tmp_path, names, (*CONTROLLER, *trust), (*plain, *trust), credentials=credentials)
     async with running(fleet):
         expected = await answers(fleet.client, REQUESTS[:4])
         async with AsyncSpotjaxClient(fleet.address, patience=0) as plaintext:
             with pytest.raises(Unavailable):
                 await plaintext.status()
-        stranger = Process("stranger", (*SERVE, "--join", fleet.address, "--name", "stranger", *plain), tmp_path)
+        strangers = [
+            Process(name, (*SERVE, "--join", fleet.address, "--name", name, *plain, *flags), tmp_path)
+            for name, flags in (("plaintext", trust[6:]), ("tokenless", files.flags))
+        ]
         await fleet.kill(["instance-0"])
         await fleet.bring(["instance-0"])
         await fleet.until_ready(names)
-        assert "stranger" not in {instance.name for instance in (await fleet.status()).instances}
-        stranger.kill()
+        assert {instance.name for instance in (await fleet.status()).instances} == set(names)
+        for stranger in strangers:
+            stranger.kill()
         assert await answers(fleet.client, REQUESTS[:4]) == expected
 
 

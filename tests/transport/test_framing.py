@@ -100,7 +100,8 @@ def test_too_large_frames_are_refused_by_the_sender() -> None:
 @pytest.mark.parametrize("purpose", Purpose)
 @pytest.mark.parametrize("secure", [False, True])
 def test_greetings_say_what_a_connection_is_for(purpose: Purpose, secure: bool) -> None:
-    assert read_greeting(greeting(purpose, secure)) == (purpose, secure)
+    for proven in (False, True):
+        assert read_greeting(greeting(purpose, secure, proven)) == (purpose, secure, proven)
 
 
 @pytest.mark.parametrize(

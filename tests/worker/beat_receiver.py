@@ -29,7 +29,7 @@ class Beats:
         first = connection.recv(GREETING.size, socket.MSG_WAITALL)
         if len(first) < GREETING.size:
             raise ConnectionResetError("the caller hung up before its greeting")
-        assert read_greeting(first) == (Purpose.MESSAGES, tls is not None)
+        assert read_greeting(first) == (Purpose.MESSAGES, tls is not None, False)
         if tls is not None:
             connection = tls.server.wrap_socket(connection, server_side=True)
         connection.sendall(WELCOME)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ class CallerService:
         caller, prompt_tokens = self._caller, len(request.prompt)
         caller.require_model(self._model)
         request = replace(request, owner=caller.name)
-        if self._service.owner_of(request.request_id) is not None:
+        if self._exists(request.request_id):
             return self._service.submit(request)  # which says that it exists: a client whose call broke learns that
         self._meters.admit(caller, prompt_tokens)
         try:
@@ -46,25 +47,33 @@ class CallerService:
 
     def accepted(self, request_id: str) -> GenerationRequest:
         """See ``GenerationService.accepted``. Others' requests are not known to the caller."""
-        self._require_own(request_id)
-        return self._service.accepted(request_id)
+        try:
+            request = self._service.accepted(request_id)
+        except UnknownRequest as error:
+            raise self._unknown(request_id) from error
+        if not self._caller.may_follow(request.owner):
+            raise self._unknown(request_id)
+        return request
 
     def stream(self, request_id: str, offsets: Sequence[int] = ()) -> AsyncIterator[Delta]:
         """See ``GenerationService.stream``. Others' requests are not known to the caller."""
-        self._require_own(request_id)
+        self.accepted(request_id)
         return self._service.stream(request_id, offsets)
 
     def cancel(self, request_id: str, reason: str = "cancelled") -> bool:
         """See ``GenerationService.cancel``. Others' requests are not known to the caller."""
-        self._require_own(request_id)
+        self.accepted(request_id)
         return self._service.cancel(request_id, reason)
 
-    def owner_of(self, request_id: str) -> str | None:
-        """See ``GenerationService.owner_of``; None for others' requests."""
-        owner = self._service.owner_of(request_id)
-        return owner if owner is not None and self._caller.may_follow(owner) else None
+    def _exists(self, request_id: str) -> bool:
+        with contextlib.suppress(UnknownRequest):
+            self._service.accepted(request_id)
+            return True
+        return False
 
-    def _require_own(self, request_id: str) -> None:
-        """Says the same of a request that is not there and of one that is another caller's."""
-        if self.owner_of(request_id) is None:
-            raise UnknownRequest(f"no request {request_id!r} of yours is known: it never was, or it ended too long ago")
+    @staticmethod
+    def _unknown(request_id: str) -> UnknownRequest:
+        """The same of a request that is not there and of one that is another caller's."""
+        return UnknownRequest(
+            f"no request {request_id!r} of yours is known: it never was, or it finished longer ago than such are kept"
+        )

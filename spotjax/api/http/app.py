@@ -24,7 +24,9 @@ from spotjax.errors import SpotjaxError
 log = logging.getLogger(__name__)
 
 
-def application(backend: Backend, names: Collection[str] = (), registry: CollectorRegistry | None = None) -> ASGIApp:
+def application(
+    backend: Backend, names: Collection[str] | None = (), registry: CollectorRegistry | None = None
+) -> ASGIApp:
     """The application of a server.
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import ssl
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -28,10 +29,11 @@ class Protocol(HttpToolsProtocol):
 
 
 class HttpServer:
-    """Serves HTTP/1.1."""
+    """Serves HTTP/1.1, or HTTPS with a context for it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, tls: ssl.SSLContext | None = None) -> None:
         """A server that does not listen yet."""
+        self._tls = tls
         self._config = uvicorn.Config(
             app, http=Protocol, ws="none", lifespan="off", interface="asgi3", backlog=BACKLOG, log_config=None,
             log_level="critical", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
@@ -49,6 +51,7 @@ class HttpServer:
         """
         self._socket = await bound(listen)
         self._config.load()
+        self._config.ssl = self._tls
         self._server.lifespan = self._config.lifespan_class(self._config)
         await self._server.startup(sockets=[self._socket])
         self._ticking = asyncio.create_task(self._server.main_loop())

@@ -20,6 +20,7 @@ COORDINATOR_PORT = 8482
 
 SETTINGS = "/etc/spotjax"
 CERTIFICATES = "/etc/spotjax-tls"
+ACCESS = "/etc/spotjax-access"
 STATE = "/var/lib/spotjax"
 CACHE = "/var/cache/spotjax"
 MODELS = "/models"
@@ -68,6 +69,10 @@ def toml_of(config: ServeConfig) -> str:
 def _complete(config: ServeConfig, options: KubernetesOptions, mode: str) -> ServeConfig:
     """With certificates and what else was asked for. Raises ConfigError for settings that contradict each other."""
     others: dict[str, Any] = {name: value for name, value in options.settings.items() if mode in where_of(name)}
+    if options.access_secret:
+        others["join_token"] = f"{ACCESS}/join-token"
+        if mode == "controller":
+            others["api_keys"] = f"{ACCESS}/keys.toml"
     if options.tls:
         files = zip(TLS, ("tls.crt", "tls.key", "ca.crt"), strict=True)
         others |= {setting: f"{CERTIFICATES}/{file}" for setting, file in files}

@@ -72,7 +72,10 @@ def _deployment(options: KubernetesOptions) -> Manifest:
 
 def _pod(options: KubernetesOptions) -> Manifest:
     claim = {"persistentVolumeClaim": {"claimName": "spotjax-log"}}
-    volumes = [volume("log", STATE, claim), *shared_volumes(options, options.controller_tls_secret)]
+    volumes = [
+        volume("log", STATE, claim),
+        *shared_volumes(options, options.controller_tls_secret, ("join-token", "keys.toml")),
+    ]
     memory = f"{options.controller_memory_gib}Gi"
     resources = {"requests": {"cpu": str(options.controller_cpus), "memory": memory}, "limits": {"memory": memory}}
     one = container(options, "controller", resources=resources, env=[], mounts=[mount for _, mount in volumes])

@@ -24,6 +24,7 @@ DECIDED = frozenset(
     {"model", "listen", "join", "name", "data_listen", "advertise", "commit_log", "compilation_cache", "drain_seconds"}
     | {"grace_seconds", "devices_per_instance", "slice_hosts", "slice_host", "slice_coordinator", "price_class", "zone"}
     | {"tls_certificate", "tls_key", "tls_authority", "workers", "instances"}
+    | {"join_token", "api_keys"}
 )
 """Settings that follow from the options."""
 
@@ -110,6 +111,14 @@ class KubernetesOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     worker_tls_secret: Annotated[
         str, Meta(pattern=rf"^({OBJECT})?\Z", description="the same of the workers; both or none")
     ] = ""
+    access_secret: Annotated[
+        str,
+        Meta(
+            pattern=rf"^({OBJECT})?\Z",
+            description="Secret with join-token, made by spotjax keys join-token, and keys.toml, made by spotjax keys "
+            "add; empty: with TLS, certificates alone say who may do what",
+        ),
+    ] = "spotjax-access"
     priority_class: Annotated[
         str, Meta(pattern=rf"^({OBJECT})?\Z", description="of the controller's pod; empty: the cluster's default")
     ] = ""
@@ -132,6 +141,11 @@ class KubernetesOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         if bool(self.controller_tls_secret) != bool(self.worker_tls_secret):
             raise ConfigError(
                 "controller_tls_secret and worker_tls_secret go together: TLS needs certificates on both sides"
+            )
+        if not self.access_secret and not self.tls and not self.settings.get("insecure"):
+            raise ConfigError(
+                "access_secret may be empty with TLS only (controller_tls_secret, worker_tls_secret), or with the "
+                "setting insecure: anybody in the cluster could use and change the fleet"
             )
         self._refuse_wrong_accelerators()
         self._refuse_wrong_settings()

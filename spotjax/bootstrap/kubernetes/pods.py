@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spotjax.bootstrap.kubernetes.configuration import CACHE, CERTIFICATES, MODELS, SETTINGS, TEMPORARY
+from spotjax.bootstrap.kubernetes.configuration import ACCESS, CACHE, CERTIFICATES, MODELS, SETTINGS, TEMPORARY
 from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 
 Manifest = dict[str, Any]
@@ -45,11 +45,13 @@ def empty_directory(size_gib: int, medium: str = "") -> Manifest:
     return {"emptyDir": {"sizeLimit": f"{size_gib}Gi"} | ({"medium": medium} if medium else {})}
 
 
-def shared_volumes(options: KubernetesOptions, secret: str) -> list[tuple[Manifest, Manifest]]:
+def shared_volumes(options: KubernetesOptions, secret: str, access: Sequence[str]) -> list[tuple[Manifest, Manifest]]:
     """Volumes of controller and workers alike.
 
     Args:
+      options: of the deployment.
       secret: with the certificate, if there are certificates.
+      access: which files of the secret for access a pod gets.
     """
     volumes = [
         volume("settings", SETTINGS, {"configMap": {"name": "spotjax-settings"}}, read_only=True),
@@ -59,6 +61,10 @@ def shared_volumes(options: KubernetesOptions, secret: str) -> list[tuple[Manife
     if options.model_claim:
         claim = {"persistentVolumeClaim": {"claimName": options.model_claim, "readOnly": True}}
         volumes.append(volume("models", MODELS, claim, read_only=True))
+    if options.access_secret:
+        items = [{"key": name, "path": name} for name in access]
+        kept = {"secret": {"secretName": options.access_secret, "defaultMode": 0o440, "items": items}}
+        volumes.append(volume("access", ACCESS, kept, read_only=True))
     if options.tls:
         certificate = {"secret": {"secretName": secret, "defaultMode": 0o440}}
         volumes.append(volume("certificates", CERTIFICATES, certificate, read_only=True))

@@ -102,7 +102,7 @@ def _pod(options: KubernetesOptions, pod_labels: dict[str, str], env: list[Manif
     liveness probe: the controller's lease and the worker's watchdog end what hangs.
     """
     memory = volume("shared-memory", SHARED_MEMORY, empty_directory(options.shared_memory_gib, "Memory"))
-    volumes = [memory, *shared_volumes(options, options.worker_tls_secret)]
+    volumes = [memory, *shared_volumes(options, options.worker_tls_secret, ("join-token",))]
     config = worker_config(options)
     one = container(options, "worker", resources=_resources(options), env=env, mounts=[mount for _, mount in volumes])
     one["ports"] = [{"name": "data", "containerPort": DATA_PORT}]
