@@ -15,8 +15,6 @@ from pathlib import Path
 
 from spotjax.errors import CheckpointError
 from spotjax.models.checkpoint import Checkpoint
-from spotjax.models.gguf import GgufCheckpoint
-from spotjax.models.gguf_tokenizer import gguf_tokenizer
 from spotjax.models.huggingface import HuggingFaceCheckpoint
 from spotjax.models.orbax_checkpoint import OrbaxCheckpoint, is_checkpoint
 from spotjax.models.quantization import Quantization
@@ -159,6 +157,9 @@ def _open_directory(name: str, directory: Path) -> Model:
 
 
 def _open_gguf(name: str, path: Path) -> Model:
+    from spotjax.models.gguf import GgufCheckpoint  # the format's own library, which nobody else needs
+    from spotjax.models.gguf_tokenizer import gguf_tokenizer
+
     checkpoint = GgufCheckpoint(path)
     return _checked(Model(name, checkpoint, gguf_tokenizer(checkpoint.metadata)))
 

@@ -9,7 +9,6 @@ from collections import defaultdict
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 Weights = NDArray[np.int64]
 """Whole bytes, exact in doubles up to 2**53; rows are assigned to columns."""
@@ -30,7 +29,7 @@ def assign(weights: Weights, seconds: Seconds | None = None) -> list[int]:
     """
     if not len(weights):
         return []
-    chosen = linear_sum_assignment(weights, maximize=True)[1]
+    chosen = heaviest_pairs(weights)[1]
     if seconds is not None:
         chosen = _shorten(weights, seconds, chosen)
     keys = weights if seconds is None else np.concatenate([weights, seconds.view(np.int64)])
@@ -41,6 +40,14 @@ def assign(weights: Weights, seconds: Seconds | None = None) -> list[int]:
     for alike in _equal_rows(keys):
         chosen[alike] = np.sort(chosen[alike])
     return [int(column) for column in chosen]
+
+
+def heaviest_pairs(weights: Weights) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Rows and their columns, no column twice, of the greatest total weight."""
+    from scipy.optimize import linear_sum_assignment  # a third of a second that processes that never plan do without
+
+    rows, columns = linear_sum_assignment(weights, maximize=True)
+    return rows, columns
 
 
 def _shorten(weights: Weights, seconds: Seconds, chosen: NDArray[np.intp]) -> NDArray[np.intp]:
@@ -55,7 +62,7 @@ def _shorten(weights: Weights, seconds: Seconds, chosen: NDArray[np.intp]) -> ND
         allowed = (least + longest) / 2
         # Forbidden pairs cost more than all weight together, so they are chosen only where nothing else is left.
         barred = np.where(seconds <= allowed, weights, weights - (most + 1))
-        found = linear_sum_assignment(barred, maximize=True)[1]
+        found = heaviest_pairs(barred)[1]
         if barred[rows, found].sum() == most:
             chosen, longest = found, seconds[rows, found].max()
         else:

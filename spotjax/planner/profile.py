@@ -16,7 +16,6 @@ from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from spotjax.errors import ConfigError
 from spotjax.planner.latency import Stage, Work
@@ -146,6 +145,8 @@ class MeasuredProfile:
 
 
 def _fit(samples: Sequence[Sample]) -> Coefficients:
+    from scipy.optimize import nnls  # a third of a second that processes without a profile do without
+
     seconds = np.array([sample.seconds for sample in samples])
     features = np.array([_features(sample.stage, sample.work) for sample in samples])
     scale = np.maximum(features.max(axis=0), 1e-30)

@@ -13,12 +13,11 @@ from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
 from spotjax.meshes.instance import Instance
 from spotjax.meshes.shape import Position
 from spotjax.meshes.slices import Boxes, Index
-from spotjax.planner.assignment import Weights
+from spotjax.planner.assignment import Weights, heaviest_pairs
 from spotjax.planner.holdings import Holdings
 from spotjax.planner.needs import StackedNeeds
 
@@ -111,7 +110,7 @@ class Reuse:
         """The greatest weight of an assignment."""
         key = block.shape[1].to_bytes(4) + block.tobytes()
         if key not in self._most:
-            self._most[key] = int(block[linear_sum_assignment(block, maximize=True)].sum())
+            self._most[key] = int(block[heaviest_pairs(block)].sum())
         return self._most[key]
 
     def on_places(self, places: Sequence[tuple[int, Sequence[int]]]) -> Weights:

@@ -28,7 +28,7 @@ from spotjax.runtime.attention.backend import AttentionBackend
 from spotjax.runtime.attention.xla import XlaAttention
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant, controls_width
-from spotjax.runtime.executables import Devices, Executables
+from spotjax.runtime.executables import Devices, Executables, Key
 from spotjax.runtime.functions import StageFunctions
 from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
 from spotjax.runtime.program_cache import ProgramCache
@@ -70,10 +70,12 @@ class CompiledModel:
         self.dtype = jnp.dtype(dtype)
         self.attention = attention or XlaAttention(spec.config.head_size, page_size)
         self.products = products
-        subject = repr((spec, pages, page_size, max_positions, self.dtype.name, self.attention, products))
-        cache = ProgramCache(cache_directory, subject) if cache_directory is not None else None
-        self.executables = Executables(cache)
+        self.executables = Executables(ProgramCache(cache_directory) if cache_directory is not None else None)
         self._max_positions = max_positions
+        heads = (spec.config.heads, spec.config.kv_heads, spec.config.head_size)
+        self._layout = repr((self.attention, pages, page_size, *heads, self.dtype.name))
+        self._model = repr((spec, self.dtype.name, products))
+        """What programs depend on that move KV pages, and those that compute; what draws tokens depends on neither."""
         self._arrays = {array.name: array for array in spec.parameters}
         self._calls: dict[Devices, threading.Lock] = {}
 
@@ -91,33 +93,36 @@ class CompiledModel:
     def embed(self, devices: Devices, rows: int, span: int) -> Call:
         """``(inputs, rows) -> hidden``."""
         return self.executables.get(
-            ("embed", len(devices), rows, span), devices, partial(self._lower_embed, rows, span)
+            ("embed", self._model, len(devices), rows, span), devices, partial(self._lower_embed, rows, span)
         )
 
     def block(self, devices: Devices, shape: StepShape, kinds: Kinds) -> Call | None:
         """``(layers, pages, hidden, step) -> (hidden, pages)`` for consecutive layers of these kinds, if compiled."""
-        return self.executables.get_if_ready(("layers", len(devices), shape, kinds), devices)
+        return self.executables.get_if_ready(self._layers_key(devices, shape, kinds), devices)
 
     def request_block(self, devices: Devices, shape: StepShape, kinds: Kinds) -> None:
         """Has ``block`` compiled in the background."""
-        key = ("layers", len(devices), shape, kinds)
+        key = self._layers_key(devices, shape, kinds)
         self.executables.request(key, devices, partial(self._lower_layers, shape, kinds))
 
     def layer(self, devices: Devices, shape: StepShape, kind: int) -> Call:
         """The same for a single layer, compiled now if it never was."""
-        key = ("layers", len(devices), shape, (kind,))
+        key = self._layers_key(devices, shape, (kind,))
         return self.executables.get(key, devices, partial(self._lower_layers, shape, (kind,)))
+
+    def _layers_key(self, devices: Devices, shape: StepShape, kinds: Kinds) -> Key:
+        return "layers", self._model, self._layout, len(devices), shape, kinds
 
     def logits(self, devices: Devices, rows: int, span: int) -> Call:
         """``(outputs, hidden, rows) -> logits``."""
         return self.executables.get(
-            ("logits", len(devices), rows, span), devices, partial(self._lower_logits, rows, span)
+            ("logits", self._model, len(devices), rows, span), devices, partial(self._lower_logits, rows, span)
         )
 
     def sample(self, device: jax.Device, variant: Variant, rows: int) -> Call:
         """``(logits, controls) -> (packed result, drawn tokens)`` on one device; see ``sampling.drawn_tokens``."""
-        lower = partial(self._lower_sample, variant, rows)
-        return self.executables.get(("sample", variant, rows), (device,), lower)
+        key = ("sample", variant, rows, self.spec.config.vocab, controls_width(variant, self._max_positions))
+        return self.executables.get(key, (device,), partial(self._lower_sample, variant, rows))
 
     def fill_in(self, device: jax.Device, rows: int, drawn: int) -> Call:
         """``(rows, drawn tokens) -> rows`` on one device; see ``sampling.fill_in``."""
@@ -138,7 +143,8 @@ class CompiledModel:
     def _own_call(self, name: str, devices: Devices, lower: Callable[[int, Devices], jax.stages.Lowered]) -> Call:
         """A function of KV pages. Shards do not depend on each other, so every process sees to its own."""
         part = own(devices)
-        return self.executables.get((name, len(part), len(devices)), part, partial(lower, len(devices)))
+        key = (name, self._layout, len(part), len(devices))
+        return self.executables.get(key, part, partial(lower, len(devices)))
 
     def content_shardings(self, mesh: Mesh) -> LayerPages[NamedSharding]:
         """How pages that are read, or are to be written, lie on a stage's devices: kv heads are split."""

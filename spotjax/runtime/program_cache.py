@@ -52,13 +52,12 @@ class ProgramCache:
 
     Args:
       directory: made if missing.
-      subject: what all programs depend on besides their key, such as the model's shapes.
     """
 
-    def __init__(self, directory: Path, subject: str) -> None:
+    def __init__(self, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = directory
-        self._common = "\n".join((subject, _machine(), _source()))
+        self._common = "\n".join((_machine(), _source()))
 
     def get(self, key: str) -> bytes | None:
         """A program, or None when it is not there."""

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from spotjax.meshes.sharding import stage_mesh
 from spotjax.models.spec import ModelSpec
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
-from spotjax.runtime.executables import Devices, Executables, Key
+from spotjax.runtime.executables import Devices, Executables, Key, Lower
 from spotjax.runtime.program_cache import ProgramCache
 from spotjax.runtime.warmup import warm
 
@@ -148,7 +149,7 @@ def test_background_compilation_that_fails_costs_speed_not_service(caplog: pytes
 
 def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     for compiled in (1, 0):
-        executables = Executables(ProgramCache(tmp_path, "subject"))
+        executables = Executables(ProgramCache(tmp_path))
         for devices in (group(3, 1), group(0, 2)):
             result = executables.get(("sum", 2), devices, lower_sum)(argument(devices))
             np.testing.assert_array_equal(result, expected(2))
@@ -160,17 +161,17 @@ SECOND_PROCESS = """
 import sys
 import numpy as np
 from test_executables import Executables, ProgramCache, Path, argument, expected, group, lower_sum
-executables = Executables(ProgramCache(Path(sys.argv[1]), "subject"))
+executables = Executables(ProgramCache(Path(sys.argv[1])))
 np.testing.assert_array_equal(executables.get(("sum", 2), group(4, 6), lower_sum)(argument(group(4, 6))), expected(2))
 print(executables.compiled)
 """
 
 
 def test_another_process_compiles_nothing(tmp_path: Path) -> None:
-    executables = Executables(ProgramCache(tmp_path, "subject"))
+    executables = Executables(ProgramCache(tmp_path))
     executables.get(("sum", 2), group(0, 1), lower_sum)
     executables.close()
-    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    places = os.pathsep.join([*map(str, Path(__file__).parents[:2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", SECOND_PROCESS, str(tmp_path)],
         env=os.environ | {"PYTHONPATH": places},
@@ -186,33 +187,69 @@ def test_another_process_compiles_nothing(tmp_path: Path) -> None:
 def test_a_damaged_program_is_compiled_again_with_a_warning(
     tmp_path: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    executables = Executables(ProgramCache(tmp_path, "subject"))
+    executables = Executables(ProgramCache(tmp_path))
     executables.get(("sum", 1), group(0), lower_sum)
     executables.close()
     (entry,) = programs_in(tmp_path)
     whole = entry.read_bytes()
     entry.write_bytes(whole[: len(whole) // 2] if damage is None else damage)
-    again = Executables(ProgramCache(tmp_path, "subject"))
+    again = Executables(ProgramCache(tmp_path))
     with caplog.at_level(logging.WARNING):
         result = again.get(("sum", 1), group(2), lower_sum)(argument(group(2)))
     np.testing.assert_array_equal(result, expected(1))
     assert again.compiled == 1 and "unusable and will be compiled again" in caplog.text
     again.close()
-    third = Executables(ProgramCache(tmp_path, "subject"))
+    third = Executables(ProgramCache(tmp_path))
     third.get(("sum", 1), group(1), lower_sum)
     assert third.compiled == 0
     third.close()
 
 
-def test_programs_of_other_subjects_are_not_taken(tmp_path: Path) -> None:
-    ProgramCache(tmp_path, "one model").put("key", b"program")
-    assert ProgramCache(tmp_path, "one model").get("key") == b"program"
-    assert ProgramCache(tmp_path, "another model").get("key") is None
-    assert ProgramCache(tmp_path, "one model").get("other key") is None
+def test_a_program_is_found_by_its_key_alone(tmp_path: Path) -> None:
+    ProgramCache(tmp_path).put("key", b"program")
+    assert ProgramCache(tmp_path).get("key") == b"program"
+    assert ProgramCache(tmp_path).get("other key") is None
+
+
+def programs_of(model: CompiledModel, monkeypatch: pytest.MonkeyPatch) -> dict[Key, Lower]:
+    """All that a server makes ready on two devices, and how each is lowered."""
+    asked: dict[Key, Lower] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(model.executables, "get", lambda key, devices, lower: asked.update({key: lower}))
+        warm(model, Buckets(1, 1, PAGE_SIZE, POSITIONS), [group(0, 1)])
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        ({"pages": PAGES + 1}, {"embed", "logits", "sample", "fill in"}),
+        ({"page_size": 2 * PAGE_SIZE}, {"embed", "logits", "sample", "fill in"}),
+        ({"max_positions": POSITIONS // 2}, {"embed", "layers", "logits", "sample", "fill in", "read pages"}),
+        ({"dtype": jnp.bfloat16}, {"sample", "fill in"}),
+        ({"spec": ModelSpec(replace(SHARED_HEADS, mlp=60))}, {"sample", "fill in", "read pages"}),
+        ({"spec": ModelSpec(replace(SHARED_HEADS, kv_heads=6))}, {"sample", "fill in"}),
+        ({"spec": ModelSpec(replace(SHARED_HEADS, vocab=98))}, {"fill in", "read pages"}),
+    ],
+    ids=["pages", "page-size", "longest", "dtype", "width", "heads", "vocabulary"],
+)
+def test_programs_that_two_services_share_are_the_same_and_others_are_not_shared(
+    change: dict[str, Any], kept: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"spec": ModelSpec(SHARED_HEADS), "pages": PAGES, "page_size": PAGE_SIZE, "max_positions": POSITIONS}
+    one, other = (
+        programs_of(CompiledModel(**{"dtype": jnp.float32, **settings, **changed}), monkeypatch)
+        for changed in ({}, change)
+    )
+    shared = one.keys() & other.keys()
+    assert kept <= {key[0] for key in shared} and shared != one.keys()
+    for key in shared:
+        devices = group(0) if key[0] in ("sample", "fill in") else group(0, 1)
+        assert one[key](devices).as_text() == other[key](devices).as_text(), key
 
 
 def test_the_directory_is_for_its_owner_alone(tmp_path: Path) -> None:
-    ProgramCache(tmp_path / "programs", "subject").put("key", b"program")
+    ProgramCache(tmp_path / "programs").put("key", b"program")
     assert (tmp_path / "programs").stat().st_mode & 0o777 == 0o700
 
 
@@ -220,7 +257,7 @@ def test_a_directory_that_cannot_be_written_costs_the_next_start_time_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = tmp_path / "programs"
-    cache = ProgramCache(directory, "subject")
+    cache = ProgramCache(directory)
     directory.rmdir()
     directory.write_text("not a directory")
     with caplog.at_level(logging.WARNING):
@@ -295,7 +332,7 @@ def lower(devices):
     at = jax.sharding.SingleDeviceSharding(devices[0])
     return jax.jit(lambda x: jnp.sum(x)).lower(jax.ShapeDtypeStruct((8,), jnp.float32, sharding=at))
 
-executables = Executables(ProgramCache(Path(sys.argv[1]), "subject"))
+executables = Executables(ProgramCache(Path(sys.argv[1])))
 for number in range(5):
     executables.get(("sum", number), (jax.devices()[0],), lower)
 executables.close()
