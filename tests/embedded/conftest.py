@@ -1,18 +1,11 @@
-"""Servers whose compiled programs are shared through one directory."""
+"""An event loop for servers that tests share."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where compiled programs are kept, so that only the first server compiles."""
-    return tmp_path_factory.mktemp("programs")
 
 
 @pytest.fixture(scope="module")

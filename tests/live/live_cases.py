@@ -15,10 +15,13 @@ from spotjax.tools.request_mix import Output, Request, mix
 from spotjax.tools.service import POLL_SECONDS, Service
 
 NAMES = [f"instance-{number}" for number in range(4)]
-CONTROLLER = ("--max-batch", "8", "--prefill-tokens", "64", "--max-model-len", "512", "--no-fuse")
-"""Flags of the controller: few shapes, so that little is compiled."""
-REQUESTS = mix(7, 16)
-DONE_SECONDS = 60.0
+SHAPES = {"max_batch": 4, "prefill_tokens": 32, "max_model_len": 256, "kv_pages": 128}
+"""The same few shapes and as many pages wherever the shipped model is served, so that little is compiled, and once."""
+SHAPE_FLAGS = ("--max-batch", "4", "--prefill-tokens", "32", "--max-model-len", "256", "--kv-pages", "128")
+CONTROLLER = (*SHAPE_FLAGS, "--no-fuse")
+REQUESTS = mix(7, 8)
+"""One of each kind."""
+DONE_SECONDS = 120.0
 
 
 def worker_flags(programs: Path) -> tuple[str, ...]:
@@ -28,7 +31,7 @@ def worker_flags(programs: Path) -> tuple[str, ...]:
 
 @contextlib.asynccontextmanager
 async def load_on(
-    fleet: Service, expected: Mapping[str, Output], clients: int = 4, requests: Sequence[Request] = REQUESTS
+    fleet: Service, expected: Mapping[str, Output], clients: int = 2, requests: Sequence[Request] = REQUESTS
 ) -> AsyncIterator[Load]:
     """Requests run when the body begins; after it they are let end, all as expected."""
     load = Load(fleet.client, requests, expected, clients, seed=len(fleet.history))

@@ -48,7 +48,7 @@ async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
     directory = tmp_path_factory.mktemp("capacity")
     file = directory / "capacity.toml"
     file.write_text(FILE.format(programs=programs))
-    flags = (*CONTROLLER, "--max-batch", "2", "--capacity", str(file))
+    flags = (*CONTROLLER, "--capacity", str(file))
     fleet = ChildrenFleet(directory, flags, (), patience=SECONDS)
     async with running(fleet):
         yield fleet
@@ -68,7 +68,7 @@ def capacity(status: FleetStatus) -> CapacityStatus:
 async def test_the_fleet_grows_with_its_load_replaces_what_is_killed_and_goes_on_after_its_controllers_death(
     fleet: ChildrenFleet, expected: Mapping[str, Output]
 ) -> None:
-    async with load_on(fleet, expected, clients=12) as load:
+    async with load_on(fleet, expected, clients=4) as load:
         await fleet.until("two instances", lambda status: len(ready(status)) == 2, SECONDS)
         before = await fleet.status()
         assert {machine.standing for machine in capacity(before).machines} == {"up"}

@@ -140,6 +140,6 @@ async def followed(url: str, asked: Mapping[str, object]) -> AsyncIterator[tuple
 
 async def test_whenever_the_controller_dies_no_request_is_lost(fleet: LocalFleet) -> None:
     events = [event for event in EVENTS if event.kind in possible(fleet)]
-    report = await run(fleet, SEED, events, clients=4, requests=8)
+    report = await run(fleet, SEED, events, clients=3, requests=8)
     assert not report.problems, report
     assert len(report.restarts) >= 2 and report.requests == report.asked

@@ -15,18 +15,18 @@ from pathlib import Path
 
 import pytest
 from kubernetes_cases import IMAGE, Manifest, applied, container_of, of_kind, pods
+from live_cases import SHAPES
 
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 from spotjax.tools.processes import Process, free_port
+from spotjax.tools.service import POLL_SECONDS, ready
 
 pytestmark = pytest.mark.timeout(300)
 START_SECONDS = 240.0
 OPTIONS = KubernetesOptions(
     cluster="local", image=IMAGE, devices=2, notice_seconds=12.0, drain_seconds=20.0,
-    settings={
-        "max_batch": 8, "prefill_tokens": 64, "max_model_len": 512, "fuse": False, "instance_memory_bytes": 1 << 30
-    },
+    settings={**SHAPES, "fuse": False, "instance_memory_bytes": 1 << 30},
 )  # fmt: skip
 
 
@@ -79,20 +79,23 @@ async def test_workers_leave_within_their_time_and_the_controller_drains(program
     workers = [Pod(f"worker-{n}", templates["spotjax-worker"], tmp_path, {**place, **data}) for n in "ab"]
     try:
         deadline = time.monotonic() + START_SECONDS
-        for worker in workers:
-            while not await worker.probe("readinessProbe"):
-                assert time.monotonic() < deadline and worker.process.exit_code is None, worker.process.tail()
+        while " is serving " not in controller.process.output():
+            assert time.monotonic() < deadline and controller.process.exit_code is None, controller.process.tail()
+            await asyncio.sleep(POLL_SECONDS)
         async with AsyncSpotjaxClient(address) as client:
+            while len(ready(before := await client.status())) < len(workers):
+                assert time.monotonic() < deadline, before
+                await asyncio.sleep(POLL_SECONDS)
             assert await client.ready()
-            before = await client.status()
+            assert all([await worker.probe("readinessProbe") for worker in workers])
             holding = {instance.name for instance in before.instances if instance.positions}
             workers.sort(key=lambda worker: worker.name not in holding)
             undisturbed = [
-                token async for d in client.generate("x", max_tokens=400, temperature=0) for token in d.tokens
+                token async for d in client.generate("x", max_tokens=220, temperature=0) for token in d.tokens
             ]
             tokens: list[int] = []
             ends: list[asyncio.Task[tuple[int, float]]] = []
-            async for delta in client.generate("x", max_tokens=400, temperature=0):
+            async for delta in client.generate("x", max_tokens=220, temperature=0):
                 tokens += delta.tokens
                 if len(tokens) >= 40 and not ends:
                     ends.append(asyncio.create_task(workers[0].delete()))
@@ -105,7 +108,7 @@ async def test_workers_leave_within_their_time_and_the_controller_drains(program
             assert (await client.status()).reconfigurations > before.reconfigurations
 
             tokens = []
-            async for delta in client.generate("x", max_tokens=400, temperature=0):
+            async for delta in client.generate("x", max_tokens=220, temperature=0):
                 tokens += delta.tokens
                 if len(tokens) >= 40 and len(ends) == 1:
                     ends.append(asyncio.create_task(controller.delete()))

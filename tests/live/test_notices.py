@@ -119,7 +119,7 @@ async def test_a_machine_that_its_cloud_takes_is_left_in_order(
     fleet: LocalFleet, expected: Mapping[str, Output], servers: Mapping[str, MetadataProcess], cloud: Cloud
 ) -> None:
     name, metadata = cloud.source, servers[cloud.source]
-    async with load_on(fleet, expected, clients=6) as load:
+    async with load_on(fleet, expected, clients=4) as load:
         since, worker, began = len(fleet.events), fleet.workers[name], time.time()
         await fleet.until("requests run", lambda status: sum(replica.running for replica in status.replicas) >= 3)
         await metadata.order(cloud.order, **cloud.values)

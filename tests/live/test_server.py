@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from live_cases import SHAPE_FLAGS
 
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.engine.generation import Delta
@@ -23,6 +24,7 @@ from spotjax.meshes.instance import InstanceState
 START_SECONDS = 240.0
 DONE_SECONDS = 120.0
 STREAMS = 200
+TOKENS = 24
 
 
 class Server:
@@ -73,7 +75,7 @@ async def serving(programs: Path, *flags: str) -> AsyncIterator[Server]:
 
 @pytest.mark.timeout(600)
 async def test_a_stream_survives_preemptions_and_the_server_drains(programs: Path) -> None:
-    async with serving(programs) as server, AsyncSpotjaxClient(server.address) as client:
+    async with serving(programs, *SHAPE_FLAGS) as server, AsyncSpotjaxClient(server.address) as client:
         calm = [delta async for delta in client.generate("ROMEO:\n", max_tokens=120, temperature=0.8, seed=3)]
         disturbed: list[Delta] = []
         drills: list[asyncio.Task[str]] = []
@@ -100,17 +102,17 @@ async def test_a_stream_survives_preemptions_and_the_server_drains(programs: Pat
 @pytest.mark.timeout(600)
 async def test_two_hundred_streams_complete_and_cancelled_ones_free_their_pages(programs: Path) -> None:
     async with (
-        serving(programs, "--no-fuse", "--retain-seconds", "0") as server,
+        serving(programs, *SHAPE_FLAGS, "--no-fuse", "--retain-seconds", "0") as server,
         AsyncSpotjaxClient(server.address) as client,
     ):
         resident = []
         for turn in range(3):
             async with asyncio.timeout(2 * DONE_SECONDS):
                 outcomes = await asyncio.gather(
-                    *(_stream(client, f"{turn}-{row}", 48, cancel=row % 2 == 1) for row in range(STREAMS))
+                    *(_stream(client, f"{turn}-{row}", TOKENS, cancel=row % 2 == 1) for row in range(STREAMS))
                 )
             finished = [outcome for row, outcome in enumerate(outcomes) if row % 2 == 0]
-            assert all(reason is FinishReason.LENGTH and count == 48 for reason, count in finished)
+            assert all(reason is FinishReason.LENGTH and count == TOKENS for reason, count in finished)
             status = await client.status()
             assert status.requests_running == 0 and status.queued == 0
             assert all(replica.pages_used == 0 and replica.running == 0 for replica in status.replicas)

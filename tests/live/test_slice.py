@@ -25,7 +25,7 @@ from spotjax.tools.service import running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 SLICE, SOLO = "slice", "solo"
-CONTROLLER = ("--max-batch", "2", "--prefill-tokens", "32", "--max-model-len", "256", "--no-fuse")
+CONTROLLER = ("--max-batch", "2", "--prefill-tokens", "16", "--max-model-len", "128", "--kv-pages", "48", "--no-fuse")
 """As few shapes as possible: everything is compiled here, once for slices and once for others."""
 REQUESTS = mix(11, 8, longest=48)
 END_SECONDS = 40.0
