@@ -34,10 +34,21 @@ from spotjax.runtime.stage import Stage
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(path.name for path in GOLDEN.iterdir() if path.is_dir())
-PAGES, PAGE_SIZE, POSITIONS = 33, 8, 64
+PAGES, PAGE_SIZE, POSITIONS = 65, 8, 64
 BUCKETS = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_positions=POSITIONS)
 LONGER = Buckets(max_batch=4, prefill_tokens=16, page_size=PAGE_SIZE, max_positions=104)
 """For the longest golden prompt and its continuation."""
+
+
+class FewBuckets(Buckets):
+    """All decode steps have room for ``max_batch`` rows: less to compile for a model that few tests run."""
+
+    @property
+    def decode_rows(self) -> tuple[int, ...]:
+        """One number of rows."""
+        return (self.max_batch,)
+
+
 SHARED_HEADS = DecoderConfig(
     vocab=97, width=24, layers=3, heads=12, kv_heads=4, head_size=4, mlp=50, max_positions=POSITIONS
 )

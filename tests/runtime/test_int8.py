@@ -18,6 +18,7 @@ from serving_cases import (
     POSITIONS,
     POST_NORM,
     SHARED_HEADS,
+    FewBuckets,
     RandomCheckpoint,
     build_pipelines,
     build_stage,
@@ -104,7 +105,8 @@ def tokens(mesh: MeshShape) -> list[tuple[int, ...]]:
     """What greedy choices make of three prompts."""
     chance = np.random.default_rng(3)
     prompts = [chance.integers(0, 97, length) for length in (3, 20, 35)]
-    pipelines = build_pipelines(model(int8(SHARED_HEADS)), int8(SHARED_HEADS), mesh)
+    few = FewBuckets(BUCKETS.max_batch, BUCKETS.prefill_tokens, BUCKETS.page_size, BUCKETS.max_positions)
+    pipelines = build_pipelines(model(int8(SHARED_HEADS)), int8(SHARED_HEADS), mesh, buckets=few)
     return [state.tokens for state in generate(pipelines, [greedy(prompt, 12) for prompt in prompts])]
 
 
