@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +101,21 @@ def test_figures_are_those_of_vllm(made: list[Exchange], duration: float) -> Non
     expected = written_out(made, duration, slo)
     assert all(value is None for name, value in found.items() if name == "mean_itl_ms" and name not in expected)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9, nan_ok=False)
+
+
+def test_what_vllm_measured_gives_the_figures_that_vllm_computed_of_it() -> None:
+    vllm = json.loads(Path(__file__).with_name("vllm_bench_serve.json").read_text())
+    made = []
+    for number, failed in enumerate(vllm["errors"]):
+        sent, ttft, gaps = vllm["start_times"][number], vllm["ttfts"][number], vllm["itls"][number]
+        times = [] if failed else np.cumsum([sent + ttft, *gaps]).tolist()
+        made.append(exchange(sent, times, vllm["output_lens"][number], Failure("http 429", "") if failed else None))
+        made[-1].prompt_tokens = vllm["input_lens"][number]
+    objectives = Objectives.parse(["ttft:300", "tpot:50", "e2el:600"])
+    found = figures(summarise(made, vllm["duration"], objectives, (50, 90, 99)))
+    same = {name: value for name, value in vllm.items() if name in found}
+    assert len(same) > 30
+    assert {name: found[name] for name in same} == pytest.approx(same, rel=1e-7)
 
 
 @given(exchanges())
