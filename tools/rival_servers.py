@@ -1,6 +1,7 @@
 """Servers with OpenAI's interface on the same weights, as processes: ours, vLLM on the CPU, llama.cpp.
 
-Each is started as its users would start it, with the same precision, number of threads, context and requests at once.
+Each is started with the same precision, number of threads, context and requests at once, and without a prefix cache;
+all else is as it comes.
 The environments and the model's files are those of ``tools.bench_peers``.
 """
 
@@ -54,14 +55,15 @@ def _spotjax(places: Places) -> tuple[list[str], dict[str, str]]:
         "--instances": 1, "--devices-per-instance": 1, "--mesh": "1x1x1", "--max-batch": SLOTS,
         "--max-model-len": CONTEXT, "--commit-log": places.directory / "commits",
     }  # fmt: skip
-    return [sys.executable, "-m", "spotjax.serve", *(str(word) for flag in flags.items() for word in flag)], {}
+    words = [str(word) for flag in flags.items() for word in flag]
+    return [sys.executable, "-m", "spotjax.serve", *words, "--no-prefix-cache"], {}
 
 
 def _vllm(places: Places) -> tuple[list[str], dict[str, str]]:
     command = [
         places.python("vllm"), "-m", "vllm.entrypoints.openai.api_server", "--host", HOST, "--port", str(places.port),
         "--model", str(places.weights), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--max-num-seqs",
-        str(SLOTS),
+        str(SLOTS), "--no-enable-prefix-caching",
     ]  # fmt: skip
     return command, {
         "VLLM_CPU_KVCACHE_SPACE": "1",

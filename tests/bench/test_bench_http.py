@@ -6,12 +6,18 @@ import asyncio
 import ssl
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from certificates import certificates
 from hypothesis import given
 from hypothesis import strategies as st
 from openai_server import DONE, Answer, ScriptedServer, Seen, chat, completion, event, planned, scripted_server, usage
 
+from spotjax.api.backend import Backend
+from spotjax.api.http.app import application
+from spotjax.api.http.server import HttpServer
+from spotjax.api.validation import ServedModel
 from spotjax.bench import openai
 from spotjax.bench.exchange import Exchange
 from spotjax.bench.http_endpoint import HttpEndpoint, base_url, tls_context
@@ -19,6 +25,7 @@ from spotjax.bench.load import Run, apply_load
 from spotjax.bench.sse import MOST_BYTES, EventStream
 from spotjax.bench.statistics import answer_times
 from spotjax.errors import ConfigError, EndpointFailed
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
 
 LATE = 0.1
 """Seconds that a busy machine may take to see what was written."""
@@ -169,6 +176,38 @@ async def test_a_hundred_streams_at_once_are_all_read_while_they_are_written() -
         run = await asked(server, count=100)
     assert all(exchange.failure is None and len(exchange.times) == 10 for exchange in run.exchanges)
     assert len({seen.read for seen in server.seen}) == 100
+
+
+async def test_a_server_with_tls_is_asked_once_its_authority_is_known_and_both_show_who_they_are(
+    tmp_path: Path,
+) -> None:
+    files = certificates(tmp_path)
+    theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.authority)
+    theirs.load_cert_chain(files.certificate, files.key)
+    theirs.verify_mode = ssl.CERT_REQUIRED
+    async with scripted_server(Answer([(0, completion("a", "stop")), (0, DONE)]), theirs) as server:
+        for ours in (files, (None, None, files.authority), (None, None, None)):
+            async with HttpEndpoint(server.url, "completions", "m", tls=tls_context(*ours)) as endpoint:
+                (exchange,) = (await apply_load(endpoint, [planned()], timeout=20)).exchanges
+            assert (exchange.failure is None) is (ours is files)
+            assert exchange.failure is None or "connection" in exchange.failure.kind
+
+
+@pytest.mark.parametrize("api", ["completions", "chat"])
+async def test_our_own_server_over_http_is_measured_like_any_other(api: openai.Dialect) -> None:
+    backend, service = Backend(), ScriptedService(delay=lambda: asyncio.sleep(0.01))
+    backend.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
+    server = HttpServer(application(backend))
+    url = f"http://127.0.0.1:{await server.start('127.0.0.1:0')}"
+    async with HttpEndpoint(url, api, options={"temperature": 0.5, "ignore_eos": True}) as endpoint:
+        assert await endpoint.find_model() == "scripted"
+        run = await apply_load(endpoint, [planned(output=5)] * 3, timeout=20)
+    await service.stop()
+    await server.stop()
+    for exchange in run.exchanges:
+        assert exchange.failure is None and exchange.output_tokens == 5 and exchange.finish == "length"
+        assert len(exchange.text) == 5 and 1 < len(exchange.times) <= 6
+        assert exchange.prompt_tokens is not None and exchange.prompt_tokens > len("the way")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8471", "ftp://x", "http://", "http://x/v1?a=b"])

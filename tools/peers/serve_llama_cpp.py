@@ -15,8 +15,9 @@ def main() -> None:
 
     path, port, slots, context, threads = sys.argv[1], *map(int, sys.argv[2:])
     options = xllamacpp.CommonParams()
-    options.model.path, options.hostname, options.port = path, "127.0.0.1", port
+    options.model.path, options.port, options.verbosity = path, port, -1
     options.n_ctx, options.n_parallel, options.n_gpu_layers = context * slots, slots, 0
+    options.cache_prompt = False
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(options)
     print(f"serving at {server.listening_address}", flush=True)
