@@ -8,8 +8,8 @@ then requests in fixed steps, a Poisson process, and a closed loop of as many cl
 
 The model's files are made beside the environments where they are missing. Servers take turns, ``--rounds`` times all of
 them. With ``--clients spotjax vllm``, ``vllm bench serve`` measures each HTTP server, too, with the same lengths and
-steps (its prompts are its own): an independent look at the same figures. Prefix caches are off in all servers, as prompts
-are asked more than once. Prints tables; the JSON has load averages, too.
+steps (its prompts are its own): an independent look at the same figures. Prefix caches are off in all servers, as
+prompts are asked more than once. Prints tables; the JSON has load averages, too.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ def test_tls_that_makes_no_sense_is_refused(tmp_path: pytest.TempPathFactory) ->
         HttpEndpoint("http://x", "chat", tls=ssl.create_default_context())
 
 
-LINES = st.lists(st.text(alphabet=st.characters(exclude_characters="\r\n")), max_size=6)
+LINES = st.lists(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\r\n")), max_size=6)
 
 
 @given(LINES, st.sampled_from(["\n", "\r\n"]), st.sampled_from([": ping", "event: x", "id: 7"]), st.data())
