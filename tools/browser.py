@@ -25,8 +25,11 @@ def chromium() -> str | None:
 
 
 @contextmanager
-def browser() -> Iterator[Browser]:
+def browser(*flags: str) -> Iterator[Browser]:
     """It, running.
+
+    Args:
+      flags: of Chromium.
 
     Raises:
       ConfigError: Playwright or Chromium is not installed.
@@ -39,7 +42,7 @@ def browser() -> Iterator[Browser]:
         raise ConfigError(MISSING)
     sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium has none for root
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=sandbox)
+        launched = playwright.chromium.launch(executable_path=path, args=[*sandbox, *flags])
         try:
             yield launched
         finally:

@@ -50,18 +50,19 @@ def page_server(directory: Path, flags: Sequence[str]) -> Iterator[PageServer]:
     server = PageServer(grpc, f"http://{http}")
     try:
         deadline = time.monotonic() + START_SECONDS
-        while not _ready(server):
-            if process.exit_code is not None or time.monotonic() > deadline:
-                raise Unavailable("the server did not start; its log is in " + str(directory))
-            time.sleep(0.05)
+        with httpx.Client(trust_env=False) as client:
+            while not _ready(client, server):
+                if process.exit_code is not None or time.monotonic() > deadline:
+                    raise Unavailable(f"the server did not start; its log is in {directory}")
+                time.sleep(0.05)
         yield server
     finally:
         process.kill()
 
 
-def _ready(server: PageServer) -> bool:
+def _ready(client: httpx.Client, server: PageServer) -> bool:
     try:
-        return httpx.get(f"{server.http}/ready", trust_env=False).status_code == 200
+        return client.get(f"{server.http}/ready").status_code == 200
     except httpx.TransportError:
         return False
 

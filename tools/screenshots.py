@@ -40,13 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         browser() as chromium,
         streams(server, 5, 300),
     ):
-        for path in take(chromium, server, directory, "instance-1", WARM_SECONDS):
+        for path in take(chromium, server, directory, WARM_SECONDS, GRACE_SECONDS):
             print(f"{path}: {path.stat().st_size // 1000} kB")
     return 0
 
 
-def take(chromium: Browser, server: PageServer, directory: Path, instance: str, warm: float) -> list[Path]:
-    """A preemption of an instance, as pictures. Returns their paths."""
+def take(chromium: Browser, server: PageServer, directory: Path, warm: float, grace: float) -> list[Path]:
+    """A preemption of an instance that the mesh stands on, as pictures. Returns their paths."""
     wide, dark = (
         chromium.new_page(viewport={"width": 1200, "height": 860}, device_scale_factor=1.5, color_scheme=scheme)
         for scheme in ("light", "dark")
@@ -60,7 +60,8 @@ def take(chromium: Browser, server: PageServer, directory: Path, instance: str, 
     wide.click("#go")
     until(wide, "document.querySelector('#text').textContent.length > 60")
     taken = [kept(wide, directory / "page-before.png")]
-    drill(wide, instance, GRACE_SECONDS)
+    instance = holder(wide)
+    drill(wide, instance, grace)
     wide.wait_for_selector(f"[data-name={instance}][data-state=noticed]")
     wide.wait_for_selector("#flows.live .flow", state="attached")
     taken += [
@@ -69,11 +70,15 @@ def take(chromium: Browser, server: PageServer, directory: Path, instance: str, 
         kept(dark, directory / "page-dark.png"),
     ]
     wide.wait_for_selector("#headline[data-tone=good]", timeout=MILLISECONDS)
-    wide.wait_for_selector("#text mark", timeout=MILLISECONDS)
     taken.append(kept(wide, directory / "page-after.png"))
     for page in (wide, dark, phone):
         page.close()
     return taken
+
+
+def holder(page: Page) -> str:
+    """The second of the instances that have a part of the mesh."""
+    return str(page.locator(".instance:has(.device[data-replica])").nth(1).get_attribute("data-name"))
 
 
 def drill(page: Page, instance: str, grace_seconds: float) -> None:

@@ -17,13 +17,17 @@ from browser_cases import Scripted, scripted, unnamed, watched
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
+STRANGER = "stranger.example"
+"""A name of somebody else that leads here."""
+UNPROTECTED = (f"--host-resolver-rules=MAP {STRANGER} 127.0.0.1", "--disable-features=LocalNetworkAccessChecks")
+"""Other browsers let any site send requests to this machine, as Chromium did until lately."""
 LOST = ("Failed to load resource",)
 """What Chromium says of a server that is away, or refuses."""
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator["Browser"]:
-    with browsers.browser() as browser:
+    with browsers.browser(*UNPROTECTED) as browser:
         yield browser
 
 
@@ -172,3 +176,24 @@ def test_where_there_are_keys_it_asks_for_one_and_shows_what_its_role_may(chromi
         assert page.is_visible("#try") and page.is_visible("#add")
         stored = page.evaluate("[{...sessionStorage}, {...localStorage}, document.cookie, location.href]")
         assert stored == [{"spotjax-api-key": "the-admin-key"}, {}, "", server.page], "in this tab and nowhere else"
+
+
+ATTACK = """async target => {
+    const body = JSON.stringify({instance: "i-0"});
+    const json = {"Content-Type": "application/json"};
+    const tries = [{mode: "no-cors"}, {headers: json}, {mode: "no-cors", credentials: "include"}];
+    return Promise.all(tries.map(one => fetch(target, {method: "POST", body, ...one}).then(
+        answer => answer.type === "opaque" ? "opaque" : answer.status, () => "refused")));
+}"""
+
+
+def test_other_sites_that_an_operator_visits_can_do_nothing(chromium: "Browser", server: Scripted) -> None:
+    page = chromium.new_page()
+    page.route("http://other.example/", lambda route: route.fulfill(body="<p>hello", content_type="text/html"))
+    page.goto("http://other.example/")
+    assert page.evaluate(ATTACK, f"http://127.0.0.1:{server.port}/fleet/preempt") == ["opaque", "refused", "opaque"]
+    rebound = page.goto(f"http://{STRANGER}:{server.port}/ui/")
+    assert rebound is not None and rebound.status == 403
+    assert page.evaluate(ATTACK, "/fleet/preempt") == [403, 403, 403]
+    page.close()
+    assert server.service.status().reconfigurations == 0
