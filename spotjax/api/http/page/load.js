@@ -101,7 +101,7 @@ export class Load {
       if (!found[name].length) continue;
       const counts = difference(found[name], this.#latest[0] === found ? [] : this.#latest[0][name]);
       const [middle, high] = [0.5, 0.99].map((part) => quantile(counts, part));
-      this.#set(name, middle === null ? "\u2013" : seconds(middle), middle === null ? "none in the last minute" : `99th percentile ${seconds(high)}`);
+      this.#set(name, middle === null ? "\u2013" : seconds(middle), middle === null ? "none in the last minute" : `99 % within ${seconds(high)}`);
     }
   }
 
