@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+from spotjax.api.calls import authorization
 from spotjax.bench import openai
 from spotjax.bench.exchange import Exchange, PlannedRequest
 from spotjax.bench.load import Clock
@@ -34,11 +35,11 @@ class HttpEndpoint:
       dialect: completions or chats.
       model: name to ask for; None until ``find_model`` has found it.
       options: fields of every request, such as the temperature.
-      api_key: sent as a bearer token.
+      api_key: sent as a bearer token; None for that of the variable ``SPOTJAX_API_KEY``, if there is one.
       tls: for https; None for the system's authorities.
 
     Raises:
-      ConfigError: the URL is none, TLS is given for http, or aiohttp is not installed.
+      ConfigError: the URL or the key is none, TLS is given for http, or aiohttp is not installed.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class HttpEndpoint:
         if tls is not None and not self.base.startswith("https:"):
             raise ConfigError(f"--server {url}: TLS needs a URL that begins with https://")
         self.model, self._dialect, self._options, self._tls = model, dialect, options or {}, tls
-        self._headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = {"accept-encoding": "identity", **dict(authorization(api_key))}
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -160,7 +161,7 @@ def base_url(url: str) -> str:
 
 
 def tls_context(certificate: str | None, key: str | None, authority: str | None) -> ssl.SSLContext | None:
-    """Whom to trust, and who we are; None for the defaults.
+    """Who we are and whom to trust, all PEM files, or ``system`` for the authorities of this machine; None for that.
 
     Raises:
       ConfigError: a file is of no use, or a certificate has no key or the other way round.
@@ -170,7 +171,7 @@ def tls_context(certificate: str | None, key: str | None, authority: str | None)
     if not certificate and not authority:
         return None
     try:
-        context = ssl.create_default_context(cafile=authority)
+        context = ssl.create_default_context(cafile=None if authority == "system" else authority)
         if certificate:
             context.load_cert_chain(certificate, key)
     except (OSError, ssl.SSLError) as problem:

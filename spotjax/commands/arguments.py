@@ -10,6 +10,8 @@ from spotjax.config import DEFAULT_LISTEN, TLS
 from spotjax.errors import ConfigError
 
 if TYPE_CHECKING:
+    import grpc
+
     from spotjax.client import SpotjaxClient
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -30,11 +32,8 @@ def add_command(
     return parser
 
 
-def add_client_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what ``client_of`` needs, and ``--json``."""
-    parser.add_argument(
-        "--server", metavar="HOST:PORT", default=DEFAULT_LISTEN, help=f"server to ask (default: {DEFAULT_LISTEN})"
-    )
+def add_credential_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds who this client is and whom it trusts: a key, and files for TLS."""
     parser.add_argument(
         "--api-key",
         metavar="KEY",
@@ -47,6 +46,14 @@ def add_client_flags(parser: argparse.ArgumentParser) -> None:
         "--tls-certificate", metavar="FILE", help="for a server with mutual TLS: PEM file, with the rest"
     )
     parser.add_argument("--tls-key", metavar="FILE", help="PEM file with its private key")
+
+
+def add_client_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what ``client_of`` needs, and ``--json``."""
+    parser.add_argument(
+        "--server", metavar="HOST:PORT", default=DEFAULT_LISTEN, help=f"server to ask (default: {DEFAULT_LISTEN})"
+    )
+    add_credential_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text, one value a line")
 
 
@@ -60,12 +67,20 @@ def client_of(arguments: argparse.Namespace) -> SpotjaxClient:
     from spotjax.client import SpotjaxClient
 
     patience = getattr(arguments, "patience", DEFAULT_PATIENCE)
+    return SpotjaxClient(arguments.server, patience, credentials_of(arguments), arguments.api_key)
+
+
+def credentials_of(arguments: argparse.Namespace) -> grpc.ChannelCredentials | None:
+    """What a gRPC client shows and trusts; None without TLS.
+
+    Raises:
+      ConfigError: the arguments for TLS are incomplete, or their files of no use.
+    """
     certificate, key, authority = (getattr(arguments, name) or "" for name in TLS)
     if not (certificate or key or authority):
-        return SpotjaxClient(arguments.server, patience, api_key=arguments.api_key)
+        return None
     if not authority or bool(certificate) != bool(key):
         raise ConfigError("TLS needs --tls-authority, and mutual TLS --tls-certificate and --tls-key as well")
     from spotjax.transport.credentials import channel_credentials
 
-    credentials = channel_credentials(certificate, key, "" if authority == "system" else authority)
-    return SpotjaxClient(arguments.server, patience, credentials, arguments.api_key)
+    return channel_credentials(certificate, key, "" if authority == "system" else authority)

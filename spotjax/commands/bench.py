@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spotjax.commands.arguments import add_command
+from spotjax.commands.arguments import add_command, add_credential_flags
 from spotjax.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ def add_commands(commands: Commands) -> None:
         " over HTTP, or Spotjax's gRPC (default: completions)")  # fmt: skip
     add("--server", metavar="ADDRESS", help="URL, or HOST:PORT for gRPC (default: where spotjax serve listens)")
     add("--model", metavar="NAME", help="to ask for (default: the first that the server lists)")
-    add("--api-key", metavar="KEY", help="for a server that wants one (default: SPOTJAX_API_KEY, which others cannot"
-        " see)")  # fmt: skip
-    add("--tls-authority", metavar="FILE", help="for a server with TLS: PEM file of its authority")
-    add("--tls-certificate", metavar="FILE", help="for a server with mutual TLS: PEM file, with the rest")
-    add("--tls-key", metavar="FILE", help="PEM file with its private key")
+    add_credential_flags(parser)
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="a request without a complete answer after this"
         " time has failed (default: 600)")  # fmt: skip
     load = parser.add_argument_group("load").add_argument

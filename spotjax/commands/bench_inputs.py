@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import grpc
 import msgspec
 
 from spotjax.async_client import AsyncSpotjaxClient
@@ -23,13 +21,13 @@ from spotjax.bench.prompts import Prompts, TokenIds, TokenText, Vocabulary, Word
 from spotjax.bench.statistics import Summary, summarise
 from spotjax.bench.sweep import Point, Result, Told, measure
 from spotjax.bench.workload import Workload
+from spotjax.commands.arguments import credentials_of
 from spotjax.commands.bench import DEFAULT_LENGTH
 from spotjax.commands.simulate_inputs import parsed_window
 from spotjax.config import DEFAULT_LISTEN, TLS
 from spotjax.errors import ConfigError
 from spotjax.sim.traces.formats import open_requests
 from spotjax.sim.workload import RequestTrace
-from spotjax.transport.credentials import channel_credentials
 
 REQUESTS = 100
 HTTP_SERVER = "http://127.0.0.1:8471"
@@ -78,31 +76,15 @@ async def endpoint_of(arguments: argparse.Namespace) -> AsyncIterator[HttpEndpoi
         if arguments.extra_body:
             raise ConfigError("--extra-body is for HTTP")
         options = {"temperature": arguments.temperature, "ignore_eos": arguments.ignore_eos}
-        async with AsyncSpotjaxClient(arguments.server, patience=0, credentials=credentials_of(arguments)) as client:
+        credentials = credentials_of(arguments)
+        async with AsyncSpotjaxClient(arguments.server, 0, credentials, arguments.api_key) as client:
             yield GrpcEndpoint(client, arguments.model, options)
         return
-    key = arguments.api_key or os.environ.get("SPOTJAX_API_KEY")
     tls = tls_context(*(getattr(arguments, name) for name in TLS))
     async with HttpEndpoint(
-        arguments.server, arguments.api, arguments.model, http_options(arguments), key, tls
-    ) as server:  # fmt: skip
+        arguments.server, arguments.api, arguments.model, http_options(arguments), arguments.api_key, tls
+    ) as server:
         yield server
-
-
-def credentials_of(arguments: argparse.Namespace) -> grpc.ChannelCredentials | None:
-    """What a gRPC client shows and trusts; None without TLS.
-
-    Raises:
-      ConfigError: the arguments for TLS are incomplete, or their files of no use; or there is a key.
-    """
-    if arguments.api_key:
-        raise ConfigError("--api-key is for HTTP")
-    files = [getattr(arguments, name) for name in TLS]
-    if not any(files):
-        return None
-    if not all(files):
-        raise ConfigError("TLS needs all of --tls-certificate, --tls-key and --tls-authority")
-    return channel_credentials(*files)
 
 
 def http_options(arguments: argparse.Namespace) -> dict[str, Any]:

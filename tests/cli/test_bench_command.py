@@ -58,6 +58,13 @@ async def test_a_run_shows_its_figures_and_writes_them_with_what_they_depend_on(
     assert len({r["answer"] for r in run["requests"]}) == 1 and run["requests"][0]["output_tokens"] == 2
 
 
+async def test_the_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPOTJAX_API_KEY", "sj-environment")
+    async with scripted_server(answer) as server:
+        assert await bench(server.url) == 0
+    assert {seen.headers["authorization"] for seen in server.seen} == {"Bearer sj-environment"}
+
+
 async def test_a_sweep_has_a_line_and_a_run_for_each_point_and_a_picture(capsys: Any, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path, picture = tmp_path / "a.json", tmp_path / "a.png"
