@@ -7,12 +7,14 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from spotjax.api.errors import Unavailable
@@ -177,6 +179,36 @@ def test_a_controller_loads_no_jax() -> None:
     modules += ["fleet_server"] if importlib.util.find_spec("spotjax.fleet_server") else []
     program = f"import sys, {', '.join(f'spotjax.{name}' for name in modules)}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+async def test_over_http_it_drains_too_and_refuses_what_is_new() -> None:
+    async with server("--http", "127.0.0.1:0", "--retain-seconds", "0.1") as process:
+        address = (await line_with(process.stderr, r"serving HTTP address=(\S+)"))[1]
+        await line_with(process.stdout, "serving tiny on")
+        asked = {"prompt": "x", "max_tokens": 16, "stream": True}
+        async with (
+            httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as client,
+            client.stream("POST", "/v1/completions", json=asked) as stream,
+        ):
+            lines = stream.aiter_lines()
+            assert (await anext(lines)).startswith("id: ")
+            process.send_signal(signal.SIGTERM)
+            await line_with(process.stderr, "draining")
+            for refused in (await client.get("/ready"), await client.post("/v1/completions", json=asked)):
+                assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+                assert refused.json()["error"]["code"] == "draining"
+            assert [line async for line in lines][-2:] == ["data: [DONE]", ""]
+        await line_with(process.stdout, "^closed$")
+        assert await process.wait() == 0
+
+
+async def test_a_taken_port_for_http_ends_the_start_with_what_to_do() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with server("--http", address) as process:
+            _, problems = await process.communicate()
+    assert process.returncode == 2
+    assert f"cannot serve HTTP on {address}: Address already in use; give http another" in problems.decode()
 
 
 async def test_draining_ends_after_its_time_with_0() -> None:
