@@ -16,6 +16,7 @@ from spotjax.engine.generation import Delta
 from spotjax.engine.request import Logprobs
 
 DONE = b"data: [DONE]\n\n"
+ENCODER = msgspec.json.Encoder()
 
 
 class UsageShape(msgspec.Struct, frozen=True):
@@ -75,7 +76,10 @@ class Shapes(ABC):
     """``object`` of whole answers and of pieces."""
 
     def __init__(self, base: str, model: str) -> None:
-        self._head = {"id": f"{self.prefix}{base}", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"{self.prefix}{base}", "created": int(time.time()), "model": model, "system_fingerprint": None,
+        }  # fmt: skip
+        self._begin = ENCODER.encode({**self._head, "object": self.piece})[:-1] + b',"choices":'
 
     @abstractmethod
     def opening(self, choice: int) -> Any:
@@ -92,15 +96,11 @@ class Shapes(ABC):
     def answer(self, choices: Sequence[Choice], usage: UsageShape) -> bytes:
         """The whole answer."""
         told = [self.choice(number, choice) for number, choice in enumerate(choices)]
-        return msgspec.json.encode(
-            {**self._head, "object": self.whole, "choices": told, "usage": usage, "system_fingerprint": None}
-        )
+        return ENCODER.encode({**self._head, "object": self.whole, "choices": told, "usage": usage})
 
-    def chunk(self, choices: Sequence[Any], **more: object) -> bytes:
-        """The data of one event."""
-        return msgspec.json.encode(
-            {**self._head, "object": self.piece, "choices": choices, "system_fingerprint": None, **more}
-        )
+    def chunk(self, choices: Sequence[Any], usage: bytes = b"") -> bytes:
+        """The data of one event; ``usage`` is JSON, empty where there is to be no such field."""
+        return b"".join((self._begin, ENCODER.encode(choices), b',"usage":' if usage else b"", usage, b"}"))
 
 
 async def whole_answer(generating: Generating, shapes: Shapes, n: int) -> bytes:
@@ -123,12 +123,12 @@ async def answer_events(
 ) -> AsyncGenerator[bytes, None]:
     """The events that the client does not have yet, as they come."""
     progress, counter = generating.progress, Counter(n)
-    more: dict[str, object] = {"usage": None} if include_usage else {}
+    none = b"null" if include_usage else b""
     for number, tokens in enumerate(progress.tokens):
         if tokens < 0:
             progress.tokens[number] = 0
             if (opening := shapes.opening(number)) is not None:
-                yield event(progress.event_id, shapes.chunk([opening], **more))
+                yield event(progress.event_id, shapes.chunk([opening], none))
     async for number, delta in generating.deltas():
         counter.count(number, delta)
         if number in progress.finished:  # the service says again how choices ended
@@ -138,10 +138,10 @@ async def answer_events(
         for ends, piece in shapes.pieces(number, delta):
             if ends:
                 progress.finished.add(number)
-            told.append(event(progress.event_id, shapes.chunk([piece], **more)))
+            told.append(event(progress.event_id, shapes.chunk([piece], none)))
         if told:
             yield b"".join(told)
     if include_usage and not progress.usage:
         progress.usage = True
-        yield event(progress.event_id, shapes.chunk([], usage=counter.usage))
+        yield event(progress.event_id, shapes.chunk([], ENCODER.encode(counter.usage)))
     yield DONE
