@@ -170,8 +170,8 @@ def main() -> None:
         " vllm is its bench serve, which looks at the fixed steps over HTTP only")  # fmt: skip
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=0.5, help="requests per second of open loops")
-    parser.add_argument("--requests", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=1.0, help="requests per second of open loops")
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--concurrency", type=int, default=8, help="clients of the closed loop")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens of an answer")
@@ -185,17 +185,16 @@ def main() -> None:
         write_model(arguments.model, arguments.weights, arguments.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers are ended, too
     rows: list[dict[str, Any]] = []
-    for _ in range(arguments.rounds):
-        for name in arguments.servers:
-            if available(name, arguments.environments):
-                rows += measure(name, arguments)
-            else:
-                console.print(f"[yellow]{name} is not installed and left out[/]")
+    for name in [*arguments.servers] * arguments.rounds:
+        if not available(name, arguments.environments):
+            console.print(f"[yellow]{name} is not installed and left out[/]")
+            continue
+        rows += measure(name, arguments)
+        if arguments.output:  # after each server: the rest may fail
+            told = {"machine": machine(), "versions": versions(), "arguments": vars(arguments)}
+            arguments.output.write_text(json.dumps({**told, "rows": rows}, indent=1, default=str) + "\n")
     show(rows)
     console.print("answers as those of the first server:", equal_answers(rows))
-    if arguments.output:
-        told = {"machine": machine(), "versions": versions(), "arguments": vars(arguments)}
-        arguments.output.write_text(json.dumps({**told, "rows": rows}, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

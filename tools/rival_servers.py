@@ -20,7 +20,8 @@ from spotjax.tools.processes import Process, free_port
 
 CONTEXT, SLOTS = 512, 16
 """Tokens of a request, and requests at once, that every server is told to take."""
-START_SECONDS = 400.0
+START_SECONDS = 580.0
+"""Some compile when they start."""
 PEERS = Path(__file__).parent / "peers"
 HOST = "127.0.0.1"
 
@@ -68,6 +69,7 @@ def _vllm(places: Places) -> tuple[list[str], dict[str, str]]:
     return command, {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{places.threads - 1}",
+        "OMP_NUM_THREADS": str(places.threads),  # else it serves with fewer
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": "",
     }

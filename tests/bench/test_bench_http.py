@@ -251,11 +251,12 @@ def test_an_event_of_several_lines_is_joined_and_one_without_end_is_refused() ->
 
 
 async def test_cancelling_ends_the_requests_of_the_server_too() -> None:
-    closed = asyncio.Event()
+    begun, closed = asyncio.Event(), asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n" + completion("a"))
+        begun.set()
         await reader.read(1 << 16)
         if not await reader.read():
             closed.set()
@@ -264,7 +265,7 @@ async def test_cancelling_ends_the_requests_of_the_server_too() -> None:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server, HttpEndpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "chat", "m") as endpoint:
         task = asyncio.create_task(apply_load(endpoint, [planned()]))
-        await asyncio.sleep(0.05)
+        await asyncio.wait_for(begun.wait(), 10)
         task.cancel()
         run = await task
         assert run.interrupted
