@@ -41,6 +41,9 @@ from spotjax.sizing import (
     resolve_limits,
     virtual_memory,
 )  # fmt: skip
+from spotjax.structured.grammars import Grammars
+from spotjax.structured.guide import StructureGuide
+from spotjax.structured.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class EmbeddedServer:
       tokenizer: of the model.
       model_name: as clients name it.
       max_model_len: longest prompt and output together.
+      grammars: that output can be kept to.
+      guide: keeps it to them.
     """
 
     service: Controller
@@ -62,6 +67,8 @@ class EmbeddedServer:
     tokenizer: Tokenizer
     model_name: str
     max_model_len: int
+    grammars: Grammars
+    guide: StructureGuide
 
     @property
     def failure(self) -> asyncio.Future[None]:
@@ -71,6 +78,7 @@ class EmbeddedServer:
     async def close(self) -> None:
         """Stops at the next token boundary and frees all devices."""
         await self.service.close()
+        self.guide.close()
 
 
 async def start(config: ServeConfig, observer: Observer | None = None) -> EmbeddedServer:
@@ -112,6 +120,8 @@ async def serve_model(
     weights = await asyncio.to_thread(fingerprint, model.checkpoint, np.dtype(np.float32))
     served = await asyncio.to_thread(fingerprint, model.checkpoint, dtype)
     commits = await asyncio.to_thread(open_commit_log, config, weights)
+    grammars = Grammars(lambda: Vocabulary(model.tokenizer, spec.config.vocab))
+    guide = StructureGuide(grammars)
     service = Controller(
         model.name, planning, members, cluster, commits, model.tokenizer, model.tokenizer.end_tokens,
         limits, time.monotonic, time.time, leave=config.leave, saves=Saves("", commits.identity),
@@ -119,6 +129,7 @@ async def serve_model(
             spec.config, dtype.name, served, model.tokenizer, directory_of(commits), spec.quantization
         ),
         observer=observer,
+        guide=guide,
     )  # fmt: skip
     started = time.monotonic()
     try:
@@ -129,8 +140,9 @@ async def serve_model(
         check_first_mesh(planning, members, report.after)
     except BaseException:
         await service.close()  # and with it the log, whose lock would outlive it
+        guide.close()
         raise
-    return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.longest)
+    return EmbeddedServer(service, cluster, model.tokenizer, model.name, limits.longest, grammars, guide)
 
 
 def local_instances(instances: int, devices_per_instance: int) -> dict[str, Devices]:

@@ -43,6 +43,9 @@ from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
 from spotjax.protocol.steps import ResultHeader
 from spotjax.sizing import foreseeable_degrees, planning_for, resolve_dtype, resolve_limits, virtual_memory
+from spotjax.structured.grammars import Grammars
+from spotjax.structured.guide import StructureGuide
+from spotjax.structured.vocabulary import Vocabulary
 from spotjax.telemetry.instances import InstanceReport
 from spotjax.transport.connection import Connection
 from spotjax.transport.endpoint import Endpoint
@@ -65,6 +68,7 @@ class FleetServer:
     Attributes:
       service: what the API serves.
       tokenizer, model_name, max_model_len: as clients need them.
+      grammars: that output can be kept to.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class FleetServer:
     ) -> None:
         self.tokenizer: Tokenizer = model.tokenizer
         self.model_name = model.name
+        self.grammars = Grammars(lambda: Vocabulary(model.tokenizer, model.checkpoint.spec.config.vocab))
+        self._guide = StructureGuide(self.grammars)
         self._config, self._model, self._log, self._saves, self._newest = config, model, log, saves, newest
         self._observer = observer
         self._sessions = Sessions(Leases(config.lease_seconds), time.monotonic, self)
@@ -174,6 +180,7 @@ class FleetServer:
             await self._service.close()
         else:
             await self._log.close()
+        self._guide.close()
         if self._workers is not None:
             await self._workers.stop()
         if self._watching is not None:
@@ -279,6 +286,7 @@ class FleetServer:
             self._capacity.meter if self._capacity is not None else None,
             self._capacity.status if self._capacity is not None else None,
             self._observer,
+            self._guide,
         )  # fmt: skip
         self._setup = control.ModelSetup(
             config.model, print_of, dtype.name, limits.pages, config.page_size, limits.max_positions, config.max_batch,

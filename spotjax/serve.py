@@ -154,7 +154,7 @@ async def start(config: ServeConfig, server: ApiServer, address: str, telemetry:
         from spotjax import embedded  # imports jax, which a controller must not
 
         started = await embedded.start(config, telemetry.recorder)
-    model = ServedModel(started.model_name, started.tokenizer, started.max_model_len)
+    model = ServedModel(started.model_name, started.tokenizer, started.max_model_len, started.grammars)
     await server.attach(started.service, model)
     print(f"spotjax is serving {model.name} on {address} ({mesh_of(started.service.status())})", flush=True)
     return started

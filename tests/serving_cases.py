@@ -19,6 +19,7 @@ from spotjax.engine.replica import Replica
 from spotjax.engine.request import RequestState, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.sequence import Sequence as ScheduledSequence
+from spotjax.engine.structure import Guide
 from spotjax.meshes.layout import shard_index, shard_shape, split_layers, stage_holds
 from spotjax.meshes.shape import MeshShape
 from spotjax.meshes.sharding import assemble, stage_mesh
@@ -203,12 +204,16 @@ def greedy(prompt: Iterable[int], new_tokens: int) -> RequestState:
     return RequestState("greedy", 0, tuple(int(token) for token in prompt), sampling)
 
 
-def generate(pipelines: Sequence[LocalPipeline], states: Sequence[RequestState]) -> list[RequestState]:
+def generate(
+    pipelines: Sequence[LocalPipeline], states: Sequence[RequestState], guide: Guide | None = None
+) -> list[RequestState]:
     """Runs sequences (choice 0) to their ends, spread over the replicas, and closes the pipelines."""
-    return asyncio.run(_generate(pipelines, states))
+    return asyncio.run(_generate(pipelines, states, guide))
 
 
-async def _generate(pipelines: Sequence[LocalPipeline], states: Sequence[RequestState]) -> list[RequestState]:
+async def _generate(
+    pipelines: Sequence[LocalPipeline], states: Sequence[RequestState], guide: Guide | None
+) -> list[RequestState]:
     log = RecordingLog()
     remaining = len(states)
 
@@ -223,7 +228,7 @@ async def _generate(pipelines: Sequence[LocalPipeline], states: Sequence[Request
     for pipeline in pipelines:
         limits = Limits(BUCKETS.max_batch, BUCKETS.prefill_tokens, pipeline.depth, BUCKETS.prefill_fits)
         scheduler = Scheduler(limits, PageAllocator(PAGES, PAGE_SIZE))
-        replicas.append(Replica(scheduler, pipeline, log, Letters(), deliver))
+        replicas.append(Replica(scheduler, pipeline, log, Letters(), deliver, guide=guide))
     names = [f"sequence-{number}" for number in range(len(states))]
     for number, (name, state) in enumerate(zip(names, states, strict=True)):
         named = replace(state, request_id=name)

@@ -44,7 +44,7 @@ from spotjax.engine.scheduler import Limits, Scheduler  # fmt: skip
 from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.models.catalog import Model
-from spotjax.protocol.steps import ResultHeader, StepHeader
+from spotjax.protocol.steps import MaskHeader, ResultHeader, StepHeader
 from spotjax.runtime.buckets import Buckets
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.pipeline import LocalPipeline
@@ -160,7 +160,8 @@ class Link:
         self.executor.install({("1.0", 0): Role(self.stage, 0, True, "")})
         self.pipeline = RemotePipeline("1.0", ["worker"], self.buckets, self._send, fuse=True)
 
-    def _send(self, header: StepHeader, payload: Sequence[memoryview]) -> None:
+    def _send(self, _: str, header: StepHeader | MaskHeader, payload: Sequence[memoryview]) -> None:
+        assert isinstance(header, StepHeader), "nothing here has a structure"
         whole = b"".join(payload)
         frame = aligned(len(whole))
         frame[:] = whole

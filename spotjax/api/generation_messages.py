@@ -5,6 +5,8 @@ from __future__ import annotations
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.generation import Delta, Usage
 from spotjax.engine.request import FinishReason, Logprobs, SamplingParams
+from spotjax.engine.structure import Structure, StructureKind
+from spotjax.errors import InvalidRequest
 
 OPTIONAL = ("max_tokens", "temperature", "top_p", "seed", "repetition_penalty", "logprobs")
 """Sampling fields whose default is not zero; the others are simply present."""
@@ -15,6 +17,7 @@ FINISH_REASONS = {
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
     FinishReason.CANCELLED: pb.FINISH_REASON_CANCELLED,
     FinishReason.DEADLINE: pb.FINISH_REASON_DEADLINE,
+    FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 FINISH_REASONS_BACK = {number: reason for reason, number in FINISH_REASONS.items()}
 
@@ -32,7 +35,24 @@ def sampling_from(message: pb.Sampling) -> SamplingParams:
         logit_bias=dict(message.logit_bias),
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
+        structure=structure_from(message.structure) if message.HasField("structure") else None,
     )
+
+
+def structure_from(message: pb.Structure) -> Structure:
+    """The structure of a request; whether it can be kept to is not looked at.
+
+    Raises:
+      InvalidRequest: there is none in the message.
+    """
+    kind = message.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest("sampling.structure", f"one of {', '.join(StructureKind)} must be set")
+    if kind == StructureKind.JSON_OBJECT:
+        if not message.json_object:
+            raise InvalidRequest("sampling.structure.json_object", "must be true, got false; leave structure out")
+        return Structure(StructureKind.JSON_OBJECT)
+    return Structure(StructureKind(kind), getattr(message, kind))
 
 
 def delta_to(delta: Delta) -> pb.GenerateResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, cast
 
@@ -21,6 +22,15 @@ Prompt = str | Sequence[int] | Sequence[Message]
 Built = TypeVar("Built", bound=ProtoMessage)
 
 
+class Structure(TypedDict, total=False):
+    """What output must match, one of these; see the message ``Structure``."""
+
+    json_schema: str | Mapping[str, Any]
+    json_object: bool
+    regex: str
+    grammar: str
+
+
 class Sampling(TypedDict, total=False):
     """How tokens are chosen; ranges and defaults are those of the message ``Sampling``."""
 
@@ -38,6 +48,7 @@ class Sampling(TypedDict, total=False):
     stop: Sequence[str]
     stop_token_ids: Sequence[int]
     ignore_eos: bool
+    structure: Structure
 
 
 def generate_request(
@@ -60,7 +71,10 @@ def generate_request(
     fields: dict[str, object] = {"request_id": request_id, "model": model, "n": n, "resumable": resumable}
     if tools and (isinstance(prompt, str) or not prompt or not isinstance(prompt[0], Mapping)):
         raise InvalidRequest("tools", "only a conversation has tools")
-    fields["sampling"] = built(pb.Sampling, "sampling.", **sampling)
+    chosen: dict[str, object] = dict(sampling)
+    if (structure := sampling.get("structure")) is not None:
+        chosen["structure"] = structure_message(structure)
+    fields["sampling"] = built(pb.Sampling, "sampling.", **chosen)
     if isinstance(prompt, str):
         fields["text"] = prompt
     elif prompt and isinstance(prompt[0], Mapping):
@@ -68,6 +82,24 @@ def generate_request(
     else:
         fields["token_ids"] = built(pb.TokenIds, "token_ids.", ids=prompt)
     return built(pb.GenerateRequest, **fields)
+
+
+def structure_message(structure: Structure) -> pb.Structure:
+    """The message; a schema may be given as the object that it is.
+
+    Raises:
+      InvalidRequest: it has not exactly one field, or one that does not exist.
+    """
+    given: dict[str, object] = dict(structure)
+    if len(given) != 1:
+        kinds = ", ".join(Structure.__annotations__)
+        raise InvalidRequest("sampling.structure", f"exactly one of {kinds}, got {', '.join(given) or 'none'}")
+    if isinstance(schema := given.get("json_schema"), Mapping):
+        try:
+            given["json_schema"] = json.dumps(schema)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest("sampling.structure.json_schema", str(error)) from error
+    return built(pb.Structure, "sampling.structure.", **given)
 
 
 def built(kind: type[Built], path: str = "", /, **fields: object) -> Built:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from spotjax.api.generation_messages import sampling_from
 from spotjax.api.prompt import Tokenizer, check_tokens, prompt_tokens
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import SamplingParams
+from spotjax.engine.structure import Structure
 from spotjax.errors import InvalidRequest, UnknownModel
 from spotjax.telemetry.trace_context import current_traceparent
 
@@ -29,11 +31,26 @@ class ServedModel:
       name: what requests may call it.
       tokenizer: text to tokens and back.
       max_model_len: positions that prompt and output together may take.
+      structures: says which structures output can be kept to; None where it can be kept to none.
     """
 
     name: str
     tokenizer: Tokenizer
     max_model_len: int
+    structures: Structures | None = None
+
+
+class Structures(Protocol):
+    """What the API needs to know of structured output; ``spotjax.structured`` has the real one."""
+
+    async def check(self, structure: Structure) -> None:
+        """Returns if output can be kept to it.
+
+        Raises:
+          InvalidRequest: it cannot.
+          Overloaded: nobody has had the time to look.
+        """
+        ...
 
 
 async def accepted_request(
@@ -53,6 +70,8 @@ async def accepted_request(
         raise InvalidRequest("n", f"must be in [1, {MAX_CHOICES}], got {request.n}")
     request_id = checked_request_id(request.request_id) if request.HasField("request_id") else secrets.token_hex(16)
     sampling = accepted_sampling(request.sampling, model.tokenizer.vocab_size)
+    if sampling.structure is not None:
+        await check_structure(sampling.structure, model.structures)
     prompt = await prompt_tokens(request, model.tokenizer)
     if to_the_end and not request.sampling.HasField("max_tokens"):
         sampling = replace(sampling, max_tokens=max(1, model.max_model_len - len(prompt)))
@@ -88,6 +107,13 @@ def accepted_sampling(message: pb.Sampling, vocab_size: int) -> SamplingParams:
         seed=sampling.seed if message.HasField("seed") else secrets.randbits(64),
         top_k=min(sampling.top_k, vocab_size),  # beyond the vocabulary it keeps all just the same
     )
+
+
+async def check_structure(structure: Structure, structures: Structures | None) -> None:
+    """Raises InvalidRequest unless output can be kept to the structure."""
+    if structures is None:
+        raise InvalidRequest("sampling.structure", "this server cannot keep output to a structure")
+    await structures.check(structure)
 
 
 def check_length(field: str, prompt: int, max_tokens: int, max_model_len: int) -> None:

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import sys
 from collections.abc import Generator, Iterator
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from spotjax.commands.arguments import add_client_flags, add_command, client_of
@@ -24,6 +26,7 @@ GENERATE_EXAMPLES = """\
   spotjax generate "Once upon a time" --max-tokens 64 --temperature 0
   spotjax generate "To be" --seed 1 --top-p 0.9 --stop ". " -n 3
   echo "Once upon a time" | spotjax generate - --json
+  spotjax generate "Born on " --regex "[0-9]{4}-[0-9]{2}-[0-9]{2}"
 """
 CHAT_EXAMPLES = """\
   spotjax chat                                      a conversation; Ctrl-D ends it
@@ -93,6 +96,33 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--stop", "text that ends generation; may repeat", action="append", metavar="TEXT")
     add("--stop-token-ids", "token that ends generation; may repeat", type=int, action="append", metavar="ID")
     add("--ignore-eos", "do not end at the model's end tokens", action="store_true")
+    add_structure_flags(parser.add_argument_group("structure of the output, one of"))
+
+
+def add_structure_flags(group: argparse._ArgumentGroup) -> None:
+    """Adds a flag for everything that the message ``Structure`` may be."""
+    one = group.add_mutually_exclusive_group()
+
+    def add(name: str, help: str, **options: Any) -> None:
+        one.add_argument(name, dest="structure", default=argparse.SUPPRESS, help=help, **options)
+
+    add(
+        "--json-schema",
+        "JSON that the schema in FILE describes",
+        type=partial(content_as, "json_schema"),
+        metavar="FILE",
+    )
+    add("--json-object", "any JSON object", action="store_const", const={"json_object": True})
+    add("--regex", "text that all of PATTERN matches", type=lambda pattern: {"regex": pattern}, metavar="PATTERN")
+    add("--grammar", "text of the grammar in FILE, in Lark syntax", type=partial(content_as, "grammar"), metavar="FILE")
+
+
+def content_as(kind: str, path: str) -> dict[str, str]:
+    """The structure of that kind whose text is in a file."""
+    try:
+        return {kind: Path(path).read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError) as problem:
+        raise argparse.ArgumentTypeError(f"{path} cannot be read: {problem}") from problem
 
 
 def bias(text: str) -> tuple[int, float]:
@@ -195,6 +225,6 @@ def show(deltas: Iterator[Delta], arguments: argparse.Namespace) -> str:
             print(delta.text, end="\n" if delta.finish else "", flush=True)
         elif delta.finish:
             print(f"--- choice {delta.choice}\n{texts[delta.choice]}", flush=True)
-        if delta.finish in ("cancelled", "deadline"):
+        if delta.finish in ("cancelled", "deadline", "error"):
             print(f"spotjax: the request ended early: {delta.finish}", file=sys.stderr)
     return texts.get(0, "")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
 from spotjax.engine.request import RequestState, Sampled
+from spotjax.engine.structure import Masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +52,13 @@ class Batch:
       step: number, counted up.
       spans: one a row.
       follows: the step before it that draws the tokens of spans that run ahead; None if there are no such spans.
+      masks: which tokens rows with a structure may draw, computed while the step runs; None if there are no such rows.
     """
 
     step: int
     spans: tuple[Span, ...]
     follows: int | None = None
+    masks: Future[Masks] | None = None
 
 
 @dataclass(frozen=True, slots=True)

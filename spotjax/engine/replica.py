@@ -8,20 +8,25 @@ step does not wait for.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from spotjax.engine.batch import Batch, Pipeline, StepResult
 from spotjax.engine.commit_log import CommitLog
 from spotjax.engine.observer import EngineObserver, Unobserved
-from spotjax.engine.request import RequestState
+from spotjax.engine.request import FinishReason, RequestState, Sampled
 from spotjax.engine.scheduler import Scheduler
+from spotjax.engine.sequence import Sequence as ScheduledSequence
 from spotjax.engine.step_times import StepTimes
+from spotjax.engine.structure import Guide, GuidedRow, StructureFailed
 from spotjax.engine.text import Detokenizer, advance
 from spotjax.errors import InstanceLost
+
+log = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[RequestState]], None]
 
@@ -46,6 +51,7 @@ class Replica:
       deliver: called with new states once they are recorded.
       clock: monotonic seconds.
       observer: is told about steps.
+      guide: keeps sequences to their structures; None where there are no such sequences.
 
     Attributes:
       step_times: of the steps that came back.
@@ -60,12 +66,14 @@ class Replica:
         deliver: Deliver,
         clock: Callable[[], float] = time.monotonic,
         observer: EngineObserver | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.scheduler, self.pipeline, self.step_times = scheduler, pipeline, StepTimes()
         self.lost = False
         """Whether an instance of the replica is gone; its KV is of no use then."""
         self._log, self._detokenizer, self._deliver, self._clock = log, detokenizer, deliver, clock
         self._observer: EngineObserver = observer or Unobserved()
+        self._guide = guide
         self._wake = asyncio.Event()
         self._stopping = False
         self._most = pipeline.depth + pipeline.ahead
@@ -104,6 +112,7 @@ class Replica:
                     self._observer.begun(sequence.state, now)
                 if batch is None:
                     break
+                batch = self._guided(batch)
                 in_flight.append(_Step(batch, now, asyncio.create_task(self.pipeline.run(batch))))
             if in_flight:
                 await self._progress(in_flight)
@@ -134,10 +143,10 @@ class Replica:
         if self.lost:
             return
         back = self._time(step)
-        running = self.scheduler.running
+        running, failed = self.scheduler.running, step.batch.masks.result().failed if step.batch.masks else {}
         states = {
-            sequence.key: advance(sequence.state, result.sampled[sequence.key], self._detokenizer)
-            for span in step.batch.spans
+            sequence.key: self._advanced(sequence, result.sampled[sequence.key], failed.get(row))
+            for row, span in enumerate(step.batch.spans)
             if span.samples and (sequence := running.get(span.sequence)) is not None and sequence.cancelled is None
         }
         ended = self.scheduler.commit(step.batch, states)
@@ -145,6 +154,32 @@ class Replica:
         committed = (*states.values(), *cancelled)
         if committed:
             self._log.append(committed, partial(self._recorded, committed, back))
+
+    def _guided(self, batch: Batch) -> Batch:
+        """The batch, and what its rows with a structure may draw, which is computed from now on."""
+        rows = {}
+        for row, span in enumerate(batch.spans):
+            sampling = span.state.sampling
+            if span.samples and sampling.structure is not None:
+                assert self._guide is not None, "a request with a structure is refused where nothing can keep to it"
+                sequence = self.scheduler.running[span.sequence]
+                if sequence.matcher is None:
+                    sequence.matcher = self._guide.matcher(sampling.structure, ends=not sampling.ignore_eos)
+                rows[row] = GuidedRow(sequence.matcher, span.state.tokens)
+        return replace(batch, masks=self._guide.masks(rows)) if self._guide is not None and rows else batch
+
+    def _advanced(self, sequence: ScheduledSequence, sampled: Sampled, problem: str | None) -> RequestState:
+        """The sequence one token further, or ended where its structure cannot be followed."""
+        state, complete = sequence.state, False
+        if sequence.matcher is not None and problem is None:
+            try:
+                complete = sequence.matcher.completed_by(state.tokens, sampled.token)
+            except StructureFailed as failure:
+                problem = str(failure)
+        if problem is not None:
+            log.error("request %s: its structure cannot be followed: %s", state.request_id, problem)
+            return state.finished(FinishReason.ERROR)
+        return advance(state, sampled, self._detokenizer, complete=complete)
 
     def _recorded(self, states: Sequence[RequestState], since: float) -> None:
         """The log has what a step came to that came back at that time."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from spotjax.engine.structure import Structure
 from spotjax.errors import InvalidRequest
 
 MAX_LOGPROBS = 20
@@ -21,6 +22,8 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
+    ERROR = "error"
+    """What its structure allows next could not be told. What there is is the beginning of something that matches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class SamplingParams:
       stop: texts that end generation and are not part of the output text.
       stop_token_ids: tokens that end generation, in addition to the model's own end tokens.
       ignore_eos: do not end at the model's end tokens.
+      structure: what all of the output must match; None for anything.
     """
 
     max_tokens: int = 16
@@ -58,6 +62,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    structure: Structure | None = None
 
     def __post_init__(self) -> None:
         self._check("max_tokens", self.max_tokens >= 1, "at least 1")
@@ -84,8 +89,13 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        """Whether the next token depends on which tokens came before in other ways than through the model."""
+        """Whether tokens that came before make some less likely."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def needs_output(self) -> bool:
+        """Whether the next token depends on which tokens came before in other ways than through the model."""
+        return self.penalised or self.structure is not None
 
     @property
     def plain_greedy(self) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from spotjax.engine.batch import Span, ahead
 from spotjax.engine.prefix_cache import Tokens
 from spotjax.engine.request import FinishReason, RequestState
+from spotjax.engine.structure import Matcher
 
 
 class Flight(NamedTuple):
@@ -39,6 +40,7 @@ class Sequence:
       flights: its parts in steps that have not come back, in order; changed by the methods below.
       drawing: tokens that these draw.
       cancelled: why it is to end at the next token boundary, if it is.
+      matcher: of its structure, once it was needed.
     """
 
     key: int
@@ -50,6 +52,7 @@ class Sequence:
     flights: list[Flight] = field(default_factory=list)
     drawing: int = 0
     cancelled: FinishReason | None = None
+    matcher: Matcher | None = None
 
     @property
     def in_flight(self) -> bool:
@@ -113,7 +116,7 @@ class Sequence:
         """
         if self.cancelled is not None or self.drawing > 1:
             return False
-        return not self.drawing or not self.state.sampling.penalised
+        return not self.drawing or not self.state.sampling.needs_output
 
 
 def _token_at(state: RequestState, position: int) -> int:

@@ -23,15 +23,18 @@ class Detokenizer(Protocol):
         ...
 
 
-def advance(state: RequestState, sampled: Sampled, detokenizer: Detokenizer) -> RequestState:
+def advance(state: RequestState, sampled: Sampled, detokenizer: Detokenizer, *, complete: bool = False) -> RequestState:
     """The sequence with one more token, ended if that token ends it.
 
     End tokens and ``max_tokens`` end it after the token, stop texts at the place where they begin in the text. A
     character that is incomplete when the sequence ends is shown as U+FFFD.
+
+    Args:
+      complete: whether the token completes the sequence's structure, which ends it.
     """
     tokens = (*state.tokens, sampled.token)
     logprobs = (*state.logprobs, sampled.logprobs) if sampled.logprobs is not None else state.logprobs
-    reason = _reason(state, sampled.token, len(tokens))
+    reason = FinishReason.STOP if complete else _reason(state, sampled.token, len(tokens))
     new, decoded = _decode(tokens, state.decoded, detokenizer, last=reason is not None)
     final, pending, stopped = split_at_stop(state.pending + new, state.sampling.stop)
     if stopped:

@@ -17,6 +17,7 @@ from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.replica import Replica
 from spotjax.engine.request import FinishReason, RequestState
 from spotjax.engine.scheduler import Scheduler
+from spotjax.engine.structure import Guide
 from spotjax.engine.text import Detokenizer
 from spotjax.errors import CheckpointError, Draining
 from spotjax.fleet.admission import Admission, ServiceLimits
@@ -75,6 +76,7 @@ class Controller:
       meter: is told what arrives and what is done, if somebody wants to know.
       capacity: what operators see of how the fleet comes by its machines.
       observer: is told what happens to requests and to the mesh, if somebody wants to know.
+      guide: keeps output to structures; None where no request has one.
 
     Attributes:
       planning: as given.
@@ -99,9 +101,10 @@ class Controller:
         meter: Meter | None = None,
         capacity: Callable[[], CapacityStatus] | None = None,
         observer: Observer | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.planning = planning
-        self._meter, self._capacity = meter, capacity
+        self._meter, self._capacity, self._guide = meter, capacity, guide
         self._model_name, self._members, self._cluster, self._limits = model_name, members, cluster, limits
         self._log, self._detokenizer, self._clock = log, detokenizer, clock
         self._events, self._observer = EventLog(wall_clock), observer or Unobserved()
@@ -296,7 +299,9 @@ class Controller:
         self._dispatcher.check()
 
     def _make_replica(self, scheduler: Scheduler, pipeline: Pipeline) -> Replica:
-        return Replica(scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock, self._observer)
+        return Replica(
+            scheduler, pipeline, self._log, self._detokenizer, self._deliver, self._clock, self._observer, self._guide
+        )
 
     def _deliver(self, states: Sequence[RequestState]) -> None:
         """These are recorded."""

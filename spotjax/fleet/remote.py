@@ -23,7 +23,7 @@ from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.placement import Placement
 from spotjax.planner.needs import Needs, StackedNeeds
 from spotjax.protocol import control
-from spotjax.protocol.steps import ResultHeader, StepHeader
+from spotjax.protocol.steps import MaskHeader, ResultHeader, StepHeader
 from spotjax.reshard.transfer import PageTransfer, Preparation, Remains, Survivors, Traffic
 from spotjax.runtime.buckets import Buckets
 from spotjax.transport.connection import Connection
@@ -153,7 +153,10 @@ class RemoteCluster:
         traffic = _sum(await self._everyone(lambda number: control.Switch(number, tuple(transfers))))
         placement = preparation.placement
         for data in preparation.changed:
-            await self._connect(placement.group(data, 0)[0].instance)
+            first, last = (placement.group(data, number)[0].instance for number in (0, placement.shape.stage - 1))
+            await self._connect(first)
+            if last != first and not members[last].over.done():  # masks go there; who is lost is lost on the new mesh
+                await self._connect(last)
         carried = {new: self.pipelines[old] for old, new in preparation.carried.items()}
         pipelines = tuple(carried.get(data) or self._pipeline(placement, data) for data in range(placement.shape.data))
         self.pipelines, self._prepared = pipelines, None
@@ -311,10 +314,9 @@ class RemoteCluster:
 
     def _pipeline(self, placement: Placement, data: int) -> RemotePipeline:
         instances = [placement.group(data, number)[0].instance for number in range(placement.shape.stage)]
-        send = partial(self._send, instances[0])
-        return RemotePipeline(f"{placement.epoch}.{data}", instances, self._buckets, send, fuse=self._fuse)
+        return RemotePipeline(f"{placement.epoch}.{data}", instances, self._buckets, self._send, fuse=self._fuse)
 
-    def _send(self, instance: str, header: StepHeader, payload: Sequence[memoryview]) -> None:
+    def _send(self, instance: str, header: StepHeader | MaskHeader, payload: Sequence[memoryview]) -> None:
         try:
             self._connections[instance].send(header, *payload)
         except (KeyError, ConnectionLost) as problem:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 from spotjax.engine.batch import Batch, StepResult
+from spotjax.engine.structure import Masks
 from spotjax.errors import InstanceLost
-from spotjax.protocol.steps import ResultHeader, StepHeader, read_result, step_payload
+from spotjax.protocol.steps import MaskHeader, ResultHeader, StepHeader, mask_payload, read_result, step_payload
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.controls import Variant, variant_for
 from spotjax.runtime.step import pack_step, step_shape, unpack_result
 
 RECENT_STEPS = 16
 
-Send = Callable[[StepHeader, Sequence[memoryview]], None]
-"""Sends a frame to the first stage; what goes wrong is told to the cluster, which loses an instance for it."""
+Send = Callable[[str, StepHeader | MaskHeader, Sequence[memoryview]], None]
+"""Sends a frame to an instance; what goes wrong is told to the cluster, which loses the instance for it."""
 
 
 class RemotePipeline:
@@ -26,7 +29,7 @@ class RemotePipeline:
       name: unique among all pipelines ever; contains the epoch.
       instances: of every stage, in order.
       buckets: shapes that steps are padded to.
-      send: to the first stage.
+      send: to an instance with one of its stages.
       fuse: ask stages to compile close-fitting shapes in the background, and use them when all have.
 
     Attributes:
@@ -35,7 +38,7 @@ class RemotePipeline:
 
     def __init__(self, name: str, instances: Sequence[str], buckets: Buckets, send: Send, *, fuse: bool) -> None:
         self.name, self.instances = name, tuple(instances)
-        self.recent: deque[tuple[StepShape, Variant]] = deque(maxlen=RECENT_STEPS)
+        self.recent: deque[tuple[StepShape, Variant, bool]] = deque(maxlen=RECENT_STEPS)
         self._buckets, self._send, self._fuse = buckets, send, fuse
         self._ready: set[StepShape] = set()
         self._running: dict[int, tuple[Batch, StepShape | None, asyncio.Future[StepResult]]] = {}
@@ -65,10 +68,14 @@ class RemotePipeline:
         self._running[batch.step] = batch, want, result
         sequences = tuple(span.sequence for span in batch.spans)
         header = StepHeader(
-            self.name, batch.step, 0, shape, packed.variant, sequences, want, want is not None, batch.follows
-        )
+            self.name, batch.step, 0, shape, packed.variant, sequences, want, want is not None, batch.follows,
+            batch.masks is not None,
+        )  # fmt: skip
         try:
-            self._send(header, step_payload(packed, None))
+            self._send(self.instances[0], header, step_payload(packed, None))
+            if batch.masks is not None:  # also if nobody waits any more: the step does until they come
+                send, loop = partial(self._send_masks, batch.step, result), result.get_loop()
+                batch.masks.add_done_callback(lambda masks: loop.call_soon_threadsafe(send, masks))
             return await result
         finally:
             del self._running[batch.step]
@@ -82,6 +89,15 @@ class RemotePipeline:
             self._ready.add(want)
         if not result.done():
             result.set_result(unpack_result(batch, read_result(header, payload)))
+
+    def _send_masks(self, step: int, result: asyncio.Future[StepResult], computed: Future[Masks]) -> None:
+        """Masks go to the last stage by themselves: it needs them only when the step has come through all."""
+        if (problem := computed.exception()) is None:
+            masks = computed.result()
+            header = MaskHeader(self.name, step, masks.rows)
+            self._send(self.instances[-1], header, mask_payload(masks.words))
+        elif not result.done():
+            result.set_exception(problem)
 
     def lose(self, why: str) -> None:
         """Makes every step that has not come back, and every later one, fail with InstanceLost."""
@@ -97,7 +113,7 @@ class RemotePipeline:
         """
         common = step_shape(batch, self._buckets, fine=False)
         states = [span.state.sampling for span in batch.spans if span.samples]
-        self.recent.append((common, variant_for(states)))
+        self.recent.append((common, variant_for(states), batch.masks is not None))
         if not self._fuse or common.span > 1:
             return common, None
         close = step_shape(batch, self._buckets, fine=True)

@@ -333,7 +333,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
       heirs, carried: see ``Preparation``.
       backups: the instance that has a copy of the KV of a stage of ``current``, by replica and stage.
       addresses: data endpoint of every instance.
-      steps: shapes and sampling variants of what will soon be run, to be made ready to run.
+      steps: shapes and sampling variants of what will soon be run, and whether with masks, to be made ready to run.
     """
 
     id: int
@@ -345,7 +345,7 @@ class Prepare(msgspec.Struct, frozen=True, tag=True):
     carried: dict[int, int]
     backups: tuple[tuple[tuple[int, int], str], ...]
     addresses: dict[str, str]
-    steps: tuple[tuple[StepShape, Variant], ...]
+    steps: tuple[tuple[StepShape, Variant, bool], ...]
 
 
 class CopyPages(msgspec.Struct, frozen=True, tag=True):

@@ -13,8 +13,9 @@ from itertools import accumulate
 import msgspec
 import numpy as np
 
+from spotjax.engine.structure import Masks
 from spotjax.runtime.buckets import StepShape
-from spotjax.runtime.controls import Variant, controls_width
+from spotjax.runtime.controls import Variant, controls_width, mask_words
 from spotjax.runtime.step import PackedStep
 
 ALIGNMENT = 64
@@ -36,6 +37,7 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
       want: a close-fitting shape that stages should get ready in the background.
       ready: whether all stages so far have ``want`` ready.
       follows: the step that draws tokens which the rows lack, see ``sampling.fill_in``; None if they lack none.
+      masked: whether ``MaskHeader`` says, to the last stage, what some rows may draw.
     """
 
     pipeline: str
@@ -47,6 +49,20 @@ class StepHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
     want: StepShape | None
     ready: bool
     follows: int | None = None
+    masked: bool = False
+
+
+class MaskHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Which tokens rows of a step may draw, straight to its last stage; the payload is ``mask_payload``.
+
+    Attributes:
+      pipeline, step: as in the step's ``StepHeader``.
+      rows: that have a structure; the others may draw any.
+    """
+
+    pipeline: str
+    step: int
+    rows: tuple[int, ...]
 
 
 class ResultHeader(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -98,6 +114,21 @@ def read_step(
         extents.append(((shape.rows, shape.span, width), dtype))
     rows, pages, controls, *hidden = _views(payload, extents)
     return PackedStep(shape, variant, rows, pages, controls), hidden[0] if hidden else None
+
+
+def mask_payload(words: np.ndarray) -> tuple[memoryview, ...]:
+    """Bytes of masks, (rows, words) int32; not copied."""
+    return tuple(_pieces((words,)))
+
+
+def read_masks(header: MaskHeader, payload: memoryview, vocab: int) -> Masks:
+    """The masks, as a view into the payload.
+
+    Raises:
+      ValueError: the payload is not as long as the header says.
+    """
+    (words,) = _views(payload, [((len(header.rows), mask_words(vocab)), INT32)])
+    return Masks(header.rows, words, {})
 
 
 def result_payload(result: np.ndarray) -> tuple[memoryview, ...]:

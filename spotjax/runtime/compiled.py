@@ -27,12 +27,12 @@ from spotjax.models.spec import ArraySpec, ModelSpec
 from spotjax.runtime.attention.backend import AttentionBackend
 from spotjax.runtime.attention.xla import XlaAttention
 from spotjax.runtime.buckets import StepShape
-from spotjax.runtime.controls import Variant, controls_width
+from spotjax.runtime.controls import Variant, controls_width, mask_words
 from spotjax.runtime.executables import Devices, Executables, Key
 from spotjax.runtime.functions import StageFunctions
 from spotjax.runtime.kv import DevicePages, LayerPages, StepInput
 from spotjax.runtime.program_cache import ProgramCache
-from spotjax.runtime.sampling import drawn_tokens, fill_in, sample
+from spotjax.runtime.sampling import drawn_tokens, drawn_width, fill_in, restrict, sample, with_logprobs
 
 Call = Callable[..., Any]
 Kinds = tuple[int, ...]
@@ -123,6 +123,16 @@ class CompiledModel:
         """``(logits, controls) -> (packed result, drawn tokens)`` on one device; see ``sampling.drawn_tokens``."""
         key = ("sample", variant, rows, self.spec.config.vocab, controls_width(variant, self._max_positions))
         return self.executables.get(key, (device,), partial(self._lower_sample, variant, rows))
+
+    def restrict(self, device: jax.Device, rows: int) -> Call:
+        """``(logits, words) -> logits`` on one device; see ``sampling.restrict``."""
+        key = ("restrict", rows, self.spec.config.vocab)
+        return self.executables.get(key, (device,), partial(self._lower_restrict, rows))
+
+    def with_logprobs(self, device: jax.Device, rows: int) -> Call:
+        """``(logits, drawn tokens) -> packed result`` on one device, with the model's own log-probabilities."""
+        key = ("logprobs", rows, self.spec.config.vocab)
+        return self.executables.get(key, (device,), partial(self._lower_logprobs, rows))
 
     def fill_in(self, device: jax.Device, rows: int, drawn: int) -> Call:
         """``(rows, drawn tokens) -> rows`` on one device; see ``sampling.fill_in``."""
@@ -243,11 +253,10 @@ class CompiledModel:
         return self._lower(self._functions(mesh).logits, arguments, replicated(mesh), mesh)
 
     def _lower_sample(self, variant: Variant, rows: int, devices: Devices) -> jax.stages.Lowered:
-        at = jax.sharding.SingleDeviceSharding(devices[0])
         width = controls_width(variant, self._max_positions)
         arguments = [
-            jax.ShapeDtypeStruct((rows, self.spec.config.vocab), jnp.float32, sharding=at),
-            jax.ShapeDtypeStruct((rows, width), jnp.int32, sharding=at),
+            self._on_one(devices, (rows, self.spec.config.vocab), jnp.float32),
+            self._on_one(devices, (rows, width), jnp.int32),
         ]
 
         def draw(logits: jax.Array, controls: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -257,9 +266,22 @@ class CompiledModel:
         # greedy ignores its controls; keeping them makes all variants callable alike
         return jax.jit(draw, keep_unused=True).lower(*arguments)
 
+    def _lower_restrict(self, rows: int, devices: Devices) -> jax.stages.Lowered:
+        vocab = self.spec.config.vocab
+        words = self._on_one(devices, (rows, mask_words(vocab)), jnp.int32)
+        return jax.jit(restrict).lower(self._on_one(devices, (rows, vocab), jnp.float32), words)
+
+    def _lower_logprobs(self, rows: int, devices: Devices) -> jax.stages.Lowered:
+        logits = self._on_one(devices, (rows, self.spec.config.vocab), jnp.float32)
+        tokens = self._on_one(devices, (drawn_width(rows),), jnp.int32)
+        return jax.jit(lambda logits, tokens: with_logprobs(logits, tokens[:rows])).lower(logits, tokens)
+
+    def _on_one(self, devices: Devices, shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+        """An array on the first of some devices."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
+
     def _lower_fill_in(self, rows: int, drawn: int, devices: Devices) -> jax.stages.Lowered:
-        at = jax.sharding.SingleDeviceSharding(devices[0])
-        arguments = [jax.ShapeDtypeStruct(shape, jnp.int32, sharding=at) for shape in ((rows, 3), (drawn,))]
+        arguments = [self._on_one(devices, shape, jnp.int32) for shape in ((rows, 3), (drawn,))]
         return jax.jit(fill_in).lower(*arguments)
 
     def _lower_read(self, tensor: int, devices: Devices) -> jax.stages.Lowered:

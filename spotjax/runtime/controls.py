@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from spotjax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, Logprobs, RequestState, Sampled, SamplingParams
+from spotjax.engine.structure import Masks
 
 FIELDS = (
     "temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency",
@@ -41,6 +42,21 @@ def _needs_full(row: SamplingParams) -> bool:
 def controls_width(variant: Variant, max_positions: int) -> int:
     """Columns of the packed controls."""
     return len(FIELDS) + (2 * MAX_LOGIT_BIAS + max_positions if variant is Variant.FULL else 0)
+
+
+def mask_words(vocab: int) -> int:
+    """32-bit words that a mask over the vocabulary takes."""
+    return -(-vocab // 32)
+
+
+def spread_masks(masks: Masks, rows: int) -> np.ndarray:
+    """Masks of all rows of a step: rows without a structure may draw anything.
+
+    Returns: (rows, W) int32, see ``sampling.restrict``.
+    """
+    words = np.full((rows, masks.words.shape[1]), -1, np.int32)
+    words[list(masks.rows)] = masks.words
+    return words
 
 
 def pack_controls(

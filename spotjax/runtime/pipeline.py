@@ -19,6 +19,8 @@ from spotjax.engine.batch import Batch, StepResult
 from spotjax.errors import InstanceLost
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.controls import spread_masks
+from spotjax.runtime.drawing import draw
 from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import pack_step, step_shape, unpack_result
@@ -115,12 +117,12 @@ class LocalPipeline:
         for stage in self.stages:
             out = stage.run(step.shape, rows if stage.first else step.rows, step.pages, out)
         assert out is not None
-        self.recent.append((common, step.variant))
+        self.recent.append((common, step.variant, batch.masks is not None))
         logits = out.addressable_shards[0].data  # every shard holds all logits
         device = self.stages[-1].devices[0]
-        sample = self._model.sample(device, step.variant, step.shape.rows)
-        result: jax.Array
-        result, tokens = sample(logits, jax.device_put(step.controls, device))
+        # the masks are waited for here, while the devices compute the logits
+        masks = spread_masks(batch.masks.result(), step.shape.rows) if batch.masks is not None else None
+        result, tokens = draw(self._model, device, step, logits, masks)
         self._drawn.keep(batch.step, tokens)
         return result
 

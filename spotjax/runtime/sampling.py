@@ -64,8 +64,29 @@ def sample(variant: Variant, logits: jax.Array, packed: jax.Array) -> jax.Array:
     if variant is Variant.FULL:
         shaped = _penalise(shaped, controls)
     chosen = _draw(shaped, controls)
-    if variant is Variant.RANDOM:
-        return chosen[:, None]
+    return chosen[:, None] if variant is Variant.RANDOM else with_logprobs(logits, chosen)
+
+
+def restrict(logits: jax.Array, words: jax.Array) -> jax.Array:
+    """Leaves the logits of some tokens only: the others become -inf, which no other part of sampling changes.
+
+    Args:
+      logits: (B, V) float32.
+      words: (B, W) int32, see ``engine.structure.Masks``.
+
+    Returns: (B, V) float32.
+    """
+    bits = (words[:, :, None] >> jnp.arange(32, dtype=jnp.int32)[None, None, :]) & 1
+    return _keep(logits, bits.reshape(len(words), -1)[:, : logits.shape[1]] == 1)
+
+
+def with_logprobs(logits: jax.Array, chosen: jax.Array) -> jax.Array:
+    """What ``sample`` returns for ``full``: tokens, and log-probabilities of the model's own distribution.
+
+    Args:
+      logits: (B, V) float32, of the model.
+      chosen: (B,) int32 token ids.
+    """
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     own = jnp.take_along_axis(logprobs, chosen[:, None], axis=1)
     top, ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))

@@ -16,8 +16,8 @@ from spotjax.runtime.controls import Variant
 from spotjax.runtime.executables import Devices
 from spotjax.runtime.sampling import drawn_width
 
-Step = tuple[StepShape, Variant]
-"""What a step runs: its padded shape, and how tokens are drawn."""
+Step = tuple[StepShape, Variant, bool]
+"""What a step runs: its padded shape, how tokens are drawn, and whether some rows have masks."""
 Progress = Callable[[int, int], None]
 """Told (done, total)."""
 
@@ -39,13 +39,16 @@ def warm(
 
 def load(model: CompiledModel, groups: Sequence[Devices], steps: Iterable[Step]) -> None:
     """Makes what these steps run ready on the device groups, so that no step has to wait for it there."""
-    for shape, variant in dict.fromkeys(steps):
+    for shape, variant, masked in dict.fromkeys(steps):
         for devices in groups:
             model.embed(devices, shape.rows, shape.span)
             for kind in range(len(model.spec.kinds)):
                 model.layer(devices, shape, kind)
             model.logits(devices, shape.rows, shape.span)
             model.sample(own(devices)[0], variant, shape.rows)
+            if masked:
+                model.restrict(own(devices)[0], shape.rows)
+                model.with_logprobs(own(devices)[0], shape.rows)
             if shape.span == 1:
                 model.fill_in(own(devices)[0], shape.rows, drawn_width(shape.rows))
 
@@ -61,6 +64,8 @@ def _calls(model: CompiledModel, buckets: Buckets, devices: Devices) -> Iterator
     for rows in sorted({rows for rows, _ in steps}):
         for variant in Variant:
             yield lambda rows=rows, variant=variant: model.sample(own(devices)[0], variant, rows)  # type: ignore[misc]
+        yield lambda rows=rows: model.restrict(own(devices)[0], rows)  # type: ignore[misc]
+        yield lambda rows=rows: model.with_logprobs(own(devices)[0], rows)  # type: ignore[misc]
     widths = sorted({drawn_width(rows) for rows, _ in steps})
     for rows, width in product(buckets.decode_rows, widths):
         yield lambda rows=rows, width=width: model.fill_in(own(devices)[0], rows, width)  # type: ignore[misc]

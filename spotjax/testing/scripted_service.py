@@ -13,7 +13,8 @@ from typing import Any
 
 import msgspec
 
-from spotjax.errors import CheckpointError, NoFeasibleShape, NoSpareDevices, UnknownInstance
+from spotjax.engine.structure import Structure
+from spotjax.errors import CheckpointError, InvalidRequest, NoFeasibleShape, NoSpareDevices, UnknownInstance
 from spotjax.fleet.status import FleetEvent, FleetStatus, InstanceStatus, Reconfiguration, ReplicaStatus, Saved
 from spotjax.meshes.instance import DeviceRef, InstanceState
 from spotjax.meshes.layout import split_layers
@@ -53,6 +54,15 @@ class ByteTokenizer:
             shown = "".join(f" {call['name']}({msgspec.json.encode(call['arguments']).decode()})" for call in calls)
             lines.append(f"{message['role']}: {message['content']}{shown}\n")
         return "".join(lines) + "assistant: "
+
+
+class ScriptedStructures:
+    """Takes any structure whose text does not begin with ``no``; the scripted service keeps to none."""
+
+    async def check(self, structure: Structure) -> None:
+        """See ``api.validation.Structures.check``."""
+        if structure.text.startswith("no"):
+            raise InvalidRequest(f"sampling.structure.{structure.kind}", f"refused as scripted: {structure.text!r}")
 
 
 class ScriptedService(ScriptedGeneration):

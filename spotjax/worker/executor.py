@@ -15,22 +15,36 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import TypeVar
 
 import jax
 import msgspec
 import numpy as np
 
+from spotjax.engine.structure import Masks
 from spotjax.protocol.control import StageWork
-from spotjax.protocol.steps import ResultHeader, StepHeader, read_step, result_payload, step_payload
+from spotjax.protocol.steps import (
+    MaskHeader,
+    ResultHeader,
+    StepHeader,
+    read_masks,
+    read_step,
+    result_payload,
+    step_payload,
+)
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.compiled import CompiledModel
+from spotjax.runtime.controls import spread_masks
+from spotjax.runtime.drawing import draw
 from spotjax.runtime.drawn import Drawn
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import PackedStep
 from spotjax.worker.ledger import StageLedger
+from spotjax.worker.masks import StepMasks
 from spotjax.worker.stage_times import StageTimes
 from spotjax.worker.watchdog import Watchdog
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 STEPS_AHEAD = 2
@@ -93,6 +107,7 @@ class StageExecutor:
         self._send, self._failed, self._watchdog = send, failed, watchdog
         self._posts: Mapping[tuple[str, int], _Post] = {}
         self._drawn: dict[str, Drawn] = {}
+        self._masks = StepMasks()
 
     def install(self, roles: Mapping[tuple[str, int], Role]) -> None:
         """Makes these the roles, by pipeline and stage number. Pipelines that were there before go on undisturbed."""
@@ -101,6 +116,7 @@ class StageExecutor:
             key: replace(before[key], role=role) if key in before else _Post(role) for key, role in roles.items()
         }
         self._drawn = {pipeline: self._drawn.get(pipeline) or Drawn(self._model, STEPS_AHEAD) for pipeline, _ in roles}
+        self._masks.open(self._drawn)
         for key, post in before.items():
             if key not in self._posts:
                 post.thread.shutdown(wait=False, cancel_futures=True)
@@ -115,9 +131,18 @@ class StageExecutor:
     def close(self) -> None:
         """Gives up all roles; waits for steps under way."""
         before, self._posts = self._posts, {}
+        self.release()
         for post in before.values():
             post.thread.shutdown(wait=True, cancel_futures=True)
             post.reader.shutdown(wait=True, cancel_futures=True)
+
+    def release(self) -> None:
+        """No step waits for masks any more: the controller that was to send them is gone, and with it who waits."""
+        self._masks.open(())
+
+    def receive_masks(self, header: MaskHeader, payload: memoryview) -> None:
+        """Takes what rows of a step may draw; returns at once."""
+        self._masks.put(header.pipeline, header.step, read_masks(header, payload, self._model.spec.config.vocab))
 
     def receive(self, header: StepHeader, payload: memoryview) -> None:
         """Takes a frame from the data plane; returns at once."""
@@ -136,23 +161,30 @@ class StageExecutor:
             log.debug("dropped step %d of pipeline %s", header.step, header.pipeline)
 
     def _run(self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
-        """One step on one stage."""
-        self._watched("step", header, partial(self._step, post, header, packed, hidden))
+        """One step on one stage. How long masks are on their way says nothing of this machine, so nobody watches."""
+        begun = time.monotonic()
+        out = self._watched("step", header, partial(self._dispatch, post, header, packed, hidden))
+        if out is not None:
+            wanted = post.role.last and header.masked
+            masks = self._masks.take(header.pipeline, header.step) if wanted else None
+            self._watched("step", header, partial(self._finish, post, header, packed, out, masks, begun))
 
-    def _watched(self, what: str, header: StepHeader, work: Callable[[], None]) -> None:
-        """Whatever goes wrong is this instance's failure, not the end of the thread."""
+    def _watched(self, what: str, header: StepHeader, work: Callable[[], T]) -> T | None:
+        """Whatever goes wrong is this instance's failure, not the end of the thread; then there is no result."""
         try:
             with self._watchdog.over(f"{what} {header.step} of pipeline {header.pipeline}"):
-                work()
+                return work()
         except Exception as problem:
             if (header.pipeline, header.stage) in self._posts:
                 log.exception("%s %d of pipeline %s failed", what, header.step, header.pipeline)
                 self._failed(f"a step failed: {problem}")
+            return None
 
-    def _step(self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None) -> None:
-        """Dispatches it; what it comes to is waited for in another thread."""
-        role, stage, begun = post.role, post.role.stage, time.monotonic()
-        ready = header.ready and self._has(stage, header.want)
+    def _dispatch(
+        self, post: _Post, header: StepHeader, packed: PackedStep, hidden: np.ndarray | jax.Array | None
+    ) -> jax.Array:
+        """Starts it."""
+        role, stage = post.role, post.role.stage
         rows: np.ndarray | jax.Array = packed.rows
         if header.follows is not None:
             rows = self._drawn[header.pipeline].fill_in(packed.rows, header.follows, stage.own[0])
@@ -161,19 +193,27 @@ class StageExecutor:
         out = stage.run(packed.shape, rows, packed.pages, hidden)
         if role.ledger is not None:
             role.ledger.written(header.sequences, packed.rows)
+        return out
+
+    def _finish(
+        self, post: _Post, header: StepHeader, packed: PackedStep, out: jax.Array, masks: Masks | None, begun: float
+    ) -> None:
+        """Draws where this is the last stage; what it comes to is waited for in another thread."""
+        role, stage = post.role, post.role.stage
+        ready = header.ready and self._has(stage, header.want)
         if role.last:
-            out = self._draw(stage, header, packed, out)
+            out = self._draw(stage, header, packed, out, masks)
         if self._hands_on(stage):
             hand_on = partial(self._hand_on, post, header, packed, out, ready, begun)
             post.reader.submit(self._watched, "the result of step", header, hand_on)
 
-    def _draw(self, stage: Stage, header: StepHeader, packed: PackedStep, logits: jax.Array) -> jax.Array:
+    def _draw(
+        self, stage: Stage, header: StepHeader, packed: PackedStep, logits: jax.Array, masks: Masks | None
+    ) -> jax.Array:
         """Starts to draw tokens, and keeps them for a step that follows."""
-        draw = self._model.sample(stage.own[0], packed.variant, packed.shape.rows)
-        # every shard holds all logits
-        controls = jax.device_put(packed.controls, stage.own[0])
-        result: jax.Array
-        result, tokens = draw(logits.addressable_shards[0].data, controls)
+        words = spread_masks(masks, packed.shape.rows) if masks is not None else None
+        own = logits.addressable_shards[0].data  # every shard holds all logits
+        result, tokens = draw(self._model, stage.own[0], packed, own, words)
         self._drawn[header.pipeline].keep(header.step, tokens)
         return result
 

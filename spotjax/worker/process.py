@@ -25,7 +25,7 @@ from spotjax.fleet.notices.telling import message_of, seconds_left
 from spotjax.machine_notices import MachineNotices
 from spotjax.protocol import control
 from spotjax.protocol.backup import BackupHeader
-from spotjax.protocol.steps import StepHeader
+from spotjax.protocol.steps import MaskHeader, StepHeader
 from spotjax.reshard.store_directory import default_directory
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.devices import device_type, local_devices
@@ -81,7 +81,7 @@ async def run(config: ServeConfig) -> int:
 class WorkerProcess:
     """This process as a worker."""
 
-    FRAMES: Any = StepHeader | BackupHeader
+    FRAMES: Any = StepHeader | MaskHeader | BackupHeader
     """Headers of the frames that it takes."""
     KIND: type[Worker] = Worker
 
@@ -305,6 +305,8 @@ class WorkerProcess:
             raise ConnectionLost(f"{connection.peer} sent a {type(header).__name__} before there was a model")
         if isinstance(header, StepHeader):
             self._worker.executor.receive(header, payload)
+        elif isinstance(header, MaskHeader):
+            self._worker.executor.receive_masks(header, payload)
         elif isinstance(header, BackupHeader):
             self._copies.store.put(header, np.frombuffer(payload, np.uint8))
         else:

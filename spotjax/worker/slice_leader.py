@@ -14,7 +14,7 @@ from spotjax.errors import PeerUnreachable, SliceUnavailable
 from spotjax.fleet.notices.telling import of_host, word_of
 from spotjax.protocol import control
 from spotjax.protocol.beats import Beat
-from spotjax.protocol.steps import StepHeader
+from spotjax.protocol.steps import MaskHeader, StepHeader
 from spotjax.transport.connection import Connection
 from spotjax.transport.memory import aligned
 from spotjax.worker.slice_executor import SliceExecutor
@@ -144,6 +144,11 @@ class LeadingExecutor(SliceExecutor):
         """See ``StageExecutor.receive``."""
         self.followers.send(header, payload)
         super().receive(header, payload)
+
+    def receive_masks(self, header: MaskHeader, payload: memoryview) -> None:
+        """See ``StageExecutor.receive_masks``; every host draws for itself."""
+        self.followers.send(header, payload)
+        super().receive_masks(header, payload)
 
 
 class LeaderProcess(SliceProcess):

@@ -16,7 +16,7 @@ import jax
 from spotjax.config import ServeConfig
 from spotjax.protocol.backup import BackupHeader
 from spotjax.protocol.beats import Beat
-from spotjax.protocol.steps import StepHeader
+from spotjax.protocol.steps import MaskHeader, StepHeader
 from spotjax.runtime.compiled import CompiledModel
 from spotjax.runtime.executables import Devices
 from spotjax.worker.executor import StageExecutor
@@ -38,7 +38,7 @@ class SliceProcess(WorkerProcess):
 
     code = 0
 
-    FRAMES = StepHeader | BackupHeader | Beat | SliceFrame
+    FRAMES = StepHeader | MaskHeader | BackupHeader | Beat | SliceFrame
 
     async def open(self) -> None:
         """Meets the other hosts."""

@@ -41,6 +41,8 @@ class SliceWorker(Worker):
 
     def turn(self, command: control.Command) -> Gate | None:
         """Gives a command its place in the order; None if it needs none. To be called when it is sent or received."""
+        if isinstance(command, control.Clear):
+            self.executor.release()  # whoever was to send masks for steps before it may be gone
         if isinstance(command, control.CopyPages | control.Switch | control.Adopt | control.Clear):
             return self._slice_executor.gate()
         return None

@@ -236,6 +236,7 @@ class Worker:
     def pause(self) -> None:
         """The controller is gone: keeps everything for the next one, and copies and reports nothing meanwhile."""
         self._links.onward = ()
+        self.executor.release()
         self._kv.rest()
 
     def serve(self, welcome: control.Welcome) -> None:

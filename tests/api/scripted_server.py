@@ -10,9 +10,9 @@ import grpc
 from spotjax.api.proto.spotjax.v1 import fleet_pb2_grpc, generation_pb2_grpc
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService, ScriptedStructures
 
-MODEL = ServedModel("scripted", ByteTokenizer(), max_model_len=256)
+MODEL = ServedModel("scripted", ByteTokenizer(), max_model_len=256, structures=ScriptedStructures())
 
 
 class Steps:

@@ -7,9 +7,14 @@ import pytest
 from scripted_server import Running, until
 
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
+from spotjax.api.requests import Structure as StructureFields
+from spotjax.api.requests import generate_request
+from spotjax.api.validation import ServedModel, accepted_request
 from spotjax.engine.request import FinishReason
-from spotjax.errors import LogUnavailable
+from spotjax.engine.structure import Structure, StructureKind
+from spotjax.errors import InvalidRequest, LogUnavailable
 from spotjax.testing.scripted_generation import scripted_token
+from spotjax.testing.scripted_service import ByteTokenizer
 
 PROMPT = [256, *b"hello"]
 
@@ -168,6 +173,7 @@ async def test_every_sampling_field_reaches_the_engine(open_server: Running) -> 
         stop=["zz"],
         stop_token_ids=[9],
         ignore_eos=True,
+        structure=pb.Structure(grammar='start: "x"'),
     )
     assert {field.name for field, _ in sampling.ListFields()} == set(pb.Sampling.DESCRIPTOR.fields_by_name)
     responses = [
@@ -177,9 +183,10 @@ async def test_every_sampling_field_reaches_the_engine(open_server: Running) -> 
         )
     ]
     taken = open_server.service.requests["r"].request.sampling
-    for name in set(pb.Sampling.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop", "stop_token_ids"}:
+    for name in set(pb.Sampling.DESCRIPTOR.fields_by_name) - {"logit_bias", "stop", "stop_token_ids", "structure"}:
         assert getattr(taken, name) == getattr(sampling, name), name
     assert taken.logit_bias == {5: -100, 6: 0.5}
+    assert taken.structure == Structure(StructureKind.GRAMMAR, 'start: "x"')
     assert (taken.stop, taken.stop_token_ids) == (("zz",), (9,))
     assert sum(len(response.logprobs) for response in responses) == 3
     assert [top.token_id for top in responses[0].logprobs[0].top] == [0, 1]
@@ -307,3 +314,37 @@ async def test_two_hundred_streams_at_once_all_complete(running: Running) -> Non
     await until(lambda: len(running.service.requests) == 200)
     running.steps.let(200 * 8)
     assert await asyncio.gather(*streams) == [expected(8, seed) for seed in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "text"),
+    [
+        ({"json_schema": '{"type": "null"}'}, StructureKind.JSON_SCHEMA, '{"type": "null"}'),
+        ({"json_schema": {"enum": ["caf\u00e9"]}}, StructureKind.JSON_SCHEMA, '{"enum": ["caf\\u00e9"]}'),
+        ({"json_object": True}, StructureKind.JSON_OBJECT, ""),
+        ({"regex": "a+"}, StructureKind.REGEX, "a+"),
+        ({"grammar": 'start: "a"'}, StructureKind.GRAMMAR, 'start: "a"'),
+    ],
+)
+async def test_every_kind_of_structure_reaches_the_engine_from_python(
+    open_server: Running, given: StructureFields, kind: StructureKind, text: str
+) -> None:
+    request = generate_request("x", {"structure": given}, request_id="r")
+    async for _ in open_server.generation.Generate(request):
+        pass
+    assert open_server.service.requests["r"].request.sampling.structure == Structure(kind, text)
+
+
+def test_a_structure_is_exactly_one_thing() -> None:
+    two = {"regex": "a", "grammar": "b"}
+    for wrong, problem in (({}, "got none"), (two, "got regex, grammar"), ({"x": 1}, "no such")):
+        with pytest.raises(InvalidRequest, match=problem):
+            generate_request("x", {"structure": wrong})  # type: ignore[typeddict-item]
+    with pytest.raises(InvalidRequest, match=r"sampling\.structure\.json_schema"):
+        generate_request("x", {"structure": {"json_schema": {"enum": [object()]}}})
+
+
+async def test_a_server_that_can_keep_to_no_structure_says_so() -> None:
+    model = ServedModel("scripted", ByteTokenizer(), max_model_len=256)
+    with pytest.raises(InvalidRequest, match="cannot keep output to a structure"):
+        await accepted_request(generate_request("x", {"structure": {"json_object": True}}), model)

@@ -75,6 +75,10 @@ INVALID = [
     (text(stop=[""]), "sampling.stop", "none empty"),
     (text(stop=["a"] * 17), "sampling.stop", "at most 16"),
     (text(stop_token_ids=[258]), "sampling.stop_token_ids", "[0, 257]"),
+    (text(structure=pb.Structure()), "sampling.structure", "json_schema, json_object, regex, grammar must be set"),
+    (text(structure=pb.Structure(json_object=False)), "sampling.structure.json_object", "must be true"),
+    (text(structure=pb.Structure(regex="no")), "sampling.structure.regex", "as scripted: 'no'"),
+    (text(structure=pb.Structure(json_schema="no")), "sampling.structure.json_schema", "as scripted: 'no'"),
 ]
 
 
@@ -202,6 +206,9 @@ def sampling_messages() -> st.SearchStrategy[pb.Sampling]:
         "stop": st.lists(st.text(max_size=3), max_size=18),
         "stop_token_ids": st.lists(count, max_size=3),
         "ignore_eos": st.booleans(),
+        "structure": st.builds(pb.Structure)
+        | st.builds(pb.Structure, json_object=st.booleans())
+        | st.builds(pb.Structure, regex=st.sampled_from(["a+", "no"])),
     }
     return st.fixed_dictionaries({}, optional=fields).map(lambda given: pb.Sampling(**given))
 

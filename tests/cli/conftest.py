@@ -7,7 +7,7 @@ from command_line import CommandLine
 
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService, ScriptedStructures
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ async def command_line(capsys: pytest.CaptureFixture[str]) -> AsyncIterator[Comm
     service = ScriptedService()
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
-    await server.attach(service, ServedModel("scripted", ByteTokenizer(), max_model_len=512))
+    await server.attach(service, ServedModel("scripted", ByteTokenizer(), 512, ScriptedStructures()))
     command_line = CommandLine(service, server, f"127.0.0.1:{port}", capsys)
     yield command_line
     await service.stop()

@@ -13,6 +13,7 @@ from command_line import CommandLine, until
 from spotjax import cli
 from spotjax.api.requests import Sampling
 from spotjax.commands.output import shown_bytes
+from spotjax.engine.structure import Structure, StructureKind
 from spotjax.fleet.status import FleetStatus
 from spotjax.testing.scripted_generation import scripted_token
 from spotjax.testing.scripted_service import ByteTokenizer
@@ -69,7 +70,7 @@ async def test_every_sampling_field_has_a_flag_that_reaches_the_engine(command_l
     assert {name: getattr(sampling, name) for name in given} == given
     assert (sampling.logit_bias, sampling.stop) == ({5: -1.5, 6: 2.0}, ("x y", "z"))
     assert (sampling.stop_token_ids, sampling.ignore_eos) == ((7,), True)
-    assert set(Sampling.__annotations__) == {*given, "logit_bias", "stop", "stop_token_ids", "ignore_eos"}
+    assert set(Sampling.__annotations__) == {*given, "logit_bias", "stop", "stop_token_ids", "ignore_eos", "structure"}
 
 
 async def test_resumable_is_on_unless_switched_off(command_line: CommandLine) -> None:
@@ -316,3 +317,34 @@ def test_bytes_are_shown_in_the_unit_that_fits() -> None:
         "3 GiB",
         "2 TiB",
     ]
+
+
+async def test_output_can_be_asked_for_in_every_structure(command_line: CommandLine, tmp_path: Path) -> None:
+    schema, grammar = tmp_path / "schema.json", tmp_path / "grammar.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "x"')
+    flags = {
+        "s": ("--json-schema", str(schema)),
+        "o": ("--json-object",),
+        "r": ("--regex", "[0-9]+"),
+        "g": ("--grammar", str(grammar)),
+    }
+    for request_id, given in flags.items():
+        code, _, err = await command_line.run("generate", "x", "--request-id", request_id, *given)
+        assert code == 0, err
+    assert {name: command_line.service.requests[name].request.sampling.structure for name in flags} == {
+        "s": Structure(StructureKind.JSON_SCHEMA, '{"type": "null"}'),
+        "o": Structure(StructureKind.JSON_OBJECT),
+        "r": Structure(StructureKind.REGEX, "[0-9]+"),
+        "g": Structure(StructureKind.GRAMMAR, 'start: "x"'),
+    }
+
+
+async def test_a_structure_that_cannot_be_asked_for_is_refused_in_words(command_line: CommandLine) -> None:
+    code, _, err = await command_line.run("generate", "x", "--regex", "no")
+    assert code and "sampling.structure.regex: refused as scripted" in err
+    unread, two = ("--grammar", "/nowhere"), ("--json-object", "--regex", "a")
+    for flags, problem in ((unread, "cannot be read"), (two, "not allowed")):
+        with pytest.raises(SystemExit):
+            await command_line.run("generate", "x", *flags)
+        assert problem in command_line.capture.readouterr().err

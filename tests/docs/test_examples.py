@@ -14,7 +14,7 @@ from spotjax.api.http.app import application
 from spotjax.api.http.server import HttpServer
 from spotjax.api.server import ApiServer
 from spotjax.api.validation import ServedModel
-from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService, ScriptedStructures
 
 SHOWN = "127.0.0.1:8470"
 SHOWN_HTTP = "127.0.0.1:8471"
@@ -27,7 +27,7 @@ async def addresses() -> AsyncIterator[dict[str, str]]:
     service = ScriptedService()
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
-    await server.attach(service, ServedModel("tiny", ByteTokenizer(), max_model_len=512))
+    await server.attach(service, ServedModel("tiny", ByteTokenizer(), 512, ScriptedStructures()))
     http = HttpServer(application(server.backend))
     yield {SHOWN: f"127.0.0.1:{port}", SHOWN_HTTP: f"127.0.0.1:{await http.start('127.0.0.1:0')}"}
     await service.stop()

@@ -29,6 +29,7 @@ from spotjax.engine.log_records import (
     state_of,
 )
 from spotjax.engine.request import FinishReason, Logprobs, RequestState, SamplingParams
+from spotjax.engine.structure import Structure, StructureKind
 
 TEXT = st.text(max_size=6)
 TOKEN = st.integers(0, 2**31 - 1)
@@ -46,6 +47,7 @@ SAMPLING = st.builds(
     stop=st.lists(st.text(min_size=1, max_size=4), max_size=3).map(tuple),
     stop_token_ids=st.lists(TOKEN, max_size=3).map(tuple),
     ignore_eos=st.booleans(),
+    structure=st.none() | st.builds(Structure, st.sampled_from(StructureKind), TEXT),
 )
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from random import Random
 
+import numpy as np
 import pytest
-from pure_model import Letters, PurePipeline, turns, undisturbed
+from pure_model import VOCAB, Letters, PurePipeline, turns, undisturbed
 from recording_log import RecordingLog
+from steps_guide import RisingGuide, rising
 
 from spotjax.engine.batch import Batch, StepResult
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.pages import PageAllocator
 from spotjax.engine.replica import Replica
-from spotjax.engine.request import FinishReason, RequestState, SamplingParams
+from spotjax.engine.request import FinishReason, RequestState, Sampled, SamplingParams
 from spotjax.engine.scheduler import Limits, Scheduler
 from spotjax.engine.sequence import Sequence as ScheduledSequence
+from spotjax.engine.structure import Structure
 
 LETTERS = Letters()
 PAGE_SIZE = 4
@@ -249,3 +253,83 @@ async def test_a_step_is_recorded_as_a_whole_with_those_who_were_cancelled_in_it
     assert recorded == [[("r1", FinishReason.LENGTH), ("r0", FinishReason.DEADLINE)]]
     service.replica.stop()
     await loop
+
+
+class RisingPipeline(PurePipeline):
+    """Draws, of the tokens that a mask allows, the one that the pure model would have drawn or the next above it."""
+
+    async def run(self, batch: Batch) -> StepResult:
+        """See ``Pipeline.run``."""
+        result = await super().run(batch)
+        masks = await asyncio.wrap_future(batch.masks) if batch.masks is not None else None
+        sampled = dict(result.sampled)
+        for place, row in enumerate(masks.rows if masks is not None else ()):
+            assert masks is not None
+            bits = np.unpackbits(masks.words[place].view(np.uint8), bitorder="little")
+            key = batch.spans[row].sequence
+            drawn = sampled[key].token
+            sampled[key] = Sampled(min(np.flatnonzero(bits).tolist(), key=lambda token: (token < drawn, token)))
+        return StepResult(batch.step, sampled)
+
+
+def bound(service: Service, key: int, structure: Structure, **sampling: object) -> ScheduledSequence:
+    """Submits a request with a structure."""
+    params = SamplingParams(**{"max_tokens": 12, "seed": key, "ignore_eos": True, "structure": structure, **sampling})
+    request = GenerationRequest(f"r{key}", tuple(range(key, key + 5)), params)
+    sequence = ScheduledSequence(key, RequestState(request.request_id, 0, request.prompt, params))
+    service.log.accept(request, [sequence.state], key)
+    service.scheduler.add(sequence)
+    service.unfinished += 1
+    service.replica.wake()
+    return sequence
+
+
+def guided(pipeline: PurePipeline) -> tuple[Service, RisingGuide]:
+    service, guide = Service(pipeline), RisingGuide(VOCAB)
+    service.replica._guide = guide
+    return service, guide
+
+
+async def test_a_sequence_keeps_to_its_structure_and_ends_with_it_while_others_run_ahead() -> None:
+    service, guide = guided(RisingPipeline(PAGE_SIZE))
+    loop = asyncio.create_task(service.replica.run())
+    inside = bound(service, 1, rising(4, 7))
+    cut = bound(service, 2, rising(4, 7), max_tokens=3)
+    free = service.submit(3, max_tokens=9)
+    async with asyncio.timeout(20):
+        await service.all_ended.wait()
+    service.replica.stop()
+    await loop
+    assert (len(inside.state.tokens), inside.state.finish) == (7, FinishReason.STOP)
+    assert all((b - a) % VOCAB in (1, 2, 3, 4) for a, b in pairwise(inside.state.tokens))
+    assert (len(cut.state.tokens), cut.state.finish) == (3, FinishReason.LENGTH)
+    assert free.state == undisturbed(RequestState("r3", 0, free.state.prompt, free.state.sampling), LETTERS)
+    mine = [tokens for tokens in guide.asked if tokens == inside.state.tokens[: len(tokens)] and tokens]
+    assert [len(tokens) for tokens in mine] == list(range(1, 7)), "one mask for each token, none ahead of what is known"
+    ahead = {span.sequence for batch in service.pipeline.batches for span in batch.spans if span.tokens[0] < 0}
+    assert ahead == {3}
+
+
+async def test_a_sequence_whose_mask_cannot_be_told_ends_alone_and_what_it_drew_is_dropped() -> None:
+    service, guide = guided(RisingPipeline(PAGE_SIZE))
+    guide.fails_at = 2
+    loop = asyncio.create_task(service.replica.run())
+    failing, other = bound(service, 1, rising(4, 7)), service.submit(2)
+    async with asyncio.timeout(20):
+        await service.all_ended.wait()
+    service.replica.stop()
+    await loop
+    assert (len(failing.state.tokens), failing.state.finish) == (2, FinishReason.ERROR)
+    assert service.log.states("r1")[0] == failing.state and other.state.finish is FinishReason.LENGTH
+
+
+async def test_a_token_outside_the_structure_is_never_committed(caplog: pytest.LogCaptureFixture) -> None:
+    service, _ = guided(PurePipeline(PAGE_SIZE))  # which knows nothing of masks
+    loop = asyncio.create_task(service.replica.run())
+    sequence = bound(service, 1, rising(1, 7))
+    async with asyncio.timeout(20):
+        await service.all_ended.wait()
+    service.replica.stop()
+    await loop
+    assert sequence.state.finish is FinishReason.ERROR and len(sequence.state.tokens) < 2
+    assert "request r1: its structure cannot be followed" in caplog.text

@@ -55,8 +55,8 @@ async def test_a_change_goes_through_all_workers_step_by_step() -> None:
         assert worker.last(control.CopyPages).transfers == worker.last(control.Switch).transfers == PAGES
         assert worker.last(control.Adopt).pipelines == ("1.0", "1.1")
     assert dict(fleet.cluster.held()) == dict(preparation.needs)
-    first_stages = {placement.group(data, 0)[0].instance for data in range(2)}
-    assert fleet.endpoint.connections.keys() == {f"{name}:1" for name in first_stages}
+    ends = {placement.group(data, stage)[0].instance for data in range(2) for stage in (0, 1)}
+    assert fleet.endpoint.connections.keys() == {f"{name}:1" for name in ends}, "for steps, and for masks"
     await fleet.close()
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from spotjax.engine.batch import Batch, Span
 from spotjax.engine.request import RequestState, SamplingParams
+from spotjax.engine.structure import Masks
 from spotjax.errors import InstanceLost
 from spotjax.fleet.remote_pipeline import RECENT_STEPS, RemotePipeline
-from spotjax.protocol.steps import ResultHeader, StepHeader, read_step, result_payload
+from spotjax.protocol.steps import MaskHeader, ResultHeader, StepHeader, read_masks, read_step, result_payload
 from spotjax.runtime.buckets import Buckets, StepShape
 from spotjax.runtime.controls import Variant
 from spotjax.runtime.step import pack_step, step_shape
@@ -25,9 +28,11 @@ class Wire:
 
     def __init__(self, *, fuse: bool = False, stages: int = 3) -> None:
         self.sent: list[tuple[StepHeader, memoryview]] = []
+        self.targets: list[str] = []
         self.pipeline = RemotePipeline("1.0", [f"i{n}" for n in range(stages)], BUCKETS, self._send, fuse=fuse)
 
-    def _send(self, header: StepHeader, payload: Sequence[memoryview]) -> None:
+    def _send(self, target: str, header: StepHeader, payload: Sequence[memoryview]) -> None:
+        self.targets.append(target)
         self.sent.append((header, memoryview(b"".join(payload))))
 
     async def run(self, batch: Batch) -> asyncio.Task[object]:
@@ -96,7 +101,7 @@ async def test_a_loss_fails_steps_under_way_and_all_later_ones_but_not_what_has_
 
 
 async def test_a_loss_found_out_while_sending_fails_the_step() -> None:
-    def send(header: StepHeader, payload: Sequence[memoryview]) -> None:
+    def send(_: str, header: StepHeader, payload: Sequence[memoryview]) -> None:
         pipeline.lose("instance i0 was lost")
 
     pipeline = RemotePipeline("1.0", ["i0"], BUCKETS, send, fuse=False)
@@ -151,7 +156,50 @@ async def test_the_latest_steps_are_remembered_at_shapes_that_everybody_has() ->
         running = await wire.run(prefill(step) if step % 2 else decode(step, 1))
         wire.answer(step, 1, ready=True)
         await running
-    shapes = {shape for shape, _ in wire.pipeline.recent}
+    shapes = {shape for shape, _, _ in wire.pipeline.recent}
     assert len(wire.pipeline.recent) == RECENT_STEPS
     assert shapes == {step_shape(batch, BUCKETS, fine=False) for batch in (prefill(0), decode(0, 1))}
     assert all(isinstance(shape, StepShape) for shape in shapes)
+
+
+def structured(step: int, *sequences: int) -> Batch:
+    """A decode step whose rows have masks that nobody has computed yet."""
+    return replace(decode(step, *sequences), masks=Future())
+
+
+async def test_masks_go_to_the_last_stage_once_they_are_computed() -> None:
+    wire = Wire()
+    batch = structured(7, 5, 6)
+    running = await wire.run(batch)
+    assert [header.masked for header, _ in wire.sent] == [True] and wire.targets == ["i0"]
+    assert batch.masks is not None
+    words = np.arange(6, dtype=np.int32).reshape(2, 3)
+    batch.masks.set_result(Masks((0, 1), words, {}))
+    await asyncio.sleep(0)
+    (_, (header, payload)) = wire.sent
+    assert (wire.targets, header) == (["i0", "i2"], MaskHeader("1.0", 7, (0, 1)))
+    np.testing.assert_array_equal(read_masks(header, payload, 96).words, words)
+    wire.answer(7, 1, 2)
+    await running
+
+
+async def test_a_step_that_waits_for_masks_gets_them_even_if_its_pipeline_is_lost() -> None:
+    wire, batch = Wire(), structured(0, 1)
+    running = await wire.run(batch)
+    wire.pipeline.lose("instance i1 is gone")
+    with pytest.raises(InstanceLost):
+        await running
+    running.cancel()
+    assert batch.masks is not None
+    batch.masks.set_result(Masks((0,), np.zeros((1, 3), np.int32), {}))
+    await asyncio.sleep(0)
+    assert wire.targets == ["i0", "i2"], "or the stage would wait for ever"
+
+
+async def test_masks_that_cannot_be_computed_at_all_are_an_error_of_the_controller() -> None:
+    wire, batch = Wire(), structured(0, 1)
+    running = await wire.run(batch)
+    assert batch.masks is not None
+    batch.masks.set_exception(MemoryError("no room"))
+    with pytest.raises(MemoryError):
+        await running

@@ -45,7 +45,7 @@ pieces = st.lists(st.builds(ArraySlice, st.text(max_size=8), indices), min_size=
 transfers = st.builds(Transfer, pieces, st.none() | devices, devices, numbers, st.sampled_from(Phase))
 pairs = st.lists(st.tuples(numbers, numbers), max_size=4).map(tuple)
 pages = st.lists(st.builds(PageTransfer, st.integers(0, 9), st.integers(0, 9), pairs, pairs), max_size=3).map(tuple)
-steps = st.tuples(st.builds(StepShape, numbers, numbers, numbers), st.sampled_from(Variant))
+steps = st.tuples(st.builds(StepShape, numbers, numbers, numbers), st.sampled_from(Variant), st.booleans())
 setups = st.builds(
     control.ModelSetup,
     *[st.text()] * 3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -14,8 +15,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from spotjax.engine.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, RequestState, Sampled, SamplingParams
-from spotjax.runtime.controls import Variant, pack_controls, unpack, variant_for
-from spotjax.runtime.sampling import Controls, _filter, _penalise, most_likely, sample
+from spotjax.engine.structure import Masks
+from spotjax.runtime.controls import Variant, mask_words, pack_controls, spread_masks, unpack, variant_for
+from spotjax.runtime.sampling import Controls, _filter, _penalise, most_likely, restrict, sample, with_logprobs
 
 VOCAB, POSITIONS, ROWS = 40, 32, 6
 
@@ -279,3 +281,51 @@ def test_draws_follow_the_filtered_distribution(vary: str) -> None:
 )
 def test_a_step_uses_the_least_variant_that_serves_all_its_rows(rows: list[SamplingParams], expected: Variant) -> None:
     assert variant_for(rows) is expected
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 97])
+def test_a_mask_leaves_the_tokens_whose_bits_are_set(vocab: int) -> None:
+    draw = np.random.default_rng(vocab)
+    logits = draw.normal(size=(3, vocab)).astype(np.float32)
+    words = draw.integers(-(2**31), 2**31, (3, mask_words(vocab)), np.int64).astype(np.int32)
+    bits = np.array([[int(words[row, t // 32]) >> t % 32 & 1 for t in range(vocab)] for row in range(3)])
+    expected = np.where(bits, logits, -np.inf)
+    np.testing.assert_array_equal(jax.jit(restrict)(logits, words), expected)
+
+
+def test_rows_without_a_structure_may_draw_anything() -> None:
+    words = spread_masks(Masks((2, 0), np.array([[5, 6], [7, 8]], np.int32), {}), 4)
+    np.testing.assert_array_equal(words, np.array([[7, 8], [-1, -1], [5, 6], [-1, -1]], np.int32))
+
+
+@pytest.mark.parametrize("variant", Variant)
+def test_draws_within_a_mask_are_those_of_a_model_that_knows_no_other_tokens(variant: Variant) -> None:
+    draw_, few = np.random.default_rng(5), [3, 8, 17, 33, 39]
+    logits = draw_.normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+    words = np.zeros((ROWS, mask_words(VOCAB)), np.int32)
+    for token in few:
+        words[:, token // 32] |= np.array(1 << token % 32, np.uint32).astype(np.int32)
+    within = np.asarray(restrict(jnp.asarray(logits), jnp.asarray(words)))
+    sampling = SamplingParams(
+        temperature=0 if variant is Variant.GREEDY else 1.3,
+        top_p=0.9,
+        top_k=3,
+        logit_bias={1: 100.0, 8: 1.0} if variant is Variant.FULL else {},
+    )
+    states = [state(replace(sampling, seed=seed), tokens=(3, 8, 8)) for seed in range(ROWS)]
+    drawn = tokens(within, states, variant)
+    assert set(drawn) <= set(few)
+    if variant is Variant.GREEDY:
+        assert drawn == [max(few, key=lambda token: logits[row, token]) for row in range(ROWS)]
+
+
+def test_logprobs_within_a_mask_are_those_of_the_untouched_distribution() -> None:
+    logits = np.random.default_rng(6).normal(0, 3, (ROWS, VOCAB)).astype(np.float32)
+    states = [state(SamplingParams(logprobs=4, temperature=0)) for _ in range(ROWS)]
+    chosen = np.arange(ROWS, dtype=np.int32) * 5
+    reported = unpack(np.asarray(with_logprobs(jnp.asarray(logits), jnp.asarray(chosen))), states)
+    exact = logits.astype(np.float64) - np.log(np.exp(logits.astype(np.float64)).sum(axis=1, keepdims=True))
+    for row, sampled in enumerate(reported):
+        assert sampled is not None and sampled.logprobs is not None and sampled.token == chosen[row]
+        np.testing.assert_allclose(sampled.logprobs.token, exact[row, chosen[row]], atol=1e-5)
+        assert [token for token, _ in sampled.logprobs.top] == np.argsort(-exact[row])[:4].tolist()

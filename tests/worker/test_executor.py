@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import jax
 import msgspec
+import numpy as np
 import pytest
 from serving_cases import BUCKETS, POSITIONS, build_pipelines, build_stage, generate, greedy, shared_heads
 from step_cases import frame, prefill, whole
+from steps_guide import RisingGuide, rising
 
+from spotjax.engine.request import FinishReason
+from spotjax.engine.structure import Masks
 from spotjax.fleet.remote_pipeline import RemotePipeline
 from spotjax.meshes.shape import MeshShape
-from spotjax.protocol.steps import ResultHeader, StepHeader, read_result
+from spotjax.protocol.steps import MaskHeader, ResultHeader, StepHeader, mask_payload, read_result
 from spotjax.runtime.stage import Stage
 from spotjax.runtime.step import unpack_result
 from spotjax.worker.executor import CONTROLLER, Role, StageExecutor
@@ -112,7 +117,7 @@ def test_stages_of_two_workers_give_what_one_process_gives(net: Net, homes: tupl
     install(net, "1.0", homes)
     followed: list[bool] = []
 
-    def send(header: StepHeader, payload: Sequence[memoryview]) -> None:
+    def send(_: str, header: StepHeader, payload: Sequence[memoryview]) -> None:
         followed.append(header.follows is not None)
         loop = asyncio.get_running_loop()
         net.deliver = lambda header, payload: loop.call_soon_threadsafe(pipeline.receive, header, payload) and None
@@ -123,6 +128,80 @@ def test_stages_of_two_workers_give_what_one_process_gives(net: Net, homes: tupl
     assert set(net.crossings) == {(a, b) for a, b in zip(homes, (*homes[1:], CONTROLLER), strict=True) if a != b}
     assert any(followed) is (len(homes) == 1), "what is drawn stays on its worker"
     assert not net.failures
+
+
+@pytest.mark.parametrize("homes", [("a", "b", "a"), ("a",)])
+def test_structures_are_kept_to_across_workers_as_in_one_process(net: Net, homes: tuple[str, ...]) -> None:
+    model, weights = shared_heads()
+    free = [greedy(prompt, 8) for prompt in PROMPTS]
+    bound = [replace(state, sampling=replace(state.sampling, structure=rising(3, 6))) for state in free]
+    shown = [replace(state, sampling=replace(state.sampling, logprobs=2)) for state in bound]
+    states = [*bound, free[1], *shown]
+    expected = generate(build_pipelines(model, weights, MeshShape(1, 1, 1)), states, RisingGuide(97))
+    for state in [*expected[:3], *expected[4:]]:
+        assert all((after - before) % 97 in (1, 2, 3) for before, after in pairwise(state.tokens))
+        assert (len(state.tokens), state.finish) == (6, FinishReason.STOP)
+    assert [state.tokens for state in expected[4:]] == [state.tokens for state in expected[:3]]
+    (undisturbed,) = generate(build_pipelines(model, weights, MeshShape(1, 1, 1)), [free[1]])
+    assert expected[3].tokens == undisturbed.tokens, "others do not notice"
+    install(net, "1.0", homes)
+
+    def send(target: str, header: StepHeader | MaskHeader, payload: Sequence[memoryview]) -> None:
+        loop = asyncio.get_running_loop()
+        net.deliver = lambda header, payload: loop.call_soon_threadsafe(pipeline.receive, header, payload) and None
+        if isinstance(header, MaskHeader):
+            assert target == homes[-1]
+            net.executors[target].receive_masks(header, whole(payload))
+        else:
+            net.executors[homes[0]].receive(header, whole(payload))
+
+    pipeline = Pipeline("1.0", homes, BUCKETS, send, fuse=False)
+    found = generate([pipeline], states, RisingGuide(97))
+    assert [state.tokens for state in found] == [state.tokens for state in expected]
+    assert not net.failures
+
+
+@pytest.mark.parametrize("end", ["close", "release", "install"])
+def test_a_step_whose_masks_never_come_stands_in_nobodys_way(net: Net, end: str) -> None:
+    install(net, "1.0", ("a",))
+    executor = net.executors["a"]
+    header, payload = frame("1.0", prefill(1))
+    executor.receive(msgspec.structs.replace(header, masked=True), payload)
+    executor.receive(*frame("1.0", prefill(2)))
+    thread = executor._posts["1.0", 0].thread
+    assert not net.results
+    {"close": executor.close, "release": executor.release, "install": lambda: executor.install({})}[end]()
+    thread.shutdown(wait=True)
+    assert not net.failures
+    if end == "release":
+        net.until(lambda: len(net.results) == 2)
+
+
+def test_waiting_for_masks_is_not_hanging(net: Net) -> None:
+    install(net, "1.0", ("a",))
+    executor, now = net.executors["a"], [0.0]
+    ends: list[int] = []
+    executor._watchdog = Watchdog(lambda: now[0], ends.append)
+    header, payload = frame("1.0", prefill(1))
+    waiting = threading.Event()
+    take = executor._masks.take
+
+    def tell(pipeline: str, step: int) -> Masks | None:
+        waiting.set()
+        return take(pipeline, step)
+
+    executor._masks.take = tell  # type: ignore[method-assign]
+    executor.receive(msgspec.structs.replace(header, masked=True), payload)
+    assert waiting.wait(SECONDS)
+    for _ in range(3 * int(STEP_SECONDS / LOOK_SECONDS)):
+        now[0] += LOOK_SECONDS
+        executor._watchdog.look()
+    words = np.zeros((1, 4), np.int32)
+    words[0, 2] = 1 << 7
+    executor.receive_masks(MaskHeader("1.0", 1, (0,)), whole(mask_payload(words)))
+    net.until(lambda: bool(net.results))
+    header_, result = net.results[0]
+    assert read_result(header_, result)[0, 0] == 71 and not ends
 
 
 def test_a_frame_of_an_unknown_pipeline_or_stage_is_dropped(net: Net) -> None:

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from spotjax.api.http.structures import ResponseFormat, StructuredOutputs
+
 
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type", tag="text"):
     """A part of a message: text is the only kind."""
@@ -77,6 +79,7 @@ class Body(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     repetition_penalty: float | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
     resumable: bool | None = None
 
     user: str | None = None
@@ -107,7 +110,7 @@ class ChatBody(Body, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tools: list[msgspec.Raw] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     functions: None = None
     function_call: None = None

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from spotjax.api.errors import Unavailable
+from spotjax.engine.structure import StructureFailed
 from spotjax.errors import (
     CheckpointError,
     Draining,
@@ -58,6 +59,7 @@ KINDS: dict[type[SpotjaxError], Kind] = {
     UnknownModel: Kind(404, "not_found_error", "model_not_found"),
     KeyReused: Kind(422, "invalid_request_error", "key_reused"),
     RequestCancelled: Kind(400, "invalid_request_error", "request_cancelled"),
+    StructureFailed: Kind(422, "invalid_request_error", "structure_failed"),
     RequestExists: Kind(409, "invalid_request_error", "request_exists"),
     Unauthenticated: Kind(401, "authentication_error", "invalid_api_key"),
     PermissionDenied: Kind(403, "permission_error", "permission_denied"),

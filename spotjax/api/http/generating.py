@@ -25,6 +25,7 @@ from spotjax.api.http.errors import KeyReused, RequestCancelled
 from spotjax.api.http.progress import FIELD, Progress
 from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.request import FinishReason
+from spotjax.engine.structure import StructureFailed
 from spotjax.errors import InvalidRequest, RequestExists
 
 log = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class Generating:
         Raises:
           Unavailable: the server stops before the requests are finished.
           RequestCancelled: somebody ended one of them.
+          StructureFailed: the output cannot be kept to its structure any further.
         """
         n = self._requests[0].n
         unfinished = set(range(n * len(self._requests)))
@@ -147,6 +149,8 @@ class Generating:
                     unfinished.discard(at * n + delta.choice)
                     if delta.finish in (FinishReason.CANCELLED, FinishReason.DEADLINE):
                         raise RequestCancelled(f"request {delta.request_id} was ended: {delta.finish}")
+                    if delta.finish is FinishReason.ERROR:
+                        raise StructureFailed(f"request {delta.request_id}: its structure could not be followed")
                 yield at * n + delta.choice, delta
         if unfinished:
             raise Unavailable("the server stopped before the request finished")

@@ -23,9 +23,9 @@ from spotjax.api.http.generating import Generating, Sender
 from spotjax.api.http.progress import FIELD, Progress
 from spotjax.api.http.reading import read
 from spotjax.api.http.translation import (
-    COMPLETION_NAMES,
     chat_names,
     chat_requests,
+    completion_names,
     completion_requests,
     renamed,
 )
@@ -58,7 +58,7 @@ def routes(backend: Backend) -> list[Route]:
         try:
             call = await begun(backend, request, body, completion_requests(body), to_the_end=False)
         except InvalidRequest as error:
-            raise renamed(error, COMPLETION_NAMES) from None
+            raise renamed(error, completion_names(body)) from None
         seen = {}
         if body.logprobs is not None:
             seen = {n: await call.seen(n) for n, tokens in enumerate(call.progress.tokens) if tokens > 0}

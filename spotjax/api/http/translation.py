@@ -11,15 +11,13 @@ from typing import Any, NoReturn
 from spotjax.api.conversation import ROLES_BACK
 from spotjax.api.http.bodies import Body, ChatBody, CompletionBody, Message
 from spotjax.api.http.progress import FIELD
+from spotjax.api.http.structures import structure_names, structure_of
 from spotjax.api.proto.spotjax.v1 import generation_pb2 as pb
 from spotjax.api.requests import built
 from spotjax.errors import InvalidRequest
 
 MAX_PROMPTS = 128
 """Of one request for completions."""
-
-COMPLETION_NAMES = {"text": "prompt", "token_ids.ids": "prompt", "sampling.": "", "offsets": FIELD}
-"""What fields of ``GenerateRequest`` are called in bodies, by how they begin."""
 
 
 def completion_requests(body: CompletionBody) -> list[pb.GenerateRequest]:
@@ -57,18 +55,11 @@ def chat_requests(body: ChatBody) -> list[pb.GenerateRequest]:
         refuse("tool_choice", "only none and auto: what the model writes is not held to calls of tools")
     if body.parallel_tool_calls is False:
         refuse("parallel_tool_calls", "only true: calls of tools are part of the text")
-    structure_of(body)
     tools = [] if body.tool_choice == "none" else [raw_text(f"tools[{n}]", t) for n, t in enumerate(body.tools or ())]
     chat = pb.ChatMessages(messages=[turn(f"messages[{n}]", m) for n, m in enumerate(body.messages)], tools=tools)
     most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return [built(pb.GenerateRequest, **common(body, sampling_of(body, most, logprobs)), chat=chat)]
-
-
-def structure_of(body: ChatBody) -> None:
-    """What the output must be, by ``response_format``: anything."""
-    if body.response_format not in (None, {"type": "text"}):
-        refuse("response_format", "only text is supported")
 
 
 def common(body: Body, sampling: pb.Sampling) -> dict[str, Any]:
@@ -99,6 +90,7 @@ def sampling_of(body: Body, max_tokens: int | None, logprobs: int | None) -> pb.
         stop=[body.stop] if isinstance(body.stop, str) else body.stop,
         stop_token_ids=body.stop_token_ids,
         ignore_eos=body.ignore_eos,
+        structure=structure_of(body.response_format if isinstance(body, ChatBody) else None, body.structured_outputs),
     )
 
 
@@ -161,10 +153,16 @@ def raw_text(path: str, raw: Any) -> str:
         raise InvalidRequest(path, f"must be UTF-8: {error}") from error
 
 
+def completion_names(body: CompletionBody) -> dict[str, str]:
+    """What fields of ``GenerateRequest`` are called in bodies, by how they begin."""
+    names = {"text": "prompt", "token_ids.ids": "prompt", "sampling.": "", "offsets": FIELD}
+    return structure_names(body.structured_outputs) | names
+
+
 def chat_names(body: ChatBody) -> dict[str, str]:
     """The same in bodies for chats."""
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    return {
+    return structure_names(body.structured_outputs) | {
         "sampling.max_tokens": limit,
         "sampling.logprobs": "top_logprobs",
         "sampling.": "",

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-spotjax/api/proto/spotjax/v1/generation.proto\x12\nspotjax.v1\"\x96\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.spotjax.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.spotjax.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.spotjax.v1.Sampling\x12\x0e\n\x01n\x18\x07 \x01(\rH\x03\x88\x01\x01\x12\x11\n\tresumable\x18\x08 \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x04\n\x02_n\"H\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.spotjax.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\"\xf9\x01\n\x0b\x43hatMessage\x12*\n\x04role\x18\x01 \x01(\x0e\x32\x1c.spotjax.v1.ChatMessage.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.spotjax.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xea\x03\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x37\n\nlogit_bias\x18\n \x03(\x0b\x32#.spotjax.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"\xe7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.spotjax.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.spotjax.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.spotjax.v1.Usage\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.spotjax.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"4\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07offsets\x18\x02 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x0f\n\rModelsRequest\"3\n\x0eModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.spotjax.v1.Model\"@\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*\x98\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x32\x9c\x02\n\nGeneration\x12G\n\x08Generate\x12\x1b.spotjax.v1.GenerateRequest\x1a\x1c.spotjax.v1.GenerateResponse0\x01\x12\x43\n\x06Resume\x12\x19.spotjax.v1.ResumeRequest\x1a\x1c.spotjax.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.spotjax.v1.CancelRequest\x1a\x1a.spotjax.v1.CancelResponse\x12?\n\x06Models\x12\x19.spotjax.v1.ModelsRequest\x1a\x1a.spotjax.v1.ModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-spotjax/api/proto/spotjax/v1/generation.proto\x12\nspotjax.v1\"\x96\x02\n\x0fGenerateRequest\x12\x17\n\nrequest_id\x18\x01 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05model\x18\x02 \x01(\tH\x02\x88\x01\x01\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.spotjax.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.spotjax.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.spotjax.v1.Sampling\x12\x0e\n\x01n\x18\x07 \x01(\rH\x03\x88\x01\x01\x12\x11\n\tresumable\x18\x08 \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_request_idB\x08\n\x06_modelB\x04\n\x02_n\"H\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.spotjax.v1.ChatMessage\x12\r\n\x05tools\x18\x02 \x03(\t\"\xf9\x01\n\x0b\x43hatMessage\x12*\n\x04role\x18\x01 \x01(\x0e\x32\x1c.spotjax.v1.ChatMessage.Role\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\x12(\n\ntool_calls\x18\x03 \x03(\x0b\x32\x14.spotjax.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\t\"_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\"7\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x94\x04\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x37\n\nlogit_bias\x18\n \x03(\x0b\x32#.spotjax.v1.Sampling.LogitBiasEntry\x12\x15\n\x08logprobs\x18\x0b \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x0c \x03(\t\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12(\n\tstructure\x18\x0f \x01(\x0b\x32\x15.spotjax.v1.Structure\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seedB\x15\n\x13_repetition_penaltyB\x0b\n\t_logprobs\"e\n\tStructure\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x02 \x01(\x08H\x00\x12\x0f\n\x05regex\x18\x03 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\xe7\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x63hoice\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.spotjax.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x07 \x01(\x0e\x32\x18.spotjax.v1.FinishReason\x12 \n\x05usage\x18\x08 \x01(\x0b\x32\x11.spotjax.v1.Usage\"E\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12#\n\x03top\x18\x02 \x03(\x0b\x32\x16.spotjax.v1.TopLogprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"4\n\rResumeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07offsets\x18\x02 \x03(\r\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x0f\n\rModelsRequest\"3\n\x0eModelsResponse\x12!\n\x06models\x18\x01 \x03(\x0b\x32\x11.spotjax.v1.Model\"@\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r*\xb1\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x1a\n\x16\x46INISH_REASON_DEADLINE\x10\x04\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x05\x32\x9c\x02\n\nGeneration\x12G\n\x08Generate\x12\x1b.spotjax.v1.GenerateRequest\x1a\x1c.spotjax.v1.GenerateResponse0\x01\x12\x43\n\x06Resume\x12\x19.spotjax.v1.ResumeRequest\x1a\x1c.spotjax.v1.GenerateResponse0\x01\x12?\n\x06\x43\x61ncel\x12\x19.spotjax.v1.CancelRequest\x1a\x1a.spotjax.v1.CancelResponse\x12?\n\x06Models\x12\x19.spotjax.v1.ModelsRequest\x1a\x1a.spotjax.v1.ModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1921
-  _globals['_FINISHREASON']._serialized_end=2073
+  _globals['_FINISHREASON']._serialized_start=2066
+  _globals['_FINISHREASON']._serialized_end=2243
   _globals['_GENERATEREQUEST']._serialized_start=62
   _globals['_GENERATEREQUEST']._serialized_end=340
   _globals['_CHATMESSAGES']._serialized_start=342
@@ -48,29 +48,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENIDS']._serialized_start=725
   _globals['_TOKENIDS']._serialized_end=748
   _globals['_SAMPLING']._serialized_start=751
-  _globals['_SAMPLING']._serialized_end=1241
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1107
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1155
-  _globals['_GENERATERESPONSE']._serialized_start=1244
-  _globals['_GENERATERESPONSE']._serialized_end=1475
-  _globals['_TOKENLOGPROBS']._serialized_start=1477
-  _globals['_TOKENLOGPROBS']._serialized_end=1546
-  _globals['_TOPLOGPROB']._serialized_start=1548
-  _globals['_TOPLOGPROB']._serialized_end=1595
-  _globals['_USAGE']._serialized_start=1597
-  _globals['_USAGE']._serialized_end=1654
-  _globals['_RESUMEREQUEST']._serialized_start=1656
-  _globals['_RESUMEREQUEST']._serialized_end=1708
-  _globals['_CANCELREQUEST']._serialized_start=1710
-  _globals['_CANCELREQUEST']._serialized_end=1745
-  _globals['_CANCELRESPONSE']._serialized_start=1747
-  _globals['_CANCELRESPONSE']._serialized_end=1782
-  _globals['_MODELSREQUEST']._serialized_start=1784
-  _globals['_MODELSREQUEST']._serialized_end=1799
-  _globals['_MODELSRESPONSE']._serialized_start=1801
-  _globals['_MODELSRESPONSE']._serialized_end=1852
-  _globals['_MODEL']._serialized_start=1854
-  _globals['_MODEL']._serialized_end=1918
-  _globals['_GENERATION']._serialized_start=2076
-  _globals['_GENERATION']._serialized_end=2360
+  _globals['_SAMPLING']._serialized_end=1283
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=1149
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=1197
+  _globals['_STRUCTURE']._serialized_start=1285
+  _globals['_STRUCTURE']._serialized_end=1386
+  _globals['_GENERATERESPONSE']._serialized_start=1389
+  _globals['_GENERATERESPONSE']._serialized_end=1620
+  _globals['_TOKENLOGPROBS']._serialized_start=1622
+  _globals['_TOKENLOGPROBS']._serialized_end=1691
+  _globals['_TOPLOGPROB']._serialized_start=1693
+  _globals['_TOPLOGPROB']._serialized_end=1740
+  _globals['_USAGE']._serialized_start=1742
+  _globals['_USAGE']._serialized_end=1799
+  _globals['_RESUMEREQUEST']._serialized_start=1801
+  _globals['_RESUMEREQUEST']._serialized_end=1853
+  _globals['_CANCELREQUEST']._serialized_start=1855
+  _globals['_CANCELREQUEST']._serialized_end=1890
+  _globals['_CANCELRESPONSE']._serialized_start=1892
+  _globals['_CANCELRESPONSE']._serialized_end=1927
+  _globals['_MODELSREQUEST']._serialized_start=1929
+  _globals['_MODELSREQUEST']._serialized_end=1944
+  _globals['_MODELSRESPONSE']._serialized_start=1946
+  _globals['_MODELSRESPONSE']._serialized_end=1997
+  _globals['_MODEL']._serialized_start=1999
+  _globals['_MODEL']._serialized_end=2063
+  _globals['_GENERATION']._serialized_start=2246
+  _globals['_GENERATION']._serialized_end=2530
 # @@protoc_insertion_point(module_scope)
