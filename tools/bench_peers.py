@@ -8,9 +8,9 @@ the requirements are in ``PEERS``). Prompts are drawn at random, 128 tokens each
 
 Engines take turns: ``--rounds`` times all of them, so that a slow minute of the machine hits none alone. Shown are, as
 medians over all runs: time until every row has its first token; time between two tokens of a row; tokens per second
-between the last first token and the end; all tokens over the whole time; most memory; and how many of the tokens are
-those of transformers in float32 (near ties differ with the order of sums). Engines without an environment are left out,
-and said to be.
+between the last first token and the end; all tokens over the whole time; how many there were, since some engines end a
+row at an end token whatever they are told; most memory; and how many of the tokens are those of transformers in float32
+(near ties differ with the order of sums). Engines without an environment are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ REFERENCE = "transformers"
 """Whose tokens the others' are compared with."""
 TORCH = ("torch==2.13.0", "transformers==5.23.0")
 SCRIPT = Path(__file__).parent / "peers" / "run.py"
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,15 @@ def figures(results: Sequence[Mapping[str, Any]], reference: Sequence[Sequence[i
         )  # as long as all rows run
     same = None
     if reference is not None:
-        same = float(np.mean(np.array(runs[-1]["tokens"]) == np.array(reference)))
+        pairs = [zip_longest(row, other) for row, other in zip(runs[-1]["tokens"], reference, strict=True)]
+        same = statistics.mean(a == b for pair in pairs for a, b in pair)
     return {
         "first_token_ms": 1e3 * statistics.median(firsts),
         "inter_token_ms": 1e3 * statistics.median(gaps),
         "least_inter_token_ms": 1e3 * min(gaps),
         "output_tokens_per_second": statistics.median(rates),
         "with_prompts_tokens_per_second": statistics.median(overall),
+        "tokens": statistics.median(sum(map(len, one["tokens"])) for one in runs),
         "peak_megabytes": max(result["peak_bytes"] for result in results) / 1e6,
         "same_tokens": same,
     }
@@ -228,8 +230,8 @@ def versions(names: Sequence[str], environments: Path) -> dict[str, str]:
 
 COLUMNS = {
     "first_token_ms": "first token, ms", "inter_token_ms": "between tokens, ms", "least_inter_token_ms": "at best, ms",
-    "output_tokens_per_second": "tokens/s", "with_prompts_tokens_per_second": "with prompts", "peak_megabytes": "MB",
-    "same_tokens": "same tokens",
+    "output_tokens_per_second": "tokens/s", "with_prompts_tokens_per_second": "with prompts", "tokens": "tokens",
+    "peak_megabytes": "MB", "same_tokens": "same tokens",
 }  # fmt: skip
 
 
@@ -241,8 +243,15 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         shown.add_column(name, justify="right")
     for row in rows:
         values = (row.get(name) for name in COLUMNS)
-        shown.add_row(row["engine"], *("-" if value is None else f"{value:.3g}" for value in values))
+        shown.add_row(row["engine"], *(_short(value) for value in values))
     return shown
+
+
+def _short(value: float | None) -> str:
+    """Three digits, or all before the point."""
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def main() -> None:

@@ -69,6 +69,13 @@ def test_figures_are_those_of_the_time_in_which_all_rows_decode() -> None:
         "least_inter_token_ms": 2000.0,
         "output_tokens_per_second": 5 / 5.0,
         "with_prompts_tokens_per_second": 8 / 8.0,
+        "tokens": 8,
         "peak_megabytes": 5.0,
         "same_tokens": 7 / 8,
     }
+
+
+def test_a_row_that_ends_early_counts_with_the_tokens_it_has() -> None:
+    run = {"times": [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0]], "tokens": [[1, 2, 3, 4], [5, 6]]}
+    found = figures([{"runs": [run], "peak_bytes": 5}], [[1, 2, 3, 4], [5, 6, 7, 8]])
+    assert (found["tokens"], found["output_tokens_per_second"], found["same_tokens"]) == (6, 4 / 3, 6 / 8)

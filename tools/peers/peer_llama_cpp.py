@@ -20,6 +20,9 @@ def load(directory: str, settings: dict[str, Any]) -> Callable[..., None]:
     options.n_ctx, options.n_parallel = settings["context"] * settings["batch"], settings["batch"]
     options.n_batch = options.n_ubatch = settings["batch"] * settings["context"]
     options.cpuparams.n_threads = options.cpuparams_batch.n_threads = settings["threads"]
+    kinds = xllamacpp.ggml_type
+    kind = kinds.GGML_TYPE_BF16 if settings["dtype"] == "bfloat16" else kinds.GGML_TYPE_F32
+    options.cache_type_k = options.cache_type_v = kind  # half precision by default
     options.cache_prompt, options.n_gpu_layers, options.verbosity = False, 0, -1
     server = xllamacpp.Server(options)
     _servers.append(server)

@@ -34,7 +34,10 @@ def main() -> None:
 
 
 def measure(generate: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """One run: seconds from the start at which every row's tokens were there, and the tokens."""
+    """One run: seconds from the start at which every row's tokens were there, and the tokens.
+
+    A row may have fewer than asked for: some engines end at one of a model's end tokens whatever they are told.
+    """
     times: list[list[float]] = [[] for _ in prompts]
     tokens: list[list[int]] = [[] for _ in prompts]
     gc.collect()
@@ -45,7 +48,7 @@ def measure(generate: Any, prompts: list[list[int]], count: int) -> dict[str, An
         tokens[row].append(number)
 
     generate(prompts, count, token)
-    if any(len(row) != count for row in tokens):
+    if any(not 1 < len(row) <= count for row in tokens):
         raise SystemExit(f"asked for {count} tokens of every row, got {[len(row) for row in tokens]}")
     return {"times": times, "tokens": tokens}
 
