@@ -213,7 +213,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cpu_kernels: Annotated[
         Literal["auto", "native", "xla"],
         Meta(
-            description="what computes products of a few rows, and attention, on CPUs: kernels that are compiled on "
+            description="what computes products and attention on CPUs: kernels that are compiled on "
             "this machine by its C++ compiler, or plain XLA; auto: the kernels where there is a compiler",
             extra=MACHINE,
         ),

@@ -29,7 +29,7 @@ class NativeKernels:
 
     @property
     def products(self) -> NativeProducts:
-        """Who computes products of a few rows."""
+        """Who computes products."""
         return NativeProducts(f"spotjax-products-{self.library}")
 
     def attention(self, head_size: int, page_size: int) -> NativeAttention:

@@ -24,10 +24,10 @@ constexpr int kTall = 6;  // or with 16
 constexpr int64_t kChunk = 512;      // inputs of a panel, where they are not divided into parts
 constexpr int64_t kPanels = 1 << 17;  // weights in panels, at most, unless these are of one panel
 
-// Of the work that threads share:
-constexpr int64_t kPiecesPerThread = 6;
-constexpr int64_t kLeastPiece = 8 * kWide, kMostPiece = 16 * kWide;  // outputs of a piece, if a kernel has as many
-constexpr int64_t kMostBlocks = 36;                                 // blocks of rows
+// A piece of the work that threads share has, if there is as much:
+constexpr int64_t kMostBlocks = 36, kLeastBlocks = 4;  // so many blocks of rows,
+constexpr int64_t kMostWidth = 512, kLeastWidth = 64;  // and so many outputs, about; from
+constexpr int64_t kGoodWidth = 256;                    // on, what is done once for all of them hardly counts
 
 // Rows that follow each other.
 struct Block {
@@ -174,16 +174,22 @@ void multiply_many(xla::ffi::ThreadPool& pool, const std::vector<Product<Weight,
     const Product<Weight, Out>* product;
     int64_t block, blocks, begin, end;
   };
-  int64_t total = 0, most = blocks.size();
+  int64_t total = 0, width = kMostWidth;
+  const int64_t most = blocks.size(), threads = threads_of(pool);
   for (const auto& product : products) total += product.width;
-  const int64_t share = total / (kPiecesPerThread * threads_of(pool)) / kWide * kWide;
-  const int64_t width = std::clamp(share, kLeastPiece, kMostPiece), groups = (most + kMostBlocks - 1) / kMostBlocks;
+  int64_t groups = (most + kMostBlocks - 1) / kMostBlocks;
+  while (groups * total < 2 * threads * width && width > kGoodWidth) width /= 2;
+  while (groups * total < threads * width && (groups + 1) * kLeastBlocks <= most) ++groups;
+  while (groups * total < threads * width && width > kLeastWidth) width /= 2;
   std::vector<Piece> pieces;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t block = most * group / groups, number = most * (group + 1) / groups - block;
     for (const auto& product : products) {
-      for (int64_t begin = 0; begin < product.width; begin += width) {
-        pieces.push_back({&product, block, number, begin, std::min(product.width, begin + width)});
+      const int64_t panels = (product.width + kWide - 1) / kWide;
+      const int64_t shares = std::clamp<int64_t>((product.width + width / 2) / width, 1, panels);
+      for (int64_t share = 0; share < shares; ++share) {  // about equal ones, so that threads end together
+        const int64_t begin = panels * share / shares * kWide, end = panels * (share + 1) / shares * kWide;
+        pieces.push_back({&product, block, number, begin, std::min(product.width, end)});
       }
     }
   }
