@@ -176,9 +176,8 @@ def progress() -> Iterator[tuple[Callable[[Point], Told], Callable[[Result], Non
             return ended
 
         def finished(result: Result) -> None:
-            summary = result.summary
-            bars.console.print(
-                f"{result.point.name}: {summary.completed} completed, {summary.output_throughput:.1f} tokens/s"
-            ) if console.is_terminal else None
+            if console.is_terminal:
+                done, rate = result.summary.completed, result.summary.output_throughput
+                console.print(f"{result.point.name}: {done} completed, {rate:.1f} tokens/s")
 
         yield told, finished

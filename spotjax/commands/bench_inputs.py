@@ -108,11 +108,13 @@ def prompt_kind(arguments: argparse.Namespace) -> str:
     """What drawn prompts are made of.
 
     Raises:
-      ConfigError: a tokenizer is missing, or chats are to be token ids.
+      ConfigError: a tokenizer is missing, a vocabulary is not used, or chats are to be token ids.
     """
     kind: str = arguments.prompt_kind or ("words" if arguments.tokenizer is None else "text")
     if kind == "text" and arguments.tokenizer is None:
         raise ConfigError("--prompt-kind text needs --tokenizer")
+    if kind != "ids" and arguments.vocabulary is not None:
+        raise ConfigError("--vocabulary is for --prompt-kind ids")
     if kind == "ids" and arguments.api == "chat":
         raise ConfigError("--prompt-kind ids is not for --api chat: a chat is text")
     return kind

@@ -155,6 +155,7 @@ async def test_ctrl_c_gives_what_there_is_so_far(tmp_path: Path) -> None:
         (("--prompt-kind", "text"), "needs --tokenizer"),
         (("--prompt-kind", "ids", "--model", "m"), "--vocabulary"),
         (("--prompt-kind", "ids", "--api", "chat", "--model", "m"), "a chat is text"),
+        (("--vocabulary", "9"), "--prompt-kind ids"),
         (("--prompts", "/nowhere"), "/nowhere"),
         (("--max-prompt", "5"), "are for --trace"),
         (("--trace", "/nowhere"), "/nowhere"),
