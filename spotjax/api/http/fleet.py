@@ -21,6 +21,7 @@ from spotjax.api.backend import Backend
 from spotjax.api.fleet import require_add, require_instance, require_preempt
 from spotjax.api.http.errors import JSON
 from spotjax.api.http.event_stream import EventStream, event
+from spotjax.api.http.reading import read_bytes
 from spotjax.api.plain import plain
 from spotjax.api.proto.spotjax.v1 import fleet_pb2 as pb
 from spotjax.errors import InvalidRequest
@@ -115,7 +116,7 @@ async def asked_for(request: Request, kind: type[Asked]) -> Asked:
     if sent_as != JSON:
         raise InvalidRequest("body", f"must be sent as {JSON}, came as {sent_as or 'nothing'}")
     try:
-        return msgspec.json.decode(await request.body(), type=kind)
+        return msgspec.json.decode(await read_bytes(request), type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest("body", str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ Body = TypeVar("Body")
 
 AT = re.compile(r"(?P<problem>.*?)(?: - at (?:`?key`? in )?`\$\.?(?P<path>.*)`)?", re.DOTALL)
 FIELD = re.compile(r"Object (?P<how>contains unknown|missing required) field `(?P<name>.*?)`", re.DOTALL)
+BODY_SECONDS = 60.0
+"""For which a body may be on its way."""
 LINGER = 8
 """Times the limit: so much of a body that is too large is read, and thrown away, before the connection is closed."""
 UNSUPPORTED = "is not supported by this server; leave it out"
@@ -27,7 +30,7 @@ async def read(request: Request, kind: type[Body]) -> Body:
 
     Raises:
       InvalidRequest: it is not JSON, or not of this type; names the field.
-      HTTPException: it is too large, or not said to be JSON.
+      HTTPException: it is too large or too slow, or not said to be JSON.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
         raise HTTPException(415, f"send {JSON} and say so in content-type")  # what other sites' forms cannot
@@ -38,14 +41,17 @@ async def read_bytes(request: Request, limit: int = MAX_MESSAGE_BYTES) -> bytes:
     """The body as it came. One that is too large is not kept, and not read to its end unless that is near."""
     body, size = bytearray(), 0
     try:
-        async for piece in request.stream():
-            size += len(piece)
-            if size <= limit:
-                body += piece
-            elif size > LINGER * limit:
-                break
-            else:  # a client that is still sending would not see the answer
-                body.clear()
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= limit:
+                    body += piece
+                elif size > LINGER * limit:
+                    break
+                else:  # a client that is still sending would not see the answer
+                    body.clear()
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {BODY_SECONDS:g} s", {"connection": "close"}) from None
     except ClientDisconnect:
         raise HTTPException(400, "the body ended before its end") from None
     if size > limit:

@@ -9,23 +9,13 @@ import ssl
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from spotjax.api.http.event_stream import ABORT
+from spotjax.api.http.connection import LimitedConnection
 from spotjax.errors import ConfigError
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
 """For which a connection may be idle: longer than load balancers keep theirs, so that it is they who close."""
-
-
-class Protocol(HttpToolsProtocol):
-    """Connections that an application can end at once: its scopes have ``ABORT`` among their extensions."""
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self.scope["extensions"] = {ABORT: self.transport.abort}  # type: ignore[dict-item]  # not one of ASGI's
 
 
 class HttpServer:
@@ -35,7 +25,7 @@ class HttpServer:
         """A server that does not listen yet."""
         self._tls = tls
         self._config = uvicorn.Config(
-            app, http=Protocol, ws="none", lifespan="off", interface="asgi3", backlog=BACKLOG, log_config=None,
+            app, http=LimitedConnection, ws="none", lifespan="off", interface="asgi3", backlog=BACKLOG, log_config=None,
             log_level="critical", access_log=False, server_header=False, timeout_keep_alive=KEEP_ALIVE_SECONDS,
             proxy_headers=False,
         )  # fmt: skip
@@ -75,7 +65,7 @@ class HttpServer:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)
         for connection in list(state.connections):
-            if isinstance(connection, Protocol):
+            if isinstance(connection, LimitedConnection):
                 connection.transport.abort()  # it would wait for a client that does not read
 
 
