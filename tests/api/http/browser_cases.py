@@ -42,21 +42,35 @@ class Scripted:
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
-        self.service, self.server, self.port = self.do(self._start(keyed))
+        self.port = 0
+        self.service, self.server = self.do(self._start(keyed))
 
     @property
     def page(self) -> str:
         return f"http://127.0.0.1:{self.port}/ui/"
 
-    async def _start(self, keyed: bool) -> tuple[ScriptedService, HttpServer, int]:
+    async def _start(self, keyed: bool) -> tuple[ScriptedService, HttpServer]:
         async def delay() -> None:
             await asyncio.sleep(TOKEN_SECONDS)
 
         backend = Backend(gate=OneKey()) if keyed else Backend()
         service = ScriptedService(delay=delay, shape=MeshShape(2, 2, 1), spare_instances=3)
         backend.attach(service, MODEL)
-        server = HttpServer(application(backend))
-        return service, server, await server.start("127.0.0.1:0")
+        self._backend = backend
+        return service, await self._listen()
+
+    async def _listen(self) -> HttpServer:
+        server = HttpServer(application(self._backend))
+        self.port = await server.start(f"127.0.0.1:{self.port}")
+        return server
+
+    def leave(self) -> None:
+        """Nobody answers any more."""
+        self.do(self.server.stop())
+
+    def come_back(self) -> None:
+        """Another server answers in its place, for the same service."""
+        self.server = self.do(self._listen())
 
     def do(self, work: Any) -> Any:
         """What a coroutine comes to in the server's loop."""

@@ -157,6 +157,25 @@ def test_it_says_that_the_server_is_away_and_comes_back_with_what_it_missed(
         assert page.locator("#events li b").all_inner_texts() == ["switch", "lost", "ready"], "each of them once"
 
 
+def test_text_goes_on_where_it_was_when_another_server_is_there(chromium: "Browser", server: Scripted) -> None:
+    with watched(chromium, server.page, LOST) as page:
+        page.wait_for_selector(".instance button")
+        page.fill("#tokens", "150")
+        page.click("#go")
+        until(page, "document.querySelector('#text').textContent.length > 30")
+        server.leave()
+        until(page, "document.querySelector('#text-state').textContent.startsWith('The server is away')")
+        page.wait_for_selector("#connection[data-state=lost]")
+        server.come_back()
+        until(page, "document.querySelector('#text-state').textContent.startsWith('Complete')")
+        (request,) = server.service.requests.values()
+        text = "".join(
+            page.locator("#text").evaluate("box => [...box.childNodes].slice(1).map(one => one.textContent)")
+        )
+        assert text == request.script[0][1]
+        assert " across 1 broken connection; " in page.inner_text("#text-state")
+
+
 def test_where_there_are_keys_it_asks_for_one_and_shows_what_its_role_may(chromium: "Browser") -> None:
     with scripted(keyed=True) as server, watched(chromium, server.page, ("metrics", *LOST)) as page:
         page.wait_for_selector("#key[open]")
