@@ -265,8 +265,9 @@ class Sessions:
         try:
             ends: set[asyncio.Future[Any]] = {reading, writing, session.over}
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if session.over.done():
-                await asyncio.wait({writing}, timeout=GOODBYE_SECONDS)
+            # gRPC cannot end a stream, and the worker waits, while a write that was cancelled halfway is under way
+            session.outgoing.put_nowait(None)
+            await asyncio.wait({writing}, timeout=GOODBYE_SECONDS)
         finally:
             for task in (reading, writing):
                 task.cancel()

@@ -238,6 +238,35 @@ async def test_garbage_later_ends_the_session_and_is_reported(fleet: Fleet, capl
     assert "the session with a fails" in caplog.text
 
 
+async def test_what_is_being_written_when_a_session_fails_is_written_to_its_end() -> None:
+    """Else gRPC cannot end the stream: its last message is still under way."""
+
+    class Context:
+        """A worker that says garbage before its welcome is on its way."""
+
+        def __init__(self) -> None:
+            self.begun, self.may_end, self.written = asyncio.Event(), asyncio.Event(), 0
+            self.said = [registration(), ValueError("garbage")]
+
+        async def read(self) -> Any:
+            message = self.said.pop(0)
+            if isinstance(message, Exception):
+                await self.begun.wait()
+                asyncio.get_running_loop().call_later(0.01, self.may_end.set)
+                raise message
+            return message
+
+        async def write(self, message: Any) -> None:
+            self.begun.set()
+            await self.may_end.wait()
+            self.written += 1
+
+    watcher, context = Recorder(), Context()
+    await Sessions(Leases(LEASE), Clock(), watcher).join(None, context)  # type: ignore[arg-type]
+    assert context.written == 1
+    assert [what[0] for what in watcher.told] == ["registered", "ended"]
+
+
 async def test_an_error_of_the_fleet_itself_is_not_hidden(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
     worker = await fleet.join()
     fleet.watcher.raises = KeyError("a bug")
