@@ -118,6 +118,7 @@ async def test_an_instance_is_the_template_with_labels_metadata_and_the_class_th
 
 async def test_the_start_up_script_is_written_for_the_machine(compute: Service) -> None:
     options = {"wheel": "gs://bucket/spotjax-0.1.0-py3-none-any.whl", "grace_seconds": 110, "accelerator": "cuda12"}
+    options |= {"join_token": "secret:projects/p/secrets/s"}
     async with compute.provider(bootstrap=options) as provider:
         await provider.request("a", DEMAND)
         metadata = compute.instances()[f"{HERE}/fleet-a"]["metadata"]["items"]

@@ -375,6 +375,7 @@ class TestTpu(ProviderContract):
             )
 
 
+TRUST = {"join_token": "secret:projects/p/secrets/s"}
 TABLE = {
     "kind": "tpu",
     "project": "project-1",
@@ -396,7 +397,8 @@ async def test_it_is_opened_from_a_table_of_a_file(there: Account, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["a--b", "f" * 25])
 async def test_a_fleet_whose_machines_could_not_be_called_is_refused_at_once(there: Account, name: str) -> None:
-    config = provider_config(TABLE | {"endpoint": there.address, "insecure": True}, "[provider]")
+    table = TABLE | {"endpoint": there.address, "insecure": True, "bootstrap": TRUST}
+    config = provider_config(table, "[provider]")
     with pytest.raises(ConfigError, match=r"the fleet's name: .*(called|too long)"):
         await open_provider(config, FleetIdentity(name, "10.0.0.1:8470", ServeConfig()))
     await (await open_provider(config, FleetIdentity("f" * 24, "10.0.0.1:8470", ServeConfig()))).close()
@@ -408,11 +410,12 @@ async def test_a_machine_without_credentials_is_told_so(tmp_path: Path, monkeypa
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     with pytest.raises(ProviderRefused, match="cannot use Cloud TPU: no credentials"):
-        await open_provider(provider_config(TABLE, "[provider]"), FleetIdentity("fleet", "10.0.0.1:1", ServeConfig()))
+        config = provider_config(TABLE | {"bootstrap": TRUST}, "[provider]")
+        await open_provider(config, FleetIdentity("fleet", "10.0.0.1:1", ServeConfig()))
 
 
 async def test_each_machine_has_a_script_of_its_own(there: Account) -> None:
-    table = TABLE | {"endpoint": there.address, "insecure": True, "bootstrap": {"user": "tpu-user"}}
+    table = TABLE | {"endpoint": there.address, "insecure": True, "bootstrap": TRUST | {"user": "tpu-user"}}
     table |= {"offers": [{"type": "v5litepod-8", "zone": HERE, "price": 4.5}], "settle_seconds": 0.0}
     provider = await open_provider(
         provider_config(table, "[provider]"), FleetIdentity("fleet", "10.0.0.1:8470", ServeConfig())
