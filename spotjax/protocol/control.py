@@ -21,6 +21,7 @@ from spotjax.planner.plan import Transfer
 from spotjax.reshard.transfer import PageTransfer
 from spotjax.runtime.buckets import StepShape
 from spotjax.runtime.controls import Variant
+from spotjax.transport.decoding import decoder_of
 
 METHOD = "/spotjax.v1.Workers/Join"
 VERSION = 6
@@ -469,5 +470,5 @@ def encode(message: Any) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-decode_from_worker = msgspec.msgpack.Decoder(FromWorker).decode
-decode_from_controller = msgspec.msgpack.Decoder(FromController).decode
+decode_from_worker = decoder_of(FromWorker)
+decode_from_controller = decoder_of(FromController)

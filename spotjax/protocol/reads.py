@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from spotjax.meshes.slices import Index, Range
+from spotjax.transport.decoding import decoder_of
 
 
 class ReadSlice(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -50,4 +51,4 @@ class ReadBackup(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 Read = ReadSlice | ReadPages | ReadBackup
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Read).decode
+decode = decoder_of(Read)

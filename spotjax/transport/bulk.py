@@ -17,6 +17,7 @@ import msgspec
 from xxhash import xxh3_64
 
 from spotjax.errors import ConnectionLost, TransportError
+from spotjax.transport.decoding import UNREADABLE
 from spotjax.transport.framing import PREFIX, WELCOME, Limits, frame_start, read_prefix
 
 CHUNK = 1 << 20
@@ -128,7 +129,7 @@ class BulkStream:
         self.read_into(memoryview(header))
         try:
             return decoder.decode(header), payload
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except UNREADABLE as error:
             raise TransportError(f"a header cannot be understood: {error}") from error
 
     def read_into(self, view: memoryview) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import msgspec
 
 from spotjax.errors import ConnectionLost, TransportError
+from spotjax.transport.decoding import UNREADABLE
 from spotjax.transport.framing import WELCOME, FrameReader, Limits, byte_views, frame_start
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         try:
             message = self._decoder.decode(header)
-        except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        except UNREADABLE as error:
             raise TransportError(f"a header cannot be understood: {error}") from error
         self._receive(self, message, payload)
 

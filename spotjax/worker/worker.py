@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
+import msgspec
 import numpy as np
 
 from spotjax.checkpoint.kv_format import KvFormat
-from spotjax.errors import ConfigError, ConnectionLost, PeerUnreachable, SliceUnavailable
+from spotjax.errors import ConfigError, ConnectionLost, PeerUnreachable, SliceUnavailable, TransportError
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.sharding import own
 from spotjax.meshes.slices import ArraySlice
@@ -202,8 +203,12 @@ class Worker:
 
         Raises:
           SliceUnavailable: it is not here.
+          TransportError: this is no question.
         """
-        wanted = reads.decode(what)
+        try:
+            wanted = reads.decode(what)
+        except msgspec.DecodeError as problem:
+            raise TransportError(f"a read cannot be understood: {problem}") from problem
         if isinstance(wanted, reads.ReadBackup):
             return [self._kv.copies.read(wanted.layers, wanted.owners).data]
         if isinstance(wanted, reads.ReadSlice):

@@ -69,8 +69,8 @@ async def test_a_stranger_that_knows_the_protocol_but_not_the_token_stays_out() 
                 call = channel.stream_stream(control.METHOD, control.encode, control.decode_from_controller)(
                     metadata=() if nonce is None else ((control.NONCE_KEY, nonce),)
                 )
-                await call.write(first)
                 with pytest.raises(grpc.aio.AioRpcError) as error:
+                    await call.write(first)
                     await call.read()
                 assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
         assert not came
