@@ -147,7 +147,11 @@ class Tracing:
         """See ``Traces.migrated``."""
         from opentelemetry.trace import Link, set_span_in_context
 
-        paused = {one.request_id: self._requests[one.request_id][0] for one in migration.paused if self._has(one)}
+        paused = {
+            one.request_id: self._requests[one.request_id][0]
+            for one in migration.paused
+            if one.request_id in self._requests
+        }
         span = self._tracer.start_span(
             "migration",
             links=[Link(request.get_span_context()) for request in paused.values()],
@@ -173,9 +177,6 @@ class Tracing:
                 request.add_event("preempted", about, self._wall(stopped))
                 kept = about | {"spotjax.positions": one.computed, "spotjax.positions_kept": one.kept}
                 request.add_event("resumed", kept, self._wall(migration.ended))
-
-    def _has(self, one: object) -> bool:
-        return getattr(one, "request_id", None) in self._requests
 
     def _wall(self, then: float) -> int:
         """Unix time in nanoseconds of a moment on the clock."""

@@ -17,6 +17,7 @@ from spotjax.embedded import EmbeddedServer, local_instances, serve_model
 from spotjax.engine.generation import GenerationRequest
 from spotjax.engine.request import FinishReason, Logprobs, SamplingParams
 from spotjax.errors import NoSpareDevices, UnknownInstance
+from spotjax.fleet.observer import Observer
 from spotjax.meshes.instance import InstanceState
 from spotjax.models.catalog import Model
 from spotjax.models.config import DecoderConfig
@@ -112,7 +113,7 @@ def same(found: dict[str, Output], expected: dict[str, Output]) -> None:
                 assert [token for token, _ in a.top] == [token for token, _ in b.top]
 
 
-async def start_server(programs: Path, **settings: object) -> EmbeddedServer:
+async def start_server(programs: Path, observer: Observer | None = None, **settings: object) -> EmbeddedServer:
     """A server of the tiny model; ``programs`` keeps what is compiled for the next one."""
     config = ServeConfig(
         model="random",
@@ -124,7 +125,7 @@ async def start_server(programs: Path, **settings: object) -> EmbeddedServer:
         **{"fuse": False, "instance_memory_bytes": LARGE_MEMORY, **settings},  # type: ignore[arg-type]
     )
     model = Model("random", RandomCheckpoint(CONFIG), Letters())  # type: ignore[arg-type]
-    return await serve_model(config, model, local_instances(4, 2))
+    return await serve_model(config, model, local_instances(4, 2), observer)
 
 
 def state_of(server: EmbeddedServer, instance: str) -> InstanceState:

@@ -192,6 +192,27 @@ async def test_a_worker_registers_gets_ready_and_carries_out_commands(fleet: Fle
     ]
 
 
+async def test_what_a_worker_says_of_itself_is_kept_until_it_says_it_anew(fleet: Fleet) -> None:
+    worker = await fleet.join()
+    session = fleet.sessions["a"]
+    assert session.vitals is None
+    for told in (control.Vitals(sent=1), control.Vitals((control.StageWork(0, 1, 5, 0.5),), sent=2)):
+        await worker.say(told)
+        while session.vitals != told:
+            await asyncio.sleep(0)
+    assert [kind for kind, *_ in fleet.watcher.told] == ["registered"], "nobody acts on it"
+
+
+async def test_an_instance_is_as_silent_as_its_last_sign_of_life_is_old(fleet: Fleet) -> None:
+    worker = await fleet.join()
+    await worker.say(control.Ready((), 0))
+    await fleet.watcher.until_told("registered", "ready")
+    fleet.clock.now += LEASE / 4
+    assert fleet.sessions.silence("a") == pytest.approx(LEASE / 4)
+    fleet.sessions.beat(Beat("a", "1"))
+    assert fleet.sessions.silence("a") == pytest.approx(0, abs=1e-9)
+
+
 async def test_another_version_is_refused_for_good_and_nobody_is_told(fleet: Fleet) -> None:
     worker = fleet.worker()
     await worker.say(registration(version=control.VERSION + 1))

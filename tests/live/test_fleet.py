@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, heard, load_on, more_tokens, said, stages, worker_flags
+from prometheus_client.parser import text_string_to_metric_families as parse
 
+from spotjax.telemetry import metrics
 from spotjax.tools.chaos import LEASE_SECONDS
 from spotjax.tools.chaos_run import restless
 from spotjax.tools.load import answers
@@ -27,7 +31,7 @@ DETECTION_SECONDS = 1.5
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
     """One replica of four stages, each an instance."""
-    flags = (*CONTROLLER, "--mesh", "1x4x2")
+    flags = (*CONTROLLER, "--mesh", "1x4x2", "--http", "127.0.0.1:0")
     fleet = LocalFleet(tmp_path_factory.mktemp("fleet"), NAMES, flags, worker_flags(programs))
     async with running(fleet):
         yield fleet
@@ -219,6 +223,28 @@ async def test_a_late_worker_joins_as_a_spare_and_can_leave(fleet: LocalFleet, e
             del fleet.workers["late"]
         await fleet.until_gone(["late"])
         await more_tokens(load, 50)
+
+
+async def test_the_controller_shows_how_its_workers_are_and_no_more_those_that_are_gone(
+    fleet: LocalFleet, expected: Mapping[str, Output]
+) -> None:
+    async with load_on(fleet, expected) as load:
+        await more_tokens(load, 50)
+        await eventually("every worker says how it is", lambda: have_told(fleet, NAMES))
+    gone = NAMES[-1]
+    await fleet.kill([gone])
+    await eventually("who is gone says nothing", lambda: have_told(fleet, set(NAMES) - {gone}))
+    await fleet.bring([gone])
+
+
+def have_told(fleet: LocalFleet, names: Collection[str]) -> bool:
+    """Whether these workers, and no others, are on the controller's metrics, with their steps and their bytes."""
+    http = re.findall(r"serving HTTP.*?(127\.0\.0\.1:\d+)", fleet.server.output())[-1]
+    text = httpx.get(f"http://{http}/metrics").text
+    samples = [sample for family in parse(text) for sample in family.samples if "worker" in sample.labels]
+    steps = {s.labels["worker"] for s in samples if s.name == metrics.STAGE_TIME.name + "_count" and s.value}
+    sent = {s.labels["worker"] for s in samples if s.name == metrics.SENT.name and s.value}
+    return steps == sent == {s.labels["worker"] for s in samples} == set(names)
 
 
 async def test_the_controller_has_no_jax(fleet: LocalFleet) -> None:

@@ -44,6 +44,17 @@ async def test_the_destination_holds_exactly_what_was_provided(net: Net, size: i
     assert await fetched(net, address, size) == DATA[:size]
 
 
+async def test_both_sides_count_the_bytes(net: Net) -> None:
+    address, inbox = await net.listening(provide=provide)
+    reader = net.endpoint().endpoint
+    for size in (SIZE, 1000):
+        await reader.fetch(address, str(size).encode(), aligned(size), 5)
+    assert reader.traffic == (0, SIZE + 1000)
+    async with asyncio.timeout(5):
+        while inbox.endpoint.traffic != (SIZE + 1000, 0):  # its thread is about to count
+            await asyncio.sleep(0)
+
+
 async def test_arrays_are_read_into_arrays(net: Net) -> None:
     array = np.arange(60_000, dtype=np.float32).reshape(200, 300)
     address, _ = await net.listening(provide=lambda what: [array[:50], array[50:]])
