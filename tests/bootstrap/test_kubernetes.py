@@ -12,7 +12,7 @@ from kubernetes_cases import DEPLOYMENTS, IMAGE, Manifest, applied, container_of
 
 from spotjax import cli, settings
 from spotjax.bootstrap.kubernetes.clusters import CLUSTERS
-from spotjax.bootstrap.kubernetes.configuration import DATA_PORT, GRPC_PORT
+from spotjax.bootstrap.kubernetes.configuration import DATA_PORT, GRPC_PORT, HTTP_PORT
 from spotjax.bootstrap.kubernetes.manifests import render
 from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 from spotjax.bootstrap.kubernetes.pods import USER
@@ -175,13 +175,14 @@ def test_services_lead_to_ports_of_containers_and_workers_dial_a_service(name: s
         assert ports["data"] == int(config.data_listen.rpartition(":")[2]) == DATA_PORT
         if mode(config) == "controller":
             assert ports["grpc"] == int(config.address.rpartition(":")[2])
+            assert ports["http"] == int(config.http.rpartition(":")[2])
             listening = ports
     services = {service["metadata"]["name"]: service["spec"] for service in of_kind(manifests, "Service")}
     for service, spec in services.items():
         for port in spec["ports"]:
             if service != "spotjax-slices":
                 assert listening[port["targetPort"]] == port["port"]
-    assert {port["port"] for port in services["spotjax"]["ports"]} == {GRPC_PORT}, "clients get no data port"
+    assert {port["port"] for port in services["spotjax"]["ports"]} == {GRPC_PORT, HTTP_PORT}, "clients get no data port"
     for manifest, template in pods(manifests):
         config = config_of(manifest, template, manifests, tmp_path)
         if config.join:
@@ -219,8 +220,25 @@ def test_only_listed_ports_are_open_and_only_to_labelled_pods(name: str) -> None
         )
         for other in workers:
             assert may(other, worker, 8471) == (options.hosts > 1 and other == worker), "hosts of one slice alone"
-    assert may("client", "spotjax-controller", GRPC_PORT) and not may("client", "spotjax-controller", DATA_PORT)
-    assert not any(may("stranger", "spotjax-controller", port) for port in (GRPC_PORT, DATA_PORT))
+    assert all(may("client", "spotjax-controller", port) for port in (GRPC_PORT, HTTP_PORT))
+    assert not any(may(worker, "spotjax-controller", HTTP_PORT) for worker in workers), "nothing there is for them"
+    assert not may("client", "spotjax-controller", DATA_PORT)
+    assert not any(may("stranger", "spotjax-controller", port) for port in (GRPC_PORT, HTTP_PORT, DATA_PORT))
+
+
+@each
+def test_prometheus_finds_the_controller_s_metrics_and_no_other_pod(name: str) -> None:
+    for manifest, template in pods(deployment(name)):
+        told = {key: value for key, value in template["metadata"]["annotations"].items() if "prometheus.io" in key}
+        ports = {port["name"]: port["containerPort"] for port in container_of(template)["ports"]}
+        if "http" not in ports:
+            assert not told, manifest["metadata"]["name"]
+            continue
+        scheme = "https" if "certificates" in [v["name"] for v in template["spec"]["volumes"]] else "http"
+        assert told == {
+            "prometheus.io/scrape": "true", "prometheus.io/port": str(ports["http"]), "prometheus.io/path": "/metrics",
+            "prometheus.io/scheme": scheme,
+        }  # fmt: skip
 
 
 @each

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spotjax.bootstrap.kubernetes.configuration import DATA_PORT, GRPC_PORT
+from spotjax.bootstrap.kubernetes.configuration import DATA_PORT, GRPC_PORT, HTTP_PORT
 from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 from spotjax.bootstrap.kubernetes.pods import CLIENT_LABEL, NAME_LABEL, SLICE_LABEL, Manifest, labels, metadata
 
@@ -35,7 +35,11 @@ def network_policies(options: KubernetesOptions) -> list[Manifest]:
         _policy(
             options,
             "controller",
-            [_rule([of_workers, *from_clients], GRPC_PORT), _rule([of_workers], DATA_PORT)],
+            [
+                _rule([of_workers, *from_clients], GRPC_PORT),
+                _rule(from_clients, HTTP_PORT),
+                _rule([of_workers], DATA_PORT),
+            ],
         ),
         _policy(options, "worker", [_rule([of_controller, of_workers], DATA_PORT)]),
     ]

@@ -14,8 +14,9 @@ CONTROLLER_SERVICE = "spotjax-controller"
 SLICE_SERVICE = "spotjax-slices"
 
 GRPC_PORT = 8470
+HTTP_PORT = 8471
 DATA_PORT = 8472
-"""Not 8471, at which libtpu meets the other hosts of a slice."""
+"""Not 8471, at which libtpu meets the other hosts of a slice; the controller, which has HTTP there, has no TPU."""
 COORDINATOR_PORT = 8482
 
 SETTINGS = "/etc/spotjax"
@@ -33,6 +34,7 @@ def controller_config(options: KubernetesOptions) -> ServeConfig:
     config = ServeConfig(
         model=options.model,
         listen=f"0.0.0.0:{GRPC_PORT}",
+        http=f"0.0.0.0:{HTTP_PORT}",
         data_listen=f"0.0.0.0:{DATA_PORT}",
         commit_log=f"{STATE}/log",
         drain_seconds=options.drain_seconds,

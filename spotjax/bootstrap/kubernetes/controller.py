@@ -9,6 +9,7 @@ from spotjax.bootstrap.kubernetes.configuration import (
     CONTROLLER_SERVICE,
     DATA_PORT,
     GRPC_PORT,
+    HTTP_PORT,
     STATE,
     controller_config,
     toml_of,
@@ -32,7 +33,7 @@ FLUSH_SECONDS = 2.0
 """That a server may take beyond ``drain_seconds``, as in ``spotjax.serve``, which is above this."""
 NODE_LOST_SECONDS = 30
 """Without an answer from its node, after which the controller is wanted elsewhere."""
-PORTS = {"grpc": GRPC_PORT, "data": DATA_PORT}
+PORTS = {"grpc": GRPC_PORT, "http": HTTP_PORT, "data": DATA_PORT}
 
 
 def controller(options: KubernetesOptions) -> list[Manifest]:
@@ -40,7 +41,7 @@ def controller(options: KubernetesOptions) -> list[Manifest]:
     return [
         _claim(options),
         _deployment(options),
-        _service(options, "spotjax", ["grpc"]),
+        _service(options, "spotjax", ["grpc", "http"]),
         _service(options, CONTROLLER_SERVICE, ["grpc", "data"]),
     ]
 
@@ -91,8 +92,14 @@ def _pod(options: KubernetesOptions) -> Manifest:
         volumes=[source for source, _ in volumes],
         termination=termination_seconds(options.pre_stop_seconds, options.drain_seconds + FLUSH_SECONDS),
         scheduling=_scheduling(options),
-        annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
+        annotations={"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", **_scraping(options)},
     )
+
+
+def _scraping(options: KubernetesOptions) -> dict[str, str]:
+    """What Prometheus' customary configuration for pods looks for."""
+    where = {"port": str(HTTP_PORT), "path": "/metrics", "scheme": "https" if options.tls else "http"}
+    return {"prometheus.io/scrape": "true"} | {f"prometheus.io/{name}": value for name, value in where.items()}
 
 
 def _probes(options: KubernetesOptions) -> Manifest:

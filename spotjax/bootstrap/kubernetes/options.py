@@ -21,10 +21,21 @@ LABEL = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 """Values of labels."""
 TOPOLOGY = r"[1-9]\d{0,2}x[1-9]\d{0,2}(x[1-9]\d{0,2})?"
 DECIDED = frozenset(
-    {"model", "listen", "join", "name", "data_listen", "advertise", "commit_log", "compilation_cache", "drain_seconds"}
+    {
+        "model",
+        "listen",
+        "http",
+        "join",
+        "name",
+        "data_listen",
+        "advertise",
+        "commit_log",
+        "compilation_cache",
+        "drain_seconds",
+    }
     | {"grace_seconds", "devices_per_instance", "slice_hosts", "slice_host", "slice_coordinator", "price_class", "zone"}
     | {"tls_certificate", "tls_key", "tls_authority", "workers", "instances"}
-    | {"join_token", "api_keys"}
+    | {"join_token", "api_keys", "http"}
 )
 """Settings that follow from the options."""
 
