@@ -52,7 +52,7 @@ async def suite(url: str) -> dict[str, Any]:
             await name_of(ask(model="another", messages=MESSAGES)),
             await name_of(
                 client.completions.create(
-                    model=model, prompt="x", max_tokens=400, extra_body={"ignore_eos": True}, timeout=0.02
+                    model=model, prompt="x", max_tokens=200, extra_body={"ignore_eos": True}, timeout=0.02
                 )
             ),
         ]
