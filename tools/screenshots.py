@@ -53,6 +53,7 @@ def take(chromium: Browser, server: PageServer, directory: Path, warm: float, gr
     )
     phone = chromium.new_page(viewport={"width": 360, "height": 780}, device_scale_factor=2, color_scheme="light")
     for page in (wide, dark, phone):
+        page.set_default_timeout(MILLISECONDS)
         page.goto(server.page)
         page.wait_for_selector(".device[data-replica]")
     wide.wait_for_timeout(1000 * warm)
@@ -69,7 +70,7 @@ def take(chromium: Browser, server: PageServer, directory: Path, warm: float, gr
         kept(phone, directory / "page-phone.png"),
         kept(dark, directory / "page-dark.png"),
     ]
-    wide.wait_for_selector("#headline[data-tone=good]", timeout=MILLISECONDS)
+    wide.wait_for_selector("#headline[data-tone=good]")
     taken.append(kept(wide, directory / "page-after.png"))
     for page in (wide, dark, phone):
         page.close()

@@ -31,6 +31,7 @@ def undisturbed(server: PageServer) -> str:
     return str(answer.raise_for_status().json()["choices"][0]["text"])
 
 
+@pytest.mark.timeout(400)
 def test_a_preemption_is_seen_on_the_page_and_the_text_on_it_is_the_one_without(programs: Path, tmp_path: Path) -> None:
     with (
         page_server(tmp_path, (*FLAGS, "--compilation-cache", str(programs))) as server,
@@ -38,6 +39,7 @@ def test_a_preemption_is_seen_on_the_page_and_the_text_on_it_is_the_one_without(
     ):
         expected = undisturbed(server)
         page = chromium.new_page()
+        page.set_default_timeout(60_000)
         page.goto(server.page)
         page.wait_for_selector(".instance button")
         before = page.locator("#epochs button").count()

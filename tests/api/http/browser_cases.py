@@ -99,7 +99,7 @@ def watched(browser: Browser, url: str, allowed: tuple[str, ...] = (), **options
     """A page that asks no other host, and whose console stays free of errors but for those that say ``allowed``."""
     context = browser.new_context(**options)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(60_000)
     problems: list[str] = []
 
     def said(message: ConsoleMessage) -> None:

@@ -65,7 +65,7 @@ export class Load {
     if (!last || sample.at > last.at + 0.2) this.#samples.push(sample);
     this.#samples = this.#samples.filter((one) => one.at > sample.at - SECONDS - 5);
     const rates = ratesOf(this.#samples);
-    const recent = this.#samples.filter((one) => one.at >= sample.at - 3);
+    const recent = this.#samples.slice(-4);
     const now = recent.length > 1 ? (recent.at(-1).tokens - recent[0].tokens) / (recent.at(-1).at - recent[0].at) : 0;
     this.#set("rate", now < 10 && now > 0 ? now.toFixed(1) : integer(now), `${integer(status.tokens_committed)} so far`);
     this.#draw(rates, sample.at);
