@@ -38,7 +38,12 @@ class LocalFleet(Service):
       patience: of the client, in seconds, for a controller that dies; workers do not notice whether it is another.
       disk: if given, the commit log is on it.
       http: where the controller serves HTTP.
+
+    Attributes:
+      WORKER: the command of a worker, less its settings.
     """
+
+    WORKER: Sequence[str] = SERVE
 
     def __init__(
         self,
@@ -80,7 +85,7 @@ class LocalFleet(Service):
         grace = ("--grace-seconds", f"{GRACE_SECONDS:g}", "--notices", "none")
         flags = (*place, *grace, "--parameter-store", str(self.store), *self._worker_arguments)
         flags = (*flags, *self.arguments_of.get(name, ()), *arguments)
-        worker = Process(name, (*prefix, *SERVE, *flags), self.directory, self._environment)
+        worker = Process(name, (*prefix, *self.WORKER, *flags), self.directory, self._environment)
         self.workers[name] = worker
         return worker
 

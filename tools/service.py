@@ -28,7 +28,7 @@ from spotjax.tools.processes import Process, Usage, free_port
 
 START_SECONDS = 240.0
 """A first start compiles."""
-CHANGE_SECONDS = 60.0
+CHANGE_SECONDS = 120.0
 """How long a change may take on a busy machine before it counts as one that never ends."""
 GRACE_SECONDS = 8.0
 """The notice that instances get: shorter than that of real clouds, for who has nowhere to go waits until it is over."""

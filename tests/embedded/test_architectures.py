@@ -78,6 +78,7 @@ async def test_every_family_says_what_hugging_face_says_under_preemption(
         prefill_tokens=16,
         page_size=8,
         max_batch=4,
+        max_model_len=104,
         compilation_cache=str(programs),
         fuse=False,
         instance_memory_bytes=0 if converted else LARGE_MEMORY,

@@ -80,7 +80,7 @@ async def test_the_fleet_grows_with_its_load_replaces_what_is_killed_and_goes_on
             "another one", lambda status: len(ready(status)) == 2 and killed not in ready(status), SECONDS
         )
         assert [event.fields["instance"] for event in said(fleet, "released", 0)] == [killed]
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
 
         spent, names = capacity(await fleet.status()).spent_today, {f"live-{number}" for number in range(3)}
         account = fleet.commit_log / "spending.json"
@@ -91,7 +91,7 @@ async def test_the_fleet_grows_with_its_load_replaces_what_is_killed_and_goes_on
         after = await fleet.status()
         assert not ready(after) & names, "no name is used again"
         assert capacity(after).spent_today >= spent > 0
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
         await fleet.until(
             "the old ones are accounted for",
             lambda status: not {machine.name for machine in capacity(status).machines} & names,

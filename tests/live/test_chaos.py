@@ -6,10 +6,9 @@ import contextlib
 from pathlib import Path
 
 import pytest
-from live_cases import CONTROLLER, NAMES, worker_flags
+from live_cases import CONTROLLER, NAMES, SlowFleet, worker_flags
 
 from spotjax.tools.chaos_run import run
-from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.namespaces import Network, NetworkUnavailable
 from spotjax.tools.service import running
 
@@ -24,7 +23,7 @@ async def test_whatever_happens_loses_no_token_and_leaves_nothing(events: int, p
         network = None
         with contextlib.suppress(NetworkUnavailable):  # then connections are not cut
             network = stack.enter_context(Network())
-        fleet = LocalFleet(tmp_path, NAMES, CONTROLLER, worker_flags(programs), network)
+        fleet = SlowFleet(tmp_path, NAMES, CONTROLLER, worker_flags(programs), network)
         async with running(fleet):
             report = await run(fleet, SEED, events, clients=4, requests=8)
     assert not report.problems, report

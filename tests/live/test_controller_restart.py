@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import pytest_asyncio
-from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, load_on, more_tokens, worker_flags
+from live_cases import CONTROLLER, NAMES, REQUESTS, SlowFleet, eventually, load_on, more_tokens, worker_flags
 
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.engine.log_inspection import inspect_log
@@ -20,7 +20,6 @@ from spotjax.tools.chaos import possible
 from spotjax.tools.chaos_run import run
 from spotjax.tools.chaos_schedule import Event
 from spotjax.tools.load import answers
-from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.processes import Process, free_port
 from spotjax.tools.request_mix import Output
 from spotjax.tools.service import POLL_SECONDS, SERVE, running
@@ -39,7 +38,7 @@ PATIENCE_SECONDS = 60.0
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
+async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SlowFleet]:
     """Two workers of their own, and a controller whose log is on a small disk, where there can be one."""
     directory = tmp_path_factory.mktemp("restarts")
     with contextlib.ExitStack() as stack:
@@ -49,29 +48,29 @@ async def fleet(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Asy
         workers = worker_flags(programs)
         flags = (*CONTROLLER, "--mesh", "1x2x2")
         http = f"127.0.0.1:{free_port('127.0.0.1')}"
-        fleet = LocalFleet(directory, NAMES[:2], flags, workers, patience=PATIENCE_SECONDS, disk=disk, http=http)
+        fleet = SlowFleet(directory, NAMES[:2], flags, workers, patience=PATIENCE_SECONDS, disk=disk, http=http)
         async with running(fleet):
             yield fleet
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def expected(fleet: LocalFleet) -> Mapping[str, Output]:
+async def expected(fleet: SlowFleet) -> Mapping[str, Output]:
     """What the fleet says undisturbed."""
     return await answers(fleet.client, REQUESTS)
 
 
-async def test_a_log_has_one_controller_at_a_time(fleet: LocalFleet, expected: Mapping[str, Output]) -> None:
+async def test_a_log_has_one_controller_at_a_time(fleet: SlowFleet, expected: Mapping[str, Output]) -> None:
     async with load_on(fleet, expected) as load:
         flags = ("--data-listen", "127.0.0.1:0", "--commit-log", str(fleet.commit_log))
         second = Process("second", (*SERVE, "--listen", "127.0.0.1:0", "--http", "off", *flags), fleet.directory)
         assert await asyncio.to_thread(second.wait, 30) == 1
         assert f"is in use by process {fleet.server.pid}" in second.tail()
         assert inspect_log(fleet.commit_log).damage == ()
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
 
 
 async def test_on_a_full_disk_new_requests_are_refused_and_all_others_wait(
-    fleet: LocalFleet, expected: Mapping[str, Output]
+    fleet: SlowFleet, expected: Mapping[str, Output]
 ) -> None:
     if fleet.disk is None:
         pytest.skip("no disk of our own can be made here")
@@ -93,14 +92,14 @@ async def test_on_a_full_disk_new_requests_are_refused_and_all_others_wait(
             assert load.tokens <= seen + 100 and waiting <= set(load.running)
         finally:
             fleet.disk.free()
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
         while not await client.ready():
             await asyncio.sleep(POLL_SECONDS)
         assert [delta.offset async for delta in client.generate("To be", max_tokens=4, request_id="refused")]
     await eventually("all ended", lambda: not any(one.unfinished for one in inspect_log(fleet.commit_log).requests))
 
 
-async def test_a_stream_over_http_goes_on_after_a_preemption_and_another_controller(fleet: LocalFleet) -> None:
+async def test_a_stream_over_http_goes_on_after_a_preemption_and_another_controller(fleet: SlowFleet) -> None:
     asked = {"prompt": "ROMEO:\n", "max_tokens": 240, "temperature": 0.8, "seed": 3, "ignore_eos": True}
     calm = "".join([delta.text async for delta in fleet.client.generate(**asked)])  # type: ignore[arg-type]
     text, lives, harms = "", len(fleet.lives), [100, 400]
@@ -138,7 +137,7 @@ async def followed(url: str, asked: Mapping[str, object]) -> AsyncIterator[tuple
             await asyncio.sleep(POLL_SECONDS)
 
 
-async def test_whenever_the_controller_dies_no_request_is_lost(fleet: LocalFleet) -> None:
+async def test_whenever_the_controller_dies_no_request_is_lost(fleet: SlowFleet) -> None:
     events = [event for event in EVENTS if event.kind in possible(fleet)]
     report = await run(fleet, SEED, events, clients=3, requests=8)
     assert not report.problems, report

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from certificates import certificates
-from live_cases import CONTROLLER, NAMES, REQUESTS, eventually, worker_flags
+from live_cases import CONTROLLER, NAMES, REQUESTS, SlowFleet, eventually, worker_flags
 
 from spotjax import cli
 from spotjax.api.errors import Unavailable
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.tools.load import answers
-from spotjax.tools.local_fleet import ChildrenFleet, LocalFleet
+from spotjax.tools.local_fleet import ChildrenFleet
 from spotjax.tools.processes import Process
 from spotjax.tools.service import SERVE, running
 from spotjax.transport.credentials import channel_credentials
@@ -61,7 +61,7 @@ async def test_with_tls_and_a_join_token_all_works_and_who_lacks_one_is_refused(
     plain = worker_flags(programs)
     assert cli.main(["keys", "join-token", str(tmp_path / "token")]) == 0
     trust = (*files.flags, "--join-token", str(tmp_path / "token"))
-    fleet = LocalFleet(tmp_path, names, (*CONTROLLER, *trust), (*plain, *trust), credentials=credentials)
+    fleet = SlowFleet(tmp_path, names, (*CONTROLLER, *trust), (*plain, *trust), credentials=credentials)
     async with running(fleet):
         expected = await answers(fleet.client, REQUESTS[:4])
         async with AsyncSpotjaxClient(fleet.address, patience=0) as plaintext:

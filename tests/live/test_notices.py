@@ -13,11 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import pytest_asyncio
-from live_cases import CONTROLLER, REQUESTS, eventually, heard, load_on, more_tokens, said, worker_flags
+from live_cases import CONTROLLER, REQUESTS, SlowFleet, eventually, heard, load_on, more_tokens, said, worker_flags
 
 from spotjax.fleet.status import FleetStatus
 from spotjax.tools.load import answers
-from spotjax.tools.local_fleet import LocalFleet
 from spotjax.tools.metadata import MetadataProcess
 from spotjax.tools.request_mix import Output
 from spotjax.tools.service import CHANGE_SECONDS, running, serving
@@ -71,11 +70,11 @@ async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[dic
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(
     programs: Path, tmp_path_factory: pytest.TempPathFactory, servers: Mapping[str, MetadataProcess]
-) -> AsyncIterator[LocalFleet]:
+) -> AsyncIterator[SlowFleet]:
     """A machine of every cloud, which finds out by itself where it is, and one that stays."""
     flags = (*worker_flags(programs), "--instance-memory-bytes", "1000000000")
     controller = (*CONTROLLER, "--mesh", "1x4x2")
-    fleet = LocalFleet(tmp_path_factory.mktemp("fleet"), ["stays", *servers], controller, flags)
+    fleet = SlowFleet(tmp_path_factory.mktemp("fleet"), ["stays", *servers], controller, flags)
     fleet.arguments_of |= {
         name: ("--notices", "auto", "--metadata-url", server.url) for name, server in servers.items()
     }
@@ -89,12 +88,12 @@ async def fleet(
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def expected(fleet: LocalFleet) -> Mapping[str, Output]:
+async def expected(fleet: SlowFleet) -> Mapping[str, Output]:
     return await answers(fleet.client, REQUESTS)
 
 
 async def test_advice_is_known_maintenance_is_waited_for_and_a_notice_is_taken_back_while_tokens_flow(
-    fleet: LocalFleet, expected: Mapping[str, Output], servers: Mapping[str, MetadataProcess]
+    fleet: SlowFleet, expected: Mapping[str, Output], servers: Mapping[str, MetadataProcess]
 ) -> None:
     metadata = servers["gce"]
     async with load_on(fleet, expected) as load:
@@ -108,7 +107,7 @@ async def test_advice_is_known_maintenance_is_waited_for_and_a_notice_is_taken_b
         assert advised(await fleet.status()) == {"gce"}
         await metadata.order("tell", key="instance/upcoming-maintenance", value="{}")
         await fleet.until("all is well", lambda status: advised(status) == set())
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
         kinds = {str(event.fields["kind"]) for event in said(fleet, "notice", since)}
         assert kinds == {"rebalance", "maintenance"}
         assert not said(fleet, "lost", since) and not said(fleet, "switch", since)
@@ -116,7 +115,7 @@ async def test_advice_is_known_maintenance_is_waited_for_and_a_notice_is_taken_b
 
 @pytest.mark.parametrize("cloud", CLOUDS, ids=lambda cloud: cloud.source)
 async def test_a_machine_that_its_cloud_takes_is_left_in_order(
-    fleet: LocalFleet, expected: Mapping[str, Output], servers: Mapping[str, MetadataProcess], cloud: Cloud
+    fleet: SlowFleet, expected: Mapping[str, Output], servers: Mapping[str, MetadataProcess], cloud: Cloud
 ) -> None:
     name, metadata = cloud.source, servers[cloud.source]
     async with load_on(fleet, expected, clients=4) as load:
@@ -130,7 +129,7 @@ async def test_a_machine_that_its_cloud_takes_is_left_in_order(
             pytest.fail(f"the worker was not released:\n{fleet.story()}")
         await fleet.until_gone([name])
         switch, lost = await heard(fleet, "switch", since), await heard(fleet, "lost", since)
-        await more_tokens(load, 100)
+        await more_tokens(load, 40)
     assert {field: notice.fields[field] for field in ("instance", "source", "kind")} == {
         "instance": name, "source": cloud.source, "kind": "preempt",
     }  # fmt: skip

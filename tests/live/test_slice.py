@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from live_cases import heard, load_on, more_tokens, said, stages
+from live_cases import SlowFleet, heard, load_on, more_tokens, said, stages
 
 from spotjax.fleet.status import FleetStatus
 from spotjax.tools.load import answers
-from spotjax.tools.local_fleet import EmbeddedService, LocalFleet
+from spotjax.tools.local_fleet import EmbeddedService
 from spotjax.tools.metadata import MetadataProcess
 from spotjax.tools.processes import Process
 from spotjax.tools.request_mix import Output, difference, mix
@@ -34,7 +34,7 @@ MESH = "1x2x4"
 """Four shards of each stage: the slice's are on both its hosts."""
 
 
-class SliceFleet(LocalFleet):
+class SliceFleet(SlowFleet):
     """A slice and an ordinary worker.
 
     Attributes:
@@ -144,7 +144,7 @@ async def test_a_slice_is_lost_as_a_whole_and_comes_back(
         codes = await ended(fleet)
         assert codes[host] == -signal.SIGKILL and codes[1 - host] != 0
         await fleet.until_gone([SLICE])
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
         assert [event.fields["instance"] for event in said(fleet, "lost", since)] == [SLICE]
         await fleet.bring([SLICE])
         await fleet.until("the slice serves again", both_serve, JOIN_SECONDS)
@@ -164,7 +164,7 @@ async def test_notice_at_any_host_is_the_notice_of_the_slice(
         since = len(fleet.events)
         fleet.hosts[1].signal(signal.SIGTERM, whole=False)
         assert await ended(fleet) == [0, 0]
-        await more_tokens(load, 50)
+        await more_tokens(load, 20)
         switch = await heard(fleet, "switch", since)
         assert switch.fields["recomputed"] == 0 and int(switch.fields["kept"]) > 0
     (notice,) = said(fleet, "notice", since)
