@@ -59,7 +59,8 @@ class LocalFleet(Service):
         http: str = "off",
     ) -> None:
         host = network.address if network else "127.0.0.1"
-        listening = ("--data-listen", f"{host}:0", *arguments)
+        trust = ("--insecure",) if network and credentials is None else ()  # nobody else is on that network
+        listening = ("--data-listen", f"{host}:0", *trust, *arguments)
         commit_log = disk.directory / "commits" if disk else None
         super().__init__(directory, listening, names, host, credentials, patience, commit_log, http)
         self.workers: dict[str, Process] = {}
@@ -70,7 +71,7 @@ class LocalFleet(Service):
             tempfile.mkdtemp(prefix="spotjax-local-", dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         )
         """Where the workers keep parameters."""
-        self._worker_arguments, self._environment = tuple(worker_arguments), environment
+        self._worker_arguments, self._environment = (*trust, *worker_arguments), environment
 
     async def start(self) -> None:
         """Starts all workers and waits until the first mesh serves."""
