@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
+from spotjax.engine.request import FinishReason
+from spotjax.fleet.observer import Outcome
+from spotjax.fleet.observer import Path as Path_
 from spotjax.telemetry import metrics
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -101,6 +104,16 @@ def test_the_docs_have_every_metric_with_its_kind_and_labels_and_no_other() -> N
     told = {name: (kind, tuple(re.findall(r"`(\w+)`", labels)), meaning) for name, kind, labels, meaning in rows}
     assert len(told) == len(rows)
     assert told == {m.name: (m.kind, m.labels, m.help) for m in metrics.ALL.values()}
+
+
+@pytest.mark.parametrize(
+    ("label", "values"),
+    [("finish", list(FinishReason)), ("path", get_args(Path_)), ("outcome", get_args(Outcome))],
+)
+def test_the_docs_have_every_value_of_a_label(label: str, values: Sequence[str]) -> None:
+    found = re.search(rf"^\| `{label}` \| (.*) \|$", PAGE.read_text(), re.M)
+    assert found is not None
+    assert set(re.findall(r"`(\w+)`", found[1])) == set(values)
 
 
 def test_the_docs_have_every_alert_with_its_severity_and_no_other() -> None:
