@@ -25,6 +25,16 @@ LINES = (
     "If music be the food of love, play on.",
     "Friends, Romans, countrymen, lend me your ears;",
 )
+LINES_SCHEMA = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {"who": {"enum": SPEAKERS}, "says": {"type": "string", "maxLength": 20}},
+        "required": ["who", "says"],
+        "additionalProperties": False,
+    },
+    "minItems": 4,
+}
 KINDS: Mapping[str, Sampling] = {
     "greedy": {"temperature": 0.0},
     "seeded": {"temperature": 0.8},
@@ -39,6 +49,7 @@ KINDS: Mapping[str, Sampling] = {
     "logprobs": {"temperature": 0.0, "logprobs": 3, "logit_bias": {4: 2.0, 9: -50.0}},
     "choices": {"temperature": 0.8, "top_k": 50},
     "stopped": {"temperature": 0.7, "stop": ("\n\n", ", and", "my lord"), "logprobs": 0},
+    "structured": {"temperature": 0.8, "structure": {"json_schema": LINES_SCHEMA}},
 }
 """Sampling settings by what is special about them; ``choices`` are two of one request."""
 

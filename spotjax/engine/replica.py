@@ -150,6 +150,8 @@ class Replica:
             if span.samples and (sequence := running.get(span.sequence)) is not None and sequence.cancelled is None
         }
         ended = self.scheduler.commit(step.batch, states)
+        for sequence in ended:
+            sequence.matcher = None  # states of ended sequences are kept for a while
         cancelled = [sequence.state for sequence in ended if sequence.key not in states]
         committed = (*states.values(), *cancelled)
         if committed:

@@ -173,7 +173,7 @@ class Scheduler:
         if self.running.pop(sequence.key, None) is None:
             self.waiting.remove(sequence)
         self._release(sequence)
-        sequence.state = sequence.state.finished(reason)
+        sequence.state, sequence.matcher = sequence.state.finished(reason), None
         return True
 
     def release_reserved(self, key: int) -> None:

@@ -91,7 +91,7 @@ class Dispatcher:
         """Ends a sequence; True if it ended now, False if at the next token boundary."""
         if sequence in self.parked:
             self.parked.remove(sequence)
-            sequence.state = sequence.state.finished(reason)
+            sequence.state, sequence.matcher = sequence.state.finished(reason), None
             return True
         for replica in self.replicas:
             if any(sequence is other for other in replica.scheduler.sequences()):

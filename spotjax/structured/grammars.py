@@ -79,8 +79,10 @@ class Grammars:
           InvalidRequest: it cannot; names the field.
           Overloaded: too many others are being compiled.
         """
-        begun = threading.Event()
-        compiling = asyncio.get_running_loop().run_in_executor(self._threads, self._begin, structure, begun)
+        begun, loop = threading.Event(), asyncio.get_running_loop()
+        if self._vocabulary is None:
+            await asyncio.to_thread(lambda: self.vocabulary)  # takes long whatever the structure is
+        compiling = loop.run_in_executor(self._threads, self._begin, structure, begun)
         try:
             await asyncio.wait_for(compiling, COMPILE_SECONDS)
         except TimeoutError:

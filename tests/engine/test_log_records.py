@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,3 +152,12 @@ def test_other_bytes_are_an_error_and_nothing_else(decode, content: bytes) -> No
 
 def test_a_checksum_holds_for_one_row_only() -> None:
     assert checksum(1, b"content") != checksum(2, b"content") != checksum(2, b"contents")
+
+
+def test_a_request_from_before_there_were_structures_has_none() -> None:
+    request = GenerationRequest("r", (1,), SamplingParams(seed=3, structure=Structure(StructureKind.REGEX, "a")))
+    record = AcceptedRecord.of(request, [RequestState("r", 0, (1,), request.sampling)], 0)
+    written = msgspec.msgpack.decode(encode(record))
+    del written[0]["sampling"]["structure"]
+    older = decode_accepted(msgspec.msgpack.encode(written))
+    assert older.request == replace(request, sampling=replace(request.sampling, structure=None))

@@ -301,6 +301,7 @@ async def test_a_sequence_keeps_to_its_structure_and_ends_with_it_while_others_r
     service.replica.stop()
     await loop
     assert (len(inside.state.tokens), inside.state.finish) == (7, FinishReason.STOP)
+    assert inside.matcher is None, "what has ended is kept for a while, its matcher is not"
     assert all((b - a) % VOCAB in (1, 2, 3, 4) for a, b in pairwise(inside.state.tokens))
     assert (len(cut.state.tokens), cut.state.finish) == (3, FinishReason.LENGTH)
     assert free.state == undisturbed(RequestState("r3", 0, free.state.prompt, free.state.sampling), LETTERS)

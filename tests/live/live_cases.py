@@ -12,7 +12,7 @@ from pathlib import Path
 from spotjax.fleet.status import FleetEvent, FleetStatus
 from spotjax.tools.load import Load
 from spotjax.tools.local_fleet import LocalFleet
-from spotjax.tools.request_mix import Output, Request, mix
+from spotjax.tools.request_mix import KINDS, Output, Request, mix
 from spotjax.tools.service import POLL_SECONDS, Service
 
 NAMES = [f"instance-{number}" for number in range(4)]
@@ -20,7 +20,7 @@ SHAPES = {"max_batch": 4, "prefill_tokens": 32, "max_model_len": 256, "kv_pages"
 """The same few shapes and as many pages wherever the shipped model is served, so that little is compiled, and once."""
 SHAPE_FLAGS = ("--max-batch", "4", "--prefill-tokens", "32", "--max-model-len", "256", "--kv-pages", "128")
 CONTROLLER = (*SHAPE_FLAGS, "--no-fuse")
-REQUESTS = mix(7, 8, longest=48)
+REQUESTS = mix(7, len(KINDS), longest=48)
 """One of each kind."""
 DONE_SECONDS = 120.0
 

@@ -20,14 +20,14 @@ from spotjax.tools.load import answers
 from spotjax.tools.local_fleet import EmbeddedService
 from spotjax.tools.metadata import MetadataProcess
 from spotjax.tools.processes import Process
-from spotjax.tools.request_mix import Output, difference, mix
+from spotjax.tools.request_mix import KINDS, Output, difference, mix
 from spotjax.tools.service import running
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 SLICE, SOLO = "slice", "solo"
 CONTROLLER = ("--max-batch", "2", "--prefill-tokens", "16", "--max-model-len", "128", "--kv-pages", "48", "--no-fuse")
 """As few shapes as possible: everything is compiled here, once for slices and once for others."""
-REQUESTS = mix(11, 8, longest=48)
+REQUESTS = mix(11, len(KINDS), longest=48)
 END_SECONDS = 40.0
 JOIN_SECONDS = 90.0
 MESH = "1x2x4"

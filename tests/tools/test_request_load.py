@@ -13,7 +13,7 @@ from spotjax.api.validation import ServedModel
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.engine.generation import GenerationRequest
 from spotjax.errors import LogUnavailable
-from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedService, ScriptedStructures
 from spotjax.tools import load as load_module
 from spotjax.tools.load import Load, Stream, answers, longest, median_gap
 from spotjax.tools.request_mix import mix
@@ -33,7 +33,7 @@ async def service() -> AsyncIterator[ScriptedService]:
 async def client(service: ScriptedService) -> AsyncIterator[AsyncSpotjaxClient]:
     server = ApiServer()
     port = await server.start("127.0.0.1:0")
-    await server.attach(service, ServedModel("scripted", ByteTokenizer(), 4096))
+    await server.attach(service, ServedModel("scripted", ByteTokenizer(), 4096, ScriptedStructures()))
     async with AsyncSpotjaxClient(f"127.0.0.1:{port}", patience=0) as client:
         yield client
     await server.stop()

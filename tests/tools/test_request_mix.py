@@ -13,7 +13,7 @@ from spotjax.api.requests import generate_request
 from spotjax.api.validation import ServedModel, accepted_request
 from spotjax.engine.generation import Delta
 from spotjax.engine.request import FinishReason, Logprobs
-from spotjax.testing.scripted_service import ByteTokenizer
+from spotjax.testing.scripted_service import ByteTokenizer, ScriptedStructures
 from spotjax.tools.request_mix import KINDS, Output, difference, mix
 
 
@@ -31,7 +31,7 @@ def test_a_mix_is_of_all_kinds_and_the_same_for_the_same_seed(seed: int) -> None
 
 
 async def test_a_server_takes_every_kind() -> None:
-    model = ServedModel("scripted", ByteTokenizer(), 4096)
+    model = ServedModel("scripted", ByteTokenizer(), 4096, ScriptedStructures())
     for request in mix(3, 2 * len(KINDS)):
         message = generate_request(request.prompt, request.sampling, request.name, n=request.n)
         assert (await accepted_request(message, model)).n == request.n
