@@ -117,7 +117,7 @@ async def asked_for(request: Request, kind: type[Asked]) -> Asked:
         raise InvalidRequest("body", f"must be sent as {JSON}, came as {sent_as or 'nothing'}")
     try:
         return msgspec.json.decode(await read_bytes(request), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest("body", str(error)) from error
 
 
