@@ -168,7 +168,7 @@ async def test_a_worker_listens_nowhere_and_ends_as_its_process_says() -> None:
 
 async def test_data_that_workers_cannot_reach_is_warned_about() -> None:
     async with server(where=("--join", "10.0.0.1:5")) as process:
-        await line_with(process.stderr, "warning .*cannot reach data_listen data_listen=127.0.0.1:0")
+        await line_with(process.stderr, r"warning .*cannot reach data_listen \(127.0.0.1:0\)")
     async with server(where=("--join", "10.0.0.1:5", "--data-listen", "10.0.0.2:0")) as process:
         _, err = await process.communicate()
         assert b"anybody who can reach" in err and b"data_listen" not in err

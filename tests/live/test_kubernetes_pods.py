@@ -17,6 +17,7 @@ import pytest
 from kubernetes_cases import IMAGE, Manifest, applied, container_of, of_kind, pods
 from live_cases import SHAPES
 
+from spotjax import cli
 from spotjax.async_client import AsyncSpotjaxClient
 from spotjax.bootstrap.kubernetes.options import KubernetesOptions
 from spotjax.tools.processes import Process, free_port
@@ -63,16 +64,22 @@ class Pod:
         return code, time.monotonic() - started
 
 
-async def test_workers_leave_within_their_time_and_the_controller_drains(programs: Path, tmp_path: Path) -> None:
+async def test_workers_leave_within_their_time_and_the_controller_drains(
+    programs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifests = applied(OPTIONS)
     for name, text in of_kind(manifests, "ConfigMap")[0]["data"].items():
         (tmp_path / name).write_text(text)
     templates = {manifest["metadata"]["name"]: template for manifest, template in pods(manifests)}
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    data = {"SPOTJAX_DATA_LISTEN": "127.0.0.1:0"}
+    token, keys = tmp_path / "join-token", tmp_path / "keys.toml"
+    assert cli.main(["keys", "join-token", str(token)]) == 0
+    assert cli.main(["keys", "add", "admin", str(keys), "--role", "admin"]) == 0
+    key = capsys.readouterr().out.strip()
+    data = {"SPOTJAX_DATA_LISTEN": "127.0.0.1:0", "SPOTJAX_JOIN_TOKEN": str(token)}
     controller = Pod(
         "controller", templates["spotjax-controller"], tmp_path,
-        {"SPOTJAX_LISTEN": address, "SPOTJAX_COMMIT_LOG": str(tmp_path / "log"), **data},
+        {"SPOTJAX_LISTEN": address, "SPOTJAX_COMMIT_LOG": str(tmp_path / "log"), "SPOTJAX_API_KEYS": str(keys), **data},
     )  # fmt: skip
     place = {"SPOTJAX_JOIN": address, "SPOTJAX_ADVERTISE": "127.0.0.1", "SPOTJAX_COMPILATION_CACHE": str(programs)}
     place |= {"SPOTJAX_PARAMETER_STORE": str(tmp_path / "shm")}
@@ -82,7 +89,7 @@ async def test_workers_leave_within_their_time_and_the_controller_drains(program
         while " is serving " not in controller.process.output():
             assert time.monotonic() < deadline and controller.process.exit_code is None, controller.process.tail()
             await asyncio.sleep(POLL_SECONDS)
-        async with AsyncSpotjaxClient(address) as client:
+        async with AsyncSpotjaxClient(address, api_key=key) as client:
             while len(ready(before := await client.status())) < len(workers):
                 assert time.monotonic() < deadline, before
                 await asyncio.sleep(POLL_SECONDS)
