@@ -71,6 +71,7 @@ def take(chromium: Browser, server: PageServer, directory: Path, warm: float, gr
         kept(dark, directory / "page-dark.png"),
     ]
     wide.wait_for_selector("#headline[data-tone=good]")
+    wide.evaluate("document.querySelector('#text mark')?.scrollIntoView({block: 'center'}); scrollTo(0, 0)")
     taken.append(kept(wide, directory / "page-after.png"))
     for page in (wide, dark, phone):
         page.close()
