@@ -43,6 +43,14 @@ def make_scheduler(pages: int = 40, page_size: int = 4, *, caching: bool = False
     return Scheduler(limits(**asked), PageAllocator(pages, page_size, caching=caching))
 
 
+def missing_before(sequence: Sequence, span: Span | None) -> int:
+    """What a sequence was missing before the span was scheduled, its last, if there is one."""
+    if span is None:
+        return sequence.missing
+    needed = len(sequence.state.prompt) + sequence.state.sampling.max_tokens - 1
+    return min(sequence.length - span.samples, needed) - span.start
+
+
 def tokens_of(one: Sequence) -> tuple[int, ...]:
     return one.state.prompt + one.state.tokens
 
@@ -105,8 +113,8 @@ class Bench:
 
     def starting(self, batch: Batch) -> bool:
         """Whether more sequences were near their next token than decoded, before this prefill step was scheduled."""
-        taken = {span.sequence: len(span.tokens) - span.samples for span in batch.spans}
-        missing = [s.missing + taken.get(s.key, 0) for s in self.scheduler.running.values()]
+        taken = {span.sequence: span for span in batch.spans}
+        missing = [missing_before(s, taken.get(s.key)) for s in self.scheduler.running.values()]
         near = sum(1 < length <= self.scheduler.limits.prefill_tokens for length in missing)
         return near > sum(length <= 1 for length in missing)
 
