@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from spotjax.api.access.callers import Caller
 from spotjax.api.access.metering import Meters
@@ -40,10 +42,12 @@ class CallerService:
             return self._service.submit(request)  # which says that it exists: a client whose call broke learns that
         self._meters.admit(caller, prompt_tokens)
         try:
-            return self._service.submit(request)
+            recorded = asyncio.ensure_future(self._service.submit(request))
         except BaseException:
             self._meters.give_back(caller, prompt_tokens)
             raise
+        recorded.add_done_callback(partial(self._settle, prompt_tokens))
+        return recorded
 
     def accepted(self, request_id: str) -> GenerationRequest:
         """See ``GenerationService.accepted``. Others' requests are not known to the caller."""
@@ -64,6 +68,11 @@ class CallerService:
         """See ``GenerationService.cancel``. Others' requests are not known to the caller."""
         self.accepted(request_id)
         return self._service.cancel(request_id, reason)
+
+    def _settle(self, prompt_tokens: int, recorded: asyncio.Future[None]) -> None:
+        """A request that could not be recorded is not accepted, and costs nothing."""
+        if not recorded.cancelled() and recorded.exception() is not None:
+            self._meters.give_back(self._caller, prompt_tokens)
 
     def _exists(self, request_id: str) -> bool:
         with contextlib.suppress(UnknownRequest):

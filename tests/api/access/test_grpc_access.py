@@ -7,6 +7,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from scripted_server import Running, until
 
 from spotjax.api.proto.spotjax.v1 import fleet_pb2, generation_pb2
+from spotjax.errors import LogUnavailable
 
 pb = generation_pb2
 NOT_FOUND = grpc.StatusCode.NOT_FOUND
@@ -153,6 +154,20 @@ async def test_a_request_that_was_not_accepted_costs_nothing() -> None:
             error = await failure(lambda: running.generation.Generate(asked("one"), metadata=as_caller("brief")))
             assert ("spotjax-error", "Overloaded") in tuple(error.trailing_metadata() or ())
         running.service.overloaded = False
+        assert await generated(running, "brief", "one") == 4
+
+
+async def test_a_request_that_could_not_be_recorded_costs_nothing() -> None:
+    async def full() -> None:
+        raise LogUnavailable("the disk is full")
+
+    async with guarded() as running:
+        running.steps.let_all()
+        running.service._record = full
+        for _ in range(5):
+            error = await failure(lambda: running.generation.Generate(asked("one"), metadata=as_caller("brief")))
+            assert ("spotjax-error", "LogUnavailable") in tuple(error.trailing_metadata() or ())
+        running.service._record = None
         assert await generated(running, "brief", "one") == 4
 
 
