@@ -102,7 +102,7 @@ class EventStream(Response):
         self._moved = time.monotonic()
         streaming = asyncio.ensure_future(self._stream(send))
         leaving = asyncio.ensure_future(disconnected(receive))
-        tasks = {streaming, leaving}
+        commenting: list[asyncio.Future[None]] = []
         try:
             while not streaming.done() and not leaving.done():
                 await asyncio.wait(
@@ -116,9 +116,9 @@ class EventStream(Response):
                     scope.get("extensions", {}).get(ABORT, lambda: None)()
                     return
                 if not self._sending and still > self.quiet_seconds and not streaming.done():
-                    tasks.add(asyncio.ensure_future(self._send(send, b": waiting\n\n")))
+                    commenting = [asyncio.ensure_future(self._send(send, b": waiting\n\n"))]  # the last one is sent
         finally:
-            await ended(*tasks)
+            await ended(streaming, leaving, *commenting)
             self._leave()
 
     async def _stream(self, send: Send) -> None:

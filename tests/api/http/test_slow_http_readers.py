@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import socket
-from collections.abc import AsyncIterator
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
 
 import pytest
 from http_cases import Web, chat_body, events_of
@@ -93,3 +96,27 @@ async def test_a_stream_without_events_says_that_it_is_there(web: Web, monkeypat
         assert [await anext(lines) for _ in range(4)] == [": waiting", "", ": waiting", ""]
         web.steps.let_all()
         assert [line async for line in lines][-2:] == ["data: [DONE]", ""]
+
+
+async def test_a_stream_that_is_quiet_for_long_keeps_nothing_of_its_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EventStream, "quiet_seconds", 0.001)
+    senders: list[weakref.ref[Any]] = []
+    enough = asyncio.Event()
+
+    async def quiet() -> AsyncGenerator[bytes, None]:
+        await enough.wait()
+        yield b"data: 1\n\n"
+
+    async def send(message: Any) -> None:
+        senders.append(weakref.ref(asyncio.current_task()))
+        if len(senders) == 20:
+            enough.set()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    streaming = asyncio.create_task(EventStream(quiet(), {}, lambda: None)({"type": "http"}, receive, send))
+    await enough.wait()
+    gc.collect()
+    assert len({id(task) for sender in senders if (task := sender()) is not None}) <= 3
+    await streaming
