@@ -26,12 +26,13 @@ from spotjax.api.http.progress import FIELD, Progress
 from spotjax.engine.generation import Delta, GenerationRequest
 from spotjax.engine.request import FinishReason
 from spotjax.engine.structure import StructureFailed
-from spotjax.errors import InvalidRequest, RequestExists
+from spotjax.errors import InvalidRequest, RequestExists, UnknownRequest
 
 log = logging.getLogger(__name__)
 
 KEY = "Idempotency-Key"
 MAX_KEY = 255
+STOPPED = "the server stopped before the request finished"
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Generating:
                         raise StructureFailed(f"request {delta.request_id}: its structure could not be followed")
                 yield at * n + delta.choice, delta
         if unfinished:
-            raise Unavailable("the server stopped before the request finished")
+            raise Unavailable(STOPPED)
         self._finished = True
 
     async def seen(self, choice: int) -> tuple[int, ...]:
@@ -162,10 +163,19 @@ class Generating:
         tokens: tuple[int, ...] = ()
         async with closed(self._service.stream(self._requests[choice // n].request_id)) as deltas:
             while len(tokens) < count:
-                delta = await anext(deltas)
+                if (delta := await anext(deltas, None)) is None:
+                    raise Unavailable(STOPPED)
                 if delta.choice == choice % n:
                     tokens += delta.tokens
         return tokens[:count]
+
+
+def require_number(service: CallerService, base: str, prompts: int) -> None:
+    """Raises KeyReused if the call of this name came with one prompt instead of several, or with more of them."""
+    for other in [base, f"{base}-{prompts}"] if prompts > 1 else [f"{base}-0"]:
+        with contextlib.suppress(UnknownRequest):
+            service.accepted(other)
+            raise KeyReused(KEY, f"is of a body with another number of prompts than {prompts}")
 
 
 def same(known: GenerationRequest, sent: GenerationRequest, seeded: bool) -> bool:

@@ -19,7 +19,7 @@ from spotjax.api.http.chat import ChatShapes
 from spotjax.api.http.completions import CompletionShapes
 from spotjax.api.http.errors import JSON
 from spotjax.api.http.event_stream import EventStream, while_connected
-from spotjax.api.http.generating import Generating, Sender
+from spotjax.api.http.generating import Generating, Sender, require_number
 from spotjax.api.http.progress import FIELD, Progress
 from spotjax.api.http.reading import read
 from spotjax.api.http.translation import (
@@ -102,6 +102,8 @@ async def begun(
         message.request_id = base if len(messages) == 1 else f"{base}-{number}"
         message.resumable |= bool(sender.key)
         accepted.append(await accepted_request(message, model, to_the_end=to_the_end))
+    if sender.key:
+        require_number(service, base, len(messages))
     progress = Progress.nothing(base, accepted[0].n * len(accepted))
     if sender.event:
         progress = Progress.of(sender.event, len(progress.tokens))

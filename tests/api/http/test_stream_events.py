@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from scripted_server import MODEL, until
 from spotjax.api.http.progress import Progress
 from spotjax.api.requests import generate_request
 from spotjax.api.validation import accepted_request
+from spotjax.engine.generation import Delta
 from spotjax.errors import InvalidRequest
 from spotjax.testing.scripted_service import ScriptedService
 
@@ -164,6 +166,30 @@ async def test_a_key_or_an_event_with_another_body_is_refused(web: Web) -> None:
         assert (refused.status_code, error_of(refused)["param"]) == (422, "Last-Event-ID")
     another = await web.client.post(CHAT, json=chat_body(max_tokens=9, seed=1), headers={"idempotency-key": "two"})
     assert another.status_code == 200 and len(web.service.requests) == 2
+
+
+async def test_a_key_with_another_number_of_prompts_is_refused(open_web: Web) -> None:
+    async def asked(prompt: Any, key: str) -> int:
+        body = {"prompt": prompt, "max_tokens": 3}
+        return (await open_web.client.post(COMPLETIONS, json=body, headers={"idempotency-key": key})).status_code
+
+    for prompts, others in (["a"], [["a", "b"]]), (["a", "b", "c"], ["a", ["a", "b"]]):
+        key = str(len(prompts))
+        assert await asked(prompts, key) == await asked(prompts, key) == 200
+        assert [await asked(other, key) for other in others] == [422] * len(others)
+    assert len(open_web.service.requests) == 4
+
+
+async def test_a_server_that_stops_while_it_looks_at_what_a_client_has_says_so(web: Web) -> None:
+    async def ends_at_once(request_id: str, offsets: Sequence[int] = ()) -> AsyncGenerator[Delta, None]:
+        for delta in ():
+            yield delta
+
+    body = {"prompt": "a", "max_tokens": 9, "logprobs": 0, "stream": True}
+    seen = await stream(web, COMPLETIONS, body, KEY, most=3)
+    web.service.stream = ends_at_once  # type: ignore[method-assign]
+    stopped = await web.client.post(COMPLETIONS, json=body, headers={**KEY, "last-event-id": seen[-1].id})
+    assert (stopped.status_code, error_of(stopped)["code"]) == (503, "unavailable")
 
 
 @pytest.mark.parametrize(
