@@ -34,9 +34,11 @@ class SequenceMatcher:
 
     def completed_by(self, tokens: Tokens, token: int) -> bool:
         """See ``engine.structure.Matcher``."""
-        if self.ends and token in self._grammars.vocabulary.end_tokens:
-            return True  # the mask allows it only where the structure may end
-        return self.at((*tokens, token)).is_stopped()
+        ends = token in self._grammars.vocabulary.end_tokens
+        if ends and not self.ends:
+            raise StructureFailed("an end token was drawn, which the request ignores")
+        matcher = self.at((*tokens, token))  # takes an end token only where the structure may end
+        return ends or matcher.is_stopped()
 
     def at(self, tokens: Tokens) -> LLMatcher:
         """The matcher after these tokens, the output so far.

@@ -99,6 +99,22 @@ def test_a_token_that_is_not_allowed_is_never_taken_for_one(name: str) -> None:
     assert "satisfy" not in str(failure.value), "what was generated is nobody's business"
 
 
+@pytest.mark.parametrize("name", ["tiny", "bytes", "sentencepiece"])
+def test_an_end_token_is_taken_only_where_the_text_may_end(name: str) -> None:
+    (end,) = guide(name)._grammars.vocabulary.end_tokens
+    tokens: Tokens = ()
+    for _ in range(2):
+        with pytest.raises(StructureFailed):  # as a worker might send it that knows no masks
+            guide(name).matcher(regex("ab+"), ends=True).completed_by(tokens, end)
+        found = masks(guide(name), (guide(name).matcher(regex("ab"), ends=True), tokens))
+        tokens = (*tokens, min(allowed(found.words[0])))
+        if guide(name).matcher(regex("ab"), ends=True).completed_by(tokens[:-1], tokens[-1]):
+            break
+    assert guide(name).matcher(regex("ab+"), ends=True).completed_by(tokens, end)
+    with pytest.raises(StructureFailed, match="end token"):
+        guide(name).matcher(regex("ab+"), ends=False).completed_by(tokens, end)
+
+
 def test_text_never_begins_with_a_space_that_the_tokenizer_would_lose() -> None:
     tokenizer, matcher = sentencepiece(), guide("sentencepiece").matcher(regex(" ?a(b| a)*"), ends=True)
     first = allowed(masks(guide("sentencepiece"), (matcher, ())).words[0])
