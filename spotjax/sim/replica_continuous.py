@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from math import ceil, floor, inf
 
+from spotjax.engine.scheduler import MOST_PREFILLS
 from spotjax.sim.events import EventQueue
 from spotjax.sim.replica import Progress
 from spotjax.sim.replica_decoding import ROUNDING, DecodingSequences
@@ -48,7 +49,7 @@ class ContinuousReplica:
 
     __slots__ = (
         "_adopted", "_allowance", "_at", "_book", "_decoding", "_event", "_finished", "_holding", "_max_batch",
-        "_most_pages", "_page_size", "_pages", "_prefilled_last", "_prompts", "_queue", "_stages", "_step", "_steps",
+        "_most_pages", "_page_size", "_pages", "_prefills", "_prompts", "_queue", "_stages", "_step", "_steps",
         "_times", "_until", "_waiting", "load",
     )  # fmt: skip
 
@@ -78,7 +79,7 @@ class ContinuousReplica:
         self._decoding.clear()
         self._adopted: list[int] = []  # decode from the next boundary on
         self._most_pages = 0  # of those that run, if all generate all their tokens
-        self._prefilled_last = False
+        self._prefills = 0  # prefill steps since the last decode step
         self._allowance = 0.0  # steps that others decode while a prefill step is in flight
         self._holding = False  # nobody decodes after ``_steps`` until ``_until``
         self._until = inf  # when the segment ends that began at ``_at``
@@ -158,7 +159,7 @@ class ContinuousReplica:
             self._allowance += self._steps
         elif self._until < inf:
             until = self._at  # what is done of the step under way counts,
-            self._prefilled_last = True  # and it comes before any prompt
+            self._prefills = MOST_PREFILLS  # and it comes before any prompt
         until = max(now, until + seconds)
         self._prompts.delay(seconds, until)
         self._hold(now, until)
@@ -227,11 +228,12 @@ class ContinuousReplica:
             self._compute(request, 0, length)
 
     def _begin(self, at: float) -> None:
-        """The next segment: a prefill step, or decode steps; these two alternate when both have work."""
+        """The next segment: a prefill step, or decode steps, in the order of ``engine.scheduler``."""
         decoding, prompts = self._decoding, self._prompts
         heap = decoding.heap
         if self._stages == 1:
-            if prompts.queued and not (heap and self._prefilled_last):
+            decode_first = heap and self._prefills and not (self._prefills < MOST_PREFILLS and self._starting())
+            if prompts.queued and not decode_first:
                 self._prefill(at)
                 return
         elif prompts.queued or prompts.in_flight:
@@ -254,15 +256,19 @@ class ContinuousReplica:
             steps = self._steps_with_room(steps)
         self._step = step = self._times.step(len(heap), decoding.context(steps / 2))
         until = at + steps * step
-        self._prefilled_last = self._holding = False
+        self._prefills, self._holding = 0, False
         self._at, self._steps, self._until = at, steps, until
         self._event += 1
         self._queue.at(until, self._boundary, self._event)
 
+    def _starting(self) -> bool:
+        """Whether more sequences are one prefill step from their next token than decode."""
+        return self._prompts.near > len(self._decoding.heap)
+
     def _prefill(self, at: float) -> None:
         """A prefill step of a single stage: nobody decodes meanwhile."""
         self._prompts.begin(at)
-        self._prefilled_last = True
+        self._prefills += 1
         self._hold(at, self._prompts.next_back)
 
     def _pipeline(self, at: float) -> None:

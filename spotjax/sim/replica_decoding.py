@@ -44,7 +44,7 @@ class DecodingSequences:
     """
 
     __slots__ = (
-        "_book", "_first_tokens", "_gap_starts", "_gaps", "_joined_at", "_offset", "_round", "_round_at", "_step",
+        "_book", "_first_tokens", "_gap_starts", "_gaps", "_joined", "_offset", "_round", "_round_at", "_step",
         "heap", "steps",
     )  # fmt: skip
 
@@ -60,13 +60,14 @@ class DecodingSequences:
         self._offset = 0.0  # sum of prompt + output - end: of their lengths where the counter is 0
         self._first_tokens: deque[tuple[float, int]] = deque()  # to come: (counter, request)
         self._round, self._round_at = 0.0, 0.0  # where the counter was, and when, at the latest token of all
-        self._joined_at = 0.0  # when somebody had a first token after that
+        self._joined: list[float] = []  # when others had a first token after that
         self._gap_starts: list[float] = []  # waits between tokens, without those that a later one exceeds
         self._gaps: list[float] = []
 
     def add(self, request: int, left: int, since: float) -> None:
         """A sequence that just had a token from its prompt decodes from now on, with ``left`` tokens to come."""
-        self._joined_at = since
+        if not self._joined or self._joined[-1] < since:
+            self._joined.append(since)
         self._add(request, left, since)
 
     def resume(self, request: int, at: float) -> None:
@@ -110,10 +111,13 @@ class DecodingSequences:
             return
         token_at = at + rest * step
         self._wait(self._round_at, token_at - self._round_at)
-        if self._joined_at > self._round_at:
-            self._wait(self._joined_at, token_at - self._joined_at)
+        for joined in self._joined:
+            if joined > self._round_at:
+                self._wait(joined, token_at - joined)
         rounds = rest + floor(steps - rest + ROUNDING)
         self._round, self._round_at = done + rounds, at + rounds * step
+        if self._joined:
+            self._joined = [joined for joined in self._joined if joined > self._round_at]
 
     def end(self, at: float) -> list[int]:
         """Sequences that have all their tokens leave; returns their requests."""

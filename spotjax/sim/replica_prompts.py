@@ -64,6 +64,11 @@ class Prompts:
         """When the next chunk comes out, infinite if there is none."""
         return self.in_flight[0].back if self.in_flight else inf
 
+    @property
+    def near(self) -> int:
+        """Those not in the pipeline that one step would bring to their next token."""
+        return sum(wanted - computed <= self._prefill_tokens for _, computed, wanted in self.queued)
+
     def computed(self) -> list[tuple[int, int]]:
         """(Request, positions computed) of all."""
         queued = [(request, computed) for request, computed, _ in self.queued]

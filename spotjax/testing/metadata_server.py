@@ -153,12 +153,13 @@ class MetadataServer:
         fields = {**reply.headers, "Content-Length": str(len(reply.body))}
         head += "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         cut = fault is not None and fault.kind is Kind.CUT
+        when = time.time()  # whoever asked may act on it before we get on
         writer.write(head.encode() + b"\r\n" + reply.body[: len(reply.body) // 2 if cut else None])
         await writer.drain()
         if not request.path.startswith("/admin/"):  # else lists of answers were in lists of answers
             self._answered.append(
                 {"path": request.path, "status": reply.status, "body": reply.body.decode(errors="replace"),
-                 "time": time.time()}
+                 "time": when}
             )  # fmt: skip
         if cut:
             writer.close()

@@ -125,13 +125,20 @@ async def test_a_trace_is_replayed_with_its_times_and_lengths(tmp_path: Path) ->
     assert [(r["prompt_tokens_planned"], r["output_tokens_asked"]) for r in requests] == [(30, 8), (20, 8), (20, 8)]
 
 
+INTERRUPTIBLE = (
+    "import signal; from spotjax.cli import main; "
+    "signal.signal(signal.SIGINT, signal.default_int_handler); raise SystemExit(main())"
+)
+"""The command, also where whoever runs the tests ignores SIGINT, as a shell's background jobs do."""
+
+
 async def test_ctrl_c_gives_what_there_is_so_far(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     slow = Answer([(0.01, completion("a")), (600, completion("b"))])
     async with scripted_server(lambda seen: slow if len(server.seen) > 2 else ANSWER) as server:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "spotjax", "bench", "--server", server.url, "--model", "m", *SMALL, "--warm-up", "0",
-            "--concurrency", "2", "--json", str(path),
+            sys.executable, "-c", INTERRUPTIBLE, "bench", "--server", server.url, "--model", "m", *SMALL,
+            "--warm-up", "0", "--concurrency", "2", "--json", str(path),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env=dict(os.environ),
         )  # fmt: skip
         while len(server.seen) < 4:  # which come when the first two have ended

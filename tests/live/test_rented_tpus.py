@@ -29,6 +29,9 @@ endpoint = "{address}"
 insecure = true
 poll_seconds = 0.2
 
+[provider.bootstrap]
+settings = {{ insecure = true }}
+
 [[provider.offers]]
 type = "v5litepod-8"
 zone = "us-west4-a"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 import pytest
 from serving_cases import shared_heads
 from worker_cases import Case, two_replicas
 
-from spotjax.errors import PeerUnreachable, SliceUnavailable
+from spotjax.errors import PeerUnreachable, SliceUnavailable, TransportError
 from spotjax.meshes.instance import DeviceRef
 from spotjax.meshes.layout import split_layers
 from spotjax.meshes.placement import Placement
@@ -79,5 +78,5 @@ async def test_others_are_given_what_is_here_and_told_what_is_not(case: Case) ->
     ):
         with pytest.raises(SliceUnavailable):
             case.worker.provide(reads.encode(refused))
-    with pytest.raises(msgspec.DecodeError):
+    with pytest.raises(TransportError, match="cannot be understood"):
         case.worker.provide(b"\xc1")
