@@ -151,7 +151,7 @@ class Service:
         deadline = time.monotonic() + seconds
         while not condition(status := await self.status()):
             if time.monotonic() > deadline:
-                raise NotInTime(f"not within {seconds:g} s: {what}; the status is {status}")
+                raise NotInTime(f"not within {seconds:g} s: {what}; the status is {status}\n{self.story()}")
             await asyncio.sleep(POLL_SECONDS)
 
     async def until_ready(self, names: Iterable[str] | None = None, seconds: float = CHANGE_SECONDS) -> None:
