@@ -15,10 +15,11 @@ if browsers.chromium() is None:
 
 FLAGS = (
     "--instances", "3", "--devices-per-instance", "1", "--mesh", "1x2x1", "--leave", "late",
-    "--max-batch", "4", "--prefill-tokens", "64", "--max-model-len", "512", "--no-fuse",
+    "--max-batch", "4", "--prefill-tokens", "64", "--max-model-len", "1024", "--no-fuse",
 )  # fmt: skip
 """One of three is spare; few shapes, so that little is compiled."""
-TOKENS = 300
+TOKENS = 1000
+"""Many, so that the text does not end before somebody has clicked through a dialog."""
 PROMPT = "Once upon a time"
 TEXT = """[...document.querySelector("#text").childNodes].slice(1)
     .filter(one => one.tagName !== "MARK").map(one => one.textContent).join("")"""
